@@ -1,0 +1,48 @@
+"""Loading the native module `taps_ext._C`: what was built, and the sentence that mends it when it is not there."""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+import torch
+
+MEND = "pip install --no-build-isolation --force-reinstall --no-deps taps_ext   (in a checkout: make build)"
+
+
+class NativeModuleError(ImportError):
+    """The native module is missing or was built for another torch; the message says which, and the command."""
+
+
+def unavailable_reason() -> str | None:
+    """Why the native module cannot be used, or None when it can."""
+    try:
+        load()
+    except NativeModuleError as error:
+        return str(error)
+    return None
+
+
+@cache
+def load() -> Any:
+    """The native module. Raises `NativeModuleError`; the import of `taps_ext` itself never does."""
+    try:
+        module = importlib.import_module("taps_ext._C")
+    except ModuleNotFoundError as error:
+        raise NativeModuleError(f"the native module taps_ext._C was not built; run: {MEND}") from error
+    except ImportError as error:
+        raise NativeModuleError(
+            f"the native module taps_ext._C does not load with torch {torch.__version__} ({error}); rebuild it: {MEND}"
+        ) from error
+    built_for = module.build_info()["torch"]
+    if _minor(built_for) != _minor(torch.__version__):
+        raise NativeModuleError(
+            f"the native module taps_ext._C was built for torch {built_for}, this is torch {torch.__version__}; "
+            f"rebuild it: {MEND}"
+        )
+    return module
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split("+")[0].split(".")[:2])

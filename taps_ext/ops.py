@@ -1,0 +1,243 @@
+"""The operations of a decode step, in decode-step order: one typed function per op of `csrc/ops.h`.
+
+Every op is batch first and ragged by `num_nodes`. Integers are int64, scores float32, logits float32, bfloat16 or
+float16 (rows of any stride, the vocabulary contiguous). Bad input raises ValueError, one sentence, before any work.
+Eager calls go straight to the pybind11 functions; under `torch.compile` the same ops run through the dispatcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import native
+from .tree import DraftTree
+
+__all__ = [
+    "ExpandedFrontier",
+    "MergedTrees",
+    "VerifiedPaths",
+    "ancestor_bits",
+    "compact_kv",
+    "expand_frontier",
+    "merge_trees",
+    "prune_tree",
+    "tree_attention_mask",
+    "tree_depths",
+    "tree_paths",
+    "verify_tree",
+]
+
+INVALID_LOGITS = 1  # status bit of verify_tree
+
+
+class ExpandedFrontier(NamedTuple):
+    tokens: Tensor  # int64 [B, F, K], each node's best children, best first
+    scores: Tensor  # float32 [B, F, K], cumulative: the node's score plus the child's log-probability
+    frontier: Tensor  # int64 [B, K], flat indices into F*K of the best K children, best first
+    entropies: Tensor  # float32 [B, F], nats, of each node's distribution
+
+
+class MergedTrees(NamedTuple):
+    tree: DraftTree  # with `proposers`
+    node_map: Tensor  # int64 [B, D, N], each input node's merged node, -1 for padding and pruned nodes
+
+
+class VerifiedPaths(NamedTuple):
+    path: Tensor  # int64 [B, N], the root and the accepted nodes in order, then -1
+    num_accepted: Tensor  # int64 [B], accepted nodes, the root and the bonus token not counted
+    bonus_tokens: Tensor  # int64 [B], the token that the target adds; -1 where status is not 0
+    status: Tensor  # int64 [B], 0, or INVALID_LOGITS: a visited row held NaN or no finite maximum
+
+
+def _ops() -> Any:
+    """pybind11 functions in eager mode (the shorter call), dispatcher ops under torch.compile (traceable)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.taps_ext
+    return native.load()
+
+
+def expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> ExpandedFrontier:
+    """The best `branching` children of every frontier node, and the best `branching` of them all, in one pass.
+
+    Per row: log-softmax in float32 or better, top K by logit (ties to the lowest token), entropy. NaN counts as
+    -inf; a row without a finite maximum gives children of score -inf and entropy 0. The next frontier is ordered by
+    (cumulative score descending, flat index ascending). Children of score -inf are "not there": prune_tree drops them.
+
+    Args:
+        logits: [B, F, V], of the drafter.
+        scores: float32 [B, F], cumulative log-probabilities of the frontier nodes, at most 0 (-inf: not there).
+        branching: K, at most V.
+
+    Source: EAGLE-2 (arXiv 2406.16858), section 4.1.
+
+    >>> logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25]]]))
+    >>> expand_frontier(logits, torch.zeros(1, 1), 2).tokens
+    tensor([[[0, 1]]])
+    """
+    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching))
+
+
+def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
+    """The best `max_nodes` nodes of each tree, root included, closed under ancestors, renumbered in order.
+
+    Nodes are ranked by (score descending, index ascending), where a node counts at most its parent's score, so that
+    an ancestor always ranks before its descendants, exact ties included. Nodes of score -inf or NaN are dropped.
+    Kept nodes keep their order (parents before children); the capacity is min(max_nodes, N). Proposers must be None.
+
+    Source: EAGLE-2 (arXiv 2406.16858), section 4.2.
+
+    >>> pool = DraftTree(torch.tensor([[7, 1, 2, 3]]), torch.tensor([[-1, 0, 0, 1]]),
+    ...                  torch.tensor([[0.0, -0.1, -2.0, -0.3]]), torch.tensor([4]))
+    >>> prune_tree(pool, 3).tokens
+    tensor([[7, 1, 3]])
+    """
+    if candidates.proposers is not None:
+        raise ValueError("prune_tree takes one drafter's candidates, got proposers; prune while merging instead")
+    entropies = torch.zeros_like(candidates.scores) if candidates.entropies is None else candidates.entropies
+    tokens, parents, scores, num_nodes, entropies = _ops().prune_tree(
+        candidates.tokens, candidates.parents, candidates.scores, candidates.num_nodes, entropies, max_nodes
+    )
+    return DraftTree(
+        tokens, parents, scores, num_nodes, entropies=None if candidates.entropies is None else entropies
+    )
+
+
+def merge_trees(
+    tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: Tensor, max_nodes: int | None = None
+) -> MergedTrees:
+    """The union of D trees under their shared root: equal (parent, token) becomes one node, at every depth.
+
+    A merged node's score is the largest of its inputs', its proposers the bit mask of the drafters that hold it.
+    Merged nodes are ordered by (depth, first input d * N + n). With `max_nodes` only the best are kept, ranked as in
+    `prune_tree`, in the same order; the capacity is then min(max_nodes, D * (N - 1) + 1), else D * (N - 1) + 1.
+
+    Args:
+        tokens, parents, scores: [B, D, N], D from 1 to 63.
+        num_nodes: [B, D]; a drafter without a proposal has 1.
+
+    Source: TAPS (arXiv 2603.27027), merged-tree verification; the deduplication is ours.
+
+    >>> tokens = torch.tensor([[[5, 1, 2], [5, 1, 3]]])
+    >>> parents = torch.tensor([[[-1, 0, 1], [-1, 0, 1]]])
+    >>> merged = merge_trees(tokens, parents, torch.zeros(1, 2, 3), torch.tensor([[3, 3]]))
+    >>> merged.tree.tokens, merged.tree.proposers
+    (tensor([[5, 1, 2, 3, 0]]), tensor([[3, 3, 1, 2, 0]]))
+    """
+    *fields, proposers, node_map = _ops().merge_trees(tokens, parents, scores, num_nodes, max_nodes)
+    return MergedTrees(DraftTree(*fields, proposers=proposers), node_map)
+
+
+def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
+    """The depth of every node, int64 [B, N]: 0 at the root; padding counts as a child of the root.
+
+    >>> tree_depths(torch.tensor([[-1, 0, 1, 0]]), torch.tensor([4]))
+    tensor([[0, 1, 2, 1]])
+    """
+    result: Tensor = _ops().tree_depths(parents, num_nodes)
+    return result
+
+
+def tree_paths(
+    parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, max_depth: int | None = None
+) -> Tensor:
+    """The root-to-leaf paths of each tree, or the paths to the given nodes, as node indices padded with -1.
+
+    Without `nodes`: int64 [B, N, max_depth + 1], one path a leaf in ascending leaf order, then rows of -1.
+    With `nodes` int64 [B, M] (-1 for none): [B, M, max_depth + 1]. `max_depth` defaults to N - 1; a deeper path raises.
+
+    >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), torch.tensor([4]), max_depth=2)[0, :2]
+    tensor([[ 0,  2, -1],
+            [ 0,  1,  3]])
+    """
+    result: Tensor = _ops().tree_paths(parents, num_nodes, nodes, parents.shape[-1] - 1 if max_depth is None else max_depth)
+    return result
+
+
+def ancestor_bits(parents: Tensor, num_nodes: Tensor) -> Tensor:
+    """Which nodes each node may attend to: itself and its ancestors, int64 [B, N, ceil(N / 64)].
+
+    Bit j % 64 of word j // 64 stands for node j. Padding sees itself and the root, so that no row is empty.
+
+    >>> ancestor_bits(torch.tensor([[-1, 0, 1, 0]]), torch.tensor([4]))[0, :, 0]
+    tensor([1, 3, 7, 9])
+    """
+    result: Tensor = _ops().ancestor_bits(parents, num_nodes)
+    return result
+
+
+def tree_attention_mask(
+    parents: Tensor, num_nodes: Tensor, prefix_lengths: Tensor, kv_length: int, dtype: torch.dtype = torch.bool
+) -> Tensor:
+    """The tree attention mask [B, 1, N, kv_length + N]: the row's own prefix columns, then the ancestor mask.
+
+    Column c < kv_length is visible to row b iff c < prefix_lengths[b]; column kv_length + j to node i iff j is i or
+    its ancestor. bool (True: attend), or additive in float32, bfloat16 or float16 (0: attend, -inf: not).
+
+    >>> tree_attention_mask(torch.tensor([[-1, 0, 0]]), torch.tensor([3]), torch.tensor([1]), 2)[0, 0].long()
+    tensor([[1, 0, 1, 0, 0],
+            [1, 0, 1, 1, 0],
+            [1, 0, 1, 0, 1]])
+    """
+    result: Tensor = _ops().tree_attention_mask(parents, num_nodes, prefix_lengths, kv_length, dtype)
+    return result
+
+
+def verify_tree(
+    logits: Tensor,
+    tree: DraftTree,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> VerifiedPaths:
+    """Walk each tree with the target's own draws: descend while a child carries the drawn token.
+
+    The draw at a node of depth d is y = argmax over the kept tokens of logits / T + gumbel(seed, position + d, token),
+    T = 0: the argmax (ties to the lowest token). Kept are, in transformers' order and over the temperature-scaled
+    distribution: top-k (ties kept), top-p (a token is kept while the probability of all strictly likelier tokens is
+    below top_p, so equal tokens share their fate), min-p. The noise is Philox4x32-10 (see `csrc/common/philox.h`), so
+    the text depends on logits, seed and position alone, never on the tree. Reads only the rows that the walk visits.
+
+    Args:
+        logits: [B, N, V], of the target, a row a node.
+        tree: B trees of N slots.
+        temperature, top_p, min_p: float32 [B]; top_p = 1 and min_p = 0 switch these filters off.
+        top_k: int64 [B]; 0 switches it off, more than V keeps all.
+        seeds: int64 [B]. positions: int64 [B], the absolute position of the token drawn at the root.
+
+    Source: sample-then-match verification, equal to EAGLE's rule for deterministic candidates and optimal for them.
+
+    >>> tree = DraftTree(torch.tensor([[9, 1]]), torch.tensor([[-1, 0]]), torch.zeros(1, 2), torch.tensor([2]))
+    >>> zero, one, off = torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.int64)
+    >>> logits = torch.eye(10)[[[1, 4]]]
+    >>> verify_tree(logits, tree, zero, off, one, zero, off, off)[:3]
+    (tensor([[0, 1]]), tensor([1]), tensor([4]))
+    """
+    return VerifiedPaths(
+        *_ops().verify_tree(
+            logits, tree.tokens, tree.parents, tree.num_nodes, temperature, top_k, top_p, min_p, seeds, positions
+        )
+    )
+
+
+def compact_kv(kv: Tensor, path: Tensor, num_accepted: Tensor, prefix_lengths: Tensor, kv_length: int) -> None:
+    """Move the KV rows of each accepted path behind the row's prefix, all layers in one call, in place.
+
+    For i in 0..num_accepted[b]: kv[:, b, :, prefix_lengths[b] + i] = kv[:, b, :, kv_length + path[b, i]]. Ascending
+    order is safe because a path's i-th node is at least i. A row with num_accepted = -1 moves nothing.
+
+    Args:
+        kv: [2 * layers, B, heads, capacity, head_dim], contiguous, any dtype.
+        path: int64 [B, N], as verify_tree returns it (root first).
+
+    >>> kv = torch.arange(4.0).reshape(1, 1, 1, 4, 1)
+    >>> compact_kv(kv, torch.tensor([[0, 2, -1]]), torch.tensor([1]), torch.tensor([1]), 1)
+    >>> kv.flatten()
+    tensor([0., 1., 3., 3.])
+    """
+    _ops().compact_kv(kv, path, num_accepted, prefix_lengths, kv_length)

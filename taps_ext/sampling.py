@@ -1,0 +1,67 @@
+"""Sampling parameters, per call or per row, and their tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the target's distribution becomes a token; each field is one value, or one a row.
+
+    `temperature=0` is greedy. `top_k=0`, `top_p=1` and `min_p=0` switch the filters off; they apply in transformers'
+    order. An int seed s means s + b for row b, so that row b equals a single run with seed s + b.
+    """
+
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] = 0
+    top_p: float | Sequence[float] = 1.0
+    min_p: float | Sequence[float] = 0.0
+    seed: int | Sequence[int] = 0
+
+    def __post_init__(self) -> None:
+        _check("temperature", self.temperature, lambda v: math.isfinite(v) and v >= 0, "finite and at least 0")
+        _check("top_k", self.top_k, lambda v: v >= 0 and int(v) == v, "an integer of at least 0 (0: off)")
+        _check("top_p", self.top_p, lambda v: 0 <= v <= 1, "between 0 and 1 (1: off)")
+        _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "between 0 and 1 (0: off)")
+        _check("seed", self.seed, lambda v: -(2**63) <= v < 2**63 and int(v) == v, "a 64-bit integer")
+
+    def rows(self, batch_size: int, device: torch.device | str = "cpu") -> SamplingRows:
+        """The parameters as tensors, one value a row."""
+
+        def tensor(name: str, dtype: torch.dtype, step: int = 0) -> Tensor:
+            value = getattr(self, name)
+            values = list(value) if isinstance(value, Sequence) else [value + step * b for b in range(batch_size)]
+            if len(values) != batch_size:
+                raise ValueError(f"{name} has {len(values)} values for a batch of {batch_size}; give one, or one a row")
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return SamplingRows(
+            temperature=tensor("temperature", torch.float32),
+            top_k=tensor("top_k", torch.int64),
+            top_p=tensor("top_p", torch.float32),
+            min_p=tensor("min_p", torch.float32),
+            seeds=tensor("seed", torch.int64, step=1),
+        )
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """`SamplingParams` resolved for a batch: the tensors that `ops.verify_tree` takes."""
+
+    temperature: Tensor  # float32 [B]
+    top_k: Tensor  # int64 [B]
+    top_p: Tensor  # float32 [B]
+    min_p: Tensor  # float32 [B]
+    seeds: Tensor  # int64 [B]
+
+
+def _check(name: str, value: object, is_allowed: object, allowed: str) -> None:
+    for one in value if isinstance(value, Sequence) else [value]:
+        if not isinstance(one, (int, float)) or one != one or not is_allowed(one):  # type: ignore[operator]
+            raise ValueError(f"{name} must be {allowed}, got {one!r}")

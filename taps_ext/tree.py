@@ -1,0 +1,108 @@
+"""The draft tree: a parent array, and the shape that a drafter grows it to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A batch of draft trees, one parent array a row; everything else is computed from it.
+
+    Invariants (checked by `validate`): node 0 is the root, the last committed token, with parent -1;
+    `parents[i] < i`; siblings carry distinct tokens; a child's score is at most its parent's; nodes at or
+    past `num_nodes` are padding with parent 0 and token 0.
+
+    Shapes: B rows, N nodes (the capacity, root included).
+    """
+
+    tokens: Tensor  # int64 [B, N]
+    parents: Tensor  # int64 [B, N]
+    scores: Tensor  # float32 [B, N], cumulative drafter log-probability (nats); the root's is 0, padding's -inf
+    num_nodes: Tensor  # int64 [B], root included
+    proposers: Tensor | None = None  # int64 [B, N], bit d set: drafter d put this node here (at most 63 drafters)
+    entropies: Tensor | None = None  # float32 [B, N], nats, of the distribution that proposed the node; 0 at the root
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """N, the node slots of a row."""
+        return self.tokens.shape[1]
+
+    def is_node(self) -> Tensor:
+        """bool [B, N]: which slots hold a node (the rest is padding)."""
+        return torch.arange(self.capacity, device=self.tokens.device) < self.num_nodes[:, None]
+
+    def trimmed(self, capacity: int) -> DraftTree:
+        """The same trees in `capacity` slots; `capacity` must be at least every row's `num_nodes`."""
+        if capacity == self.capacity:
+            return self
+        return replace(
+            self,
+            tokens=self.tokens[:, :capacity],
+            parents=self.parents[:, :capacity],
+            scores=self.scores[:, :capacity],
+            proposers=None if self.proposers is None else self.proposers[:, :capacity],
+            entropies=None if self.entropies is None else self.entropies[:, :capacity],
+        )
+
+    def validate(self) -> None:
+        """Raise a ValueError that names the first broken invariant. Reads every node on the host: for tests and doors."""
+        _check_shapes(self)
+        for row, count in enumerate(self.num_nodes.tolist()):
+            _check_row(row, count, self.tokens[row].tolist(), self.parents[row].tolist(), self.scores[row].tolist())
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """How large a tree a drafter grows.
+
+    `depth` counts drafted levels (EAGLE's `depth=5` is `depth=6` here), `branching` the children kept per
+    expanded node and the nodes expanded per level (EAGLE's `top_k`), `max_nodes` the nodes kept, root included.
+    """
+
+    depth: int = 6
+    branching: int = 10
+    max_nodes: int = 60
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "branching", "max_nodes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"TreeShape.{name} must be an integer of at least 1, got {value!r}")
+
+
+def _check_shapes(tree: DraftTree) -> None:
+    if tree.tokens.ndim != 2:
+        raise ValueError(f"tokens must be [B, N], got {list(tree.tokens.shape)}")
+    for name in ("parents", "scores", "proposers", "entropies"):
+        value = getattr(tree, name)
+        if value is not None and value.shape != tree.tokens.shape:
+            raise ValueError(f"{name} must be {list(tree.tokens.shape)} like tokens, got {list(value.shape)}")
+    if tree.num_nodes.shape != tree.tokens.shape[:1]:
+        raise ValueError(f"num_nodes must be [{tree.batch_size}], got {list(tree.num_nodes.shape)}")
+
+
+def _check_row(row: int, count: int, tokens: list[int], parents: list[int], scores: list[float]) -> None:
+    if not 1 <= count <= len(tokens):
+        raise ValueError(f"num_nodes must lie in 1..{len(tokens)}, row {row} has {count}")
+    if parents[0] != -1:
+        raise ValueError(f"node 0 must be the root with parent -1, row {row} has parent {parents[0]}")
+    seen: set[tuple[int, int]] = set()
+    for node in range(1, count):
+        parent = parents[node]
+        if not 0 <= parent < node:
+            raise ValueError(f"parents must come before their children: row {row}, node {node} has parent {parent}")
+        if (parent, tokens[node]) in seen:
+            raise ValueError(f"siblings must carry distinct tokens: row {row}, node {node} repeats token {tokens[node]}")
+        if not scores[node] <= scores[parent]:
+            raise ValueError(f"a child may not outscore its parent: row {row}, node {node} has {scores[node]}")
+        seen.add((parent, tokens[node]))
+    if any(parent != 0 for parent in parents[count:]):
+        raise ValueError(f"padding must have parent 0, row {row} does not")
