@@ -1,0 +1,46 @@
+"""What a composition is: several drafters' trees in, one tree out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Composed:
+    """The tree to verify, with `proposers`, and per row the index of the drafter chosen (None: all took part)."""
+
+    tree: DraftTree
+    choice: Tensor | None  # int64 [B]
+
+
+class Composition(Protocol):
+    """A policy over trees. It sees nothing but them: any drafter, any number."""
+
+    def compose(self, trees: Sequence[DraftTree]) -> Composed: ...
+
+
+def choose(trees: Sequence[DraftTree], choice: Tensor) -> Composed:
+    """Row by row the chosen drafter's tree; `choice` int64 [B]. Trees must share their capacity."""
+    rows = torch.arange(len(choice), device=choice.device)
+
+    def pick(name: str) -> Tensor:
+        return torch.stack([getattr(tree, name) for tree in trees])[choice, rows]
+
+    chosen = DraftTree(pick("tokens"), pick("parents"), pick("scores"), pick("num_nodes"))
+    proposers = torch.where(chosen.is_node(), (torch.ones_like(choice) << choice)[:, None], 0)
+    entropies = None if trees[0].entropies is None else pick("entropies")
+    return Composed(replace(chosen, proposers=proposers, entropies=entropies), choice)
+
+
+def mean_over_nodes(tree: DraftTree, values: Tensor) -> Tensor:
+    """The mean of `values` [B, N] over each row's drafted nodes (the root excluded), float32 [B]; NaN without any."""
+    drafted = tree.is_node()
+    drafted[:, 0] = False
+    return torch.where(drafted, values, 0).sum(dim=1) / drafted.sum(dim=1)

@@ -1,0 +1,254 @@
+"""The speculative decoder: propose, score, verify, commit, observe."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import processors, transformers_door
+from .composition import Composed, make_composition
+from .drafters.base import Drafter
+from .requests import Request
+from .sampling import SamplingParams
+from .state import DecodeState, RowText, StepEvent, StepRecord
+from .stats import DecodeStats
+from .target import TargetModel
+from .tree import DraftTree, TreeShape
+from .verification import Acceptance, verify
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """The texts of one call, and how they came about."""
+
+    sequences: Tensor  # int64 [B, P + longest]: the prompts as given, each row's new tokens, padding
+    new_tokens: list[list[int]]
+    finish_reasons: list[str]  # "eos", "length", "stop_string", "stopping_criteria" or "invalid_logits", per row
+    stats: DecodeStats
+    log_probs: list[list[float]] | None  # of each new token under the target's raw distribution; when asked for
+
+
+class SpeculativeDecoder:
+    """Drives a stock target with one or several drafters; the text is the target's own, token by token.
+
+    Immutable: every call owns its `DecodeState`, so that threads can share one decoder. It is also a
+    `custom_generate` for `target.generate(...)`.
+
+    Args:
+        target: a Hugging Face causal LM, or a `TargetModel`.
+        drafters: by name, from `load_drafters`; their order breaks ties.
+        composition: "single", "confidence", "entropy" or "merged".
+        drafter: the name to use with "single" when there are several.
+        shape: the tree that each drafter grows.
+        max_nodes: the node budget of a merged tree; None verifies the whole union.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel | TargetModel,
+        drafters: Mapping[str, Drafter],
+        composition: str = "merged",
+        *,
+        drafter: str | None = None,
+        shape: TreeShape | None = None,
+        max_nodes: int | None = None,
+    ) -> None:
+        self.composition = make_composition(composition, max_nodes)
+        self.drafters = _used_drafters(drafters, composition, drafter)
+        self.target = target if isinstance(target, TargetModel) else TargetModel(target)
+        self.shape = shape or TreeShape()
+        for name, one in self.drafters.items():
+            if one.vocab_size != self.target.vocab_size:
+                raise ValueError(
+                    f"drafter {name!r} has vocabulary {one.vocab_size}, the target {self.target.vocab_size}; "
+                    "use a drafter trained on this target's tokenizer"
+                )
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | Sequence[int] = 128,
+        eos_token_id: int | Collection[int] | None = None,
+        stop_strings: Sequence[str] | None = None,
+        tokenizer: Any = None,
+        logits_processor: Any = None,
+        streamer: Any = None,
+        return_log_probs: bool = False,
+    ) -> GenerationResult:
+        """Generate from prompts int64 [B, P], padded anywhere as `attention_mask` says.
+
+        Args:
+            sampling: temperature, filters and seed, one or one a row; greedy by default.
+            max_new_tokens: exact, one or one a row.
+            eos_token_id: one, several, or () for none; default: the target's generation config.
+            stop_strings, tokenizer: end a row with the token that completes one of the strings.
+            logits_processor: further transformers logits processors, applied before the temperature, per node.
+            streamer: transformers' protocol (`put`, `end`), for a batch of one.
+            return_log_probs: also return each new token's log-probability under the raw target distribution.
+        """
+        request = Request.build(
+            self.target.model,
+            input_ids,
+            attention_mask,
+            sampling,
+            max_new_tokens,
+            eos_token_id,
+            stop_strings,
+            tokenizer,
+            logits_processor,
+            return_log_probs=return_log_probs,
+        )
+        return self._run(request, streamer)
+
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Iterator[StepEvent]:
+        """`generate`, step by step (its arguments but `streamer`): the first event brings each row's first token."""
+        request = Request.build(self.target.model, input_ids, attention_mask, **kwargs)
+        return self._events(request, self._begin(request))
+
+    def __call__(self, model: PreTrainedModel, input_ids: Tensor, taps_streamer: Any = None, **kwargs: Any) -> Any:
+        """transformers' door: `target.generate(**inputs, custom_generate=decoder, ...)`.
+
+        transformers drops `streamer` for callables; pass it as `taps_streamer`.
+        """
+        if model is not self.target.model:
+            raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one you generate with")
+        request = transformers_door.request_from_generate(model, input_ids, **kwargs)
+        result = self._run(request, taps_streamer)
+        return transformers_door.output(result.sequences, result.stats, kwargs["generation_config"])
+
+    def _run(self, request: Request, streamer: Any) -> GenerationResult:
+        if streamer is not None and len(request.input_ids) > 1:
+            raise ValueError(f"a streamer takes a batch of one, got {len(request.input_ids)} rows; use stream()")
+        state = self._begin(request)
+        if streamer is not None:
+            streamer.put(request.input_ids.cpu())
+        for event in self._events(request, state):
+            if streamer is not None and event.new_tokens[0]:
+                streamer.put(torch.tensor(event.new_tokens[0]))
+        if streamer is not None:
+            streamer.end()
+        return GenerationResult(
+            sequences=request.sequences(state.rows),
+            new_tokens=[row.new_tokens for row in state.rows],
+            finish_reasons=[row.finish_reason or "" for row in state.rows],
+            stats=state.stats,
+            log_probs=[row.log_probs for row in state.rows] if request.return_log_probs else None,
+        )
+
+    def _events(self, request: Request, state: DecodeState) -> Iterator[StepEvent]:
+        yield self._prefill(request, state)
+        while not state.is_finished:
+            yield self._step(request, state)
+
+    def _begin(self, request: Request) -> DecodeState:
+        """A call's own state; the last checks before any work."""
+        longest_prompt = int(request.attention_mask.sum(dim=1).max())
+        tree_nodes = 1 + len(self.drafters) * (self.shape.max_nodes - 1)
+        self.target.refuse_beyond_window(longest_prompt + max(request.rules.max_new_tokens) + tree_nodes)
+        batch_size, device = len(request.input_ids), self.target.device
+        return DecodeState(
+            kv=self.target.new_cache(batch_size),
+            drafter_states=[drafter.reset(batch_size) for drafter in self.drafters.values()],
+            sampling=request.sampling.rows(batch_size, device),
+            rules=request.rules,
+            rows=[RowText(prompt) for prompt in request.input_ids.tolist()],
+            stats=DecodeStats(tuple(self.drafters), batch_size),
+            prefix_lengths=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            active=torch.ones(batch_size, dtype=torch.bool, device=device),
+        )
+
+    @torch.inference_mode()
+    def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
+        """Commit the prompts, draw each row's first token, and show both to the drafters."""
+        tokens, lengths = request.packed(self.target.device)
+        scored = self.target.prefill(tokens, lengths, state.kv)
+        last = lengths[:, None] - 1
+        root = _root_only(tokens.gather(1, last))
+        acceptance, log_probs = self._verify(request, state, root, scored.logits, positions=lengths)
+        event = state.advance(StepRecord.fetch(root, acceptance, lengths, log_probs=log_probs, is_prefill=True))
+        state.prefix_lengths = lengths
+        state.root_tokens = acceptance.bonus_tokens.clamp_min(0)
+        next_tokens = tokens.roll(-1, dims=1).scatter(1, last, state.root_tokens[:, None])
+        self._observe(state, scored.features, next_tokens, lengths)
+        return event
+
+    @torch.inference_mode()
+    def _step(self, request: Request, state: DecodeState) -> StepEvent:
+        """One decode step of every row that still decodes; the others ride along as padding."""
+        composed = self._propose(state)
+        scored = self.target.score(composed.tree, state.prefix_lengths, state.kv)
+        positions = state.prefix_lengths + 1
+        acceptance, log_probs = self._verify(request, state, composed.tree, scored.logits, positions)
+        num_committed = torch.where(state.active, acceptance.num_accepted + 1, 0)
+        lengths = state.prefix_lengths + num_committed
+        record = StepRecord.fetch(composed.tree, acceptance, lengths, composed.choice, log_probs)
+        self.target.commit(acceptance.path, num_committed - 1, state.prefix_lengths, state.kv, max(record.lengths))
+        state.prefix_lengths = lengths
+        state.root_tokens = torch.where(state.active, acceptance.bonus_tokens.clamp_min(0), state.root_tokens)
+        event = state.advance(record)
+        path = acceptance.path[:, : max(record.num_accepted) + 1].clamp_min(0)
+        features = scored.features.gather(1, path[:, :, None].expand(-1, -1, scored.features.shape[-1]))
+        self._observe(state, features, acceptance.tokens[:, : path.shape[1]].clamp_min(0), num_committed)
+        return event
+
+    def _propose(self, state: DecodeState) -> Composed:
+        trees = [
+            drafter.propose(own_state, state.root_tokens, self.shape, state.active)
+            for drafter, own_state in zip(self.drafters.values(), state.drafter_states, strict=True)
+        ]
+        composed = self.composition.compose(trees)
+        if composed.tree.tokens.device.type != "cpu":
+            return composed  # there the static capacity saves a host synchronisation
+        return replace(composed, tree=composed.tree.trimmed(int(composed.tree.num_nodes.max())))
+
+    def _verify(
+        self, request: Request, state: DecodeState, tree: DraftTree, logits: Tensor, positions: Tensor
+    ) -> tuple[Acceptance, Tensor | None]:
+        """The acceptance, and on request the raw log-probabilities [B, N] of its tokens."""
+        processed = logits
+        if request.processors:
+            prefixes = [row.prompt + row.new_tokens for row in state.rows]
+            processed = processors.process(request.processors, logits, tree, prefixes)
+        acceptance = verify(processed, tree, state.sampling, positions)
+        if not request.return_log_probs:
+            return acceptance, None
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        log_probs = logits[rows, acceptance.path.clamp_min(0)].float().log_softmax(dim=-1)
+        return acceptance, log_probs.gather(2, acceptance.tokens.clamp_min(0)[:, :, None])[:, :, 0]
+
+    def _observe(self, state: DecodeState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor) -> None:
+        if state.is_finished:
+            return
+        num_tokens = torch.where(state.active, num_tokens, 0)
+        for drafter, own_state in zip(self.drafters.values(), state.drafter_states, strict=True):
+            drafter.observe(own_state, features, next_tokens, num_tokens)
+
+
+def _root_only(tokens: Tensor) -> DraftTree:
+    """Trees of nothing but a root; tokens [B, 1]."""
+    count = torch.ones_like(tokens[:, 0])
+    return DraftTree(tokens, torch.full_like(tokens, -1), torch.zeros_like(tokens, dtype=torch.float32), count)
+
+
+def _used_drafters(drafters: Mapping[str, Drafter], composition: str, name: str | None) -> dict[str, Drafter]:
+    if not 1 <= len(drafters) <= 63:
+        raise ValueError(f"give 1 to 63 drafters, got {len(drafters)}")
+    if composition != "single":
+        if name is not None:
+            raise ValueError(f'drafter={name!r} goes with composition="single", got {composition!r}')
+        return dict(drafters)
+    if name is None and len(drafters) > 1:
+        raise ValueError(f'composition="single" needs drafter=..., one of {", ".join(drafters)}')
+    chosen = name if name is not None else next(iter(drafters))
+    if chosen not in drafters:
+        raise ValueError(f"drafter must be one of {', '.join(drafters)}, got {chosen!r}")
+    return {chosen: drafters[chosen]}

@@ -1,0 +1,75 @@
+"""transformers' logits processors on a tree: each node has its own prefix, so they run in Python, node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process
+
+from .tree import DraftTree
+
+# What cannot run per node, and why.
+UNSUPPORTED = {
+    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "it runs the model itself along one sequence",
+    "WatermarkLogitsProcessor": "it draws from a generator in sequence order",
+    "SynthIDTextWatermarkLogitsProcessor": "it keeps a state along one sequence",
+    "PrefixConstrainedLogitsProcessor": "it addresses rows by their place in the batch",
+}
+# Applied after the temperature by transformers, beside top-k, top-p and min-p; the native verification has no such filter.
+WARPERS_WITHOUT_OP = (
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "TopHLogitsWarper",
+    "LogitNormalization",
+)
+WARPERS_WITH_OP = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+
+
+def refuse_unsupported(processors: LogitsProcessorList) -> None:
+    """Raise for a processor that would not mean on a tree what it means on a text."""
+    for processor in processors:
+        name = type(processor).__name__
+        if name in WARPERS_WITH_OP:
+            raise ValueError(f"{name} is a sampling parameter; set it in SamplingParams")
+        if name in WARPERS_WITHOUT_OP:
+            raise ValueError(f"{name} works behind the temperature, where only top-k, top-p and min-p are supported")
+        if name in UNSUPPORTED:
+            raise ValueError(f"{name} cannot run on a tree: {UNSUPPORTED[name]}; decode plainly with it")
+
+
+def process(processors: LogitsProcessorList, logits: Tensor, tree: DraftTree, prefixes: Sequence[list[int]]) -> Tensor:
+    """The logits [B, N, V] as processed for each node with its own text: the row's prefix, then root to node.
+
+    `prefixes[b]` ends with the row's root token (for the prefill: with the prompt).
+    """
+    processed = logits.float()
+    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
+    for row, (prefix, count) in enumerate(zip(prefixes, tree.num_nodes.tolist(), strict=True)):
+        texts: list[list[int]] = []
+        for node in range(count):
+            texts.append(prefix if node == 0 else texts[parents[row][node]] + [tokens[row][node]])
+            ids = torch.tensor([texts[node]], device=logits.device)
+            processed[row, node] = processors(ids, processed[row, node][None])[0]
+    return processed
+
+
+def split_warpers(processors: LogitsProcessorList) -> tuple[dict[str, float], LogitsProcessorList]:
+    """transformers' prepared list as (temperature, top_k, top_p, min_p) and the processors before them."""
+    parameters: dict[str, float] = {"temperature": 1.0}
+    rest = LogitsProcessorList()
+    for processor in processors:
+        if isinstance(processor, logits_process.TemperatureLogitsWarper):
+            parameters["temperature"] = float(processor.temperature)
+        elif isinstance(processor, logits_process.TopKLogitsWarper):
+            parameters["top_k"] = int(processor.top_k)
+        elif isinstance(processor, logits_process.TopPLogitsWarper):
+            parameters["top_p"] = float(processor.top_p)
+        elif isinstance(processor, logits_process.MinPLogitsWarper):
+            parameters["min_p"] = float(processor.min_p)
+        else:
+            rest.append(processor)
+    return parameters, rest

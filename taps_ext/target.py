@@ -1,0 +1,208 @@
+"""The target: a stock Hugging Face causal LM that scores draft trees.
+
+This file and `kv_cache.py` are the only ones that know transformers' attention and cache conventions. The attention
+function `taps_tree` is registered once and set once per model; without a tree it is transformers' own SDPA attention,
+so that nothing is toggled between steps and plain `model.generate` stays what it was, in other threads too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from . import ops
+from .kv_cache import KVSpec, TreeKVCache
+from .tree import DraftTree
+
+ATTENTION = "taps_tree"
+ATTENDING_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True)
+class ScoredTree:
+    """What the target says of every node of a tree."""
+
+    logits: Tensor  # [B, N, V]
+    features: Tensor  # [B, N, H], the hidden states behind the final norm: what the drafters are fed with
+
+
+class TargetModel:
+    """A causal LM with full attention, from transformers, unchanged but for its attention function's name.
+
+    Refused, each with the reason: encoder-decoders, recurrent layers, models without SDPA support, models that
+    post-process the LM head's output.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        _refuse_unsupported(model)
+        _register_attention()
+        model.set_attn_implementation(ATTENTION)
+        if model.config._attn_implementation != ATTENTION:
+            raise ValueError(f"target {_name(model)} does not use transformers' AttentionInterface; use one that does")
+        model.eval()
+        self.model = model
+        self.decoder_stack: Any = model.get_decoder()
+        self.embedding: Any = model.get_input_embeddings()
+        self.lm_head: Any = model.get_output_embeddings()
+        self.config: Any = model.config.get_text_config()
+        self._kv_specs = self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in and logits come out (with a device map: the embedding's device)."""
+        device: torch.device = self.embedding.weight.device
+        return device
+
+    @property
+    def vocab_size(self) -> int:
+        """The columns of the logits."""
+        return int(self.config.vocab_size)
+
+    def new_cache(self, batch_size: int) -> TreeKVCache:
+        return TreeKVCache(self._kv_specs, batch_size)
+
+    def refuse_beyond_window(self, longest: int) -> None:
+        """Raise when `longest` tokens (prompt + new tokens + tree) exceed a window that some layers attend within."""
+        window = _attention_window(self.config)
+        if window is not None and longest > window:
+            raise ValueError(
+                f"target {_name(self.model)} has layers that see {window} tokens only, but prompt, new tokens and tree "
+                f"can reach {longest}; shorten the prompt, max_new_tokens or max_nodes"
+            )
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, lengths: Tensor, kv: TreeKVCache) -> ScoredTree:
+        """Commit prompts [B, P], row b's tokens in columns 0..lengths[b]-1, the rest padding.
+
+        Returns logits [B, 1, V] of each row's last token and features [B, P, H] of all.
+        """
+        kv.reserve(tokens.shape[1])
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        features = self._forward(tokens, positions, kv)
+        kv.kv_length = tokens.shape[1]
+        last = features[torch.arange(len(tokens), device=features.device), lengths.to(features.device) - 1]
+        return ScoredTree(self._logits(last[:, None]), features.to(self.device))
+
+    @torch.inference_mode()
+    def score(self, tree: DraftTree, prefix_lengths: Tensor, kv: TreeKVCache) -> ScoredTree:
+        """One forward over every node of the trees, each seeing its row's prefix and its own ancestors."""
+        kv.reserve(tree.capacity)
+        positions = prefix_lengths[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
+        mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix_lengths, kv.kv_length)
+        features = self._forward(tree.tokens, positions, kv, attention_mask=mask, taps_tree=True)
+        return ScoredTree(self._logits(features), features.to(self.device))
+
+    def commit(
+        self, path: Tensor, num_accepted: Tensor, prefix_lengths: Tensor, kv: TreeKVCache, kv_length: int
+    ) -> None:
+        """Keep the KV rows of the accepted paths (num_accepted -1: of none), drop the rest.
+
+        `kv_length` is the longest row's new length: the caller has it on the host.
+        """
+        kv.compact(path, num_accepted, prefix_lengths)
+        kv.kv_length = kv_length
+
+    def _forward(self, tokens: Tensor, positions: Tensor, kv: TreeKVCache, **kwargs: Any) -> Tensor:
+        output = self.decoder_stack(
+            input_ids=tokens, position_ids=positions, past_key_values=kv.cache, use_cache=True, **kwargs
+        )
+        features: Tensor = output.last_hidden_state
+        return features
+
+    def _logits(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(features)
+        return logits.to(self.device)
+
+    @torch.inference_mode()
+    def _probe(self) -> list[tuple[KVSpec, KVSpec]]:
+        """Run one token to learn each layer's KV shape and place, and that logits are lm_head(features)."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        cache = DynamicCache()
+        features = self.decoder_stack(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
+        stock = self.model(input_ids=token, use_cache=False).logits
+        if not torch.allclose(self._logits(features).float(), stock.to(self.device).float(), rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"target {_name(self.model)} changes the LM head's output (scaling or soft-capping), which tree scoring "
+                "does not repeat; use a model whose logits are lm_head(hidden states)"
+            )
+        return [(_kv_spec(layer.keys), _kv_spec(layer.values)) for layer in cache.layers]
+
+
+def tree_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    taps_tree: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over prefix and tree with un-repeated key and value heads; transformers' SDPA when no tree is given.
+
+    Shapes: query [B, heads, N, head_dim], key and value [B, kv_heads, L + N, head_dim], mask [B, 1, N, L + N].
+    """
+    if not taps_tree:
+        stock: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return stock
+    grouped = query.shape[1] != key.shape[1]
+    mask = None if attention_mask is None else attention_mask.to(query.device)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _register_attention() -> None:
+    AttentionInterface.register(ATTENTION, tree_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _kv_spec(states: Tensor) -> KVSpec:
+    return KVSpec(states.device, states.dtype, states.shape[1], states.shape[3])
+
+
+def _name(model: PreTrainedModel) -> str:
+    return type(model).__name__
+
+
+def _refuse_unsupported(model: PreTrainedModel) -> None:
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"target {_name(model)} is an encoder-decoder; tree verification needs a decoder-only model")
+    other = sorted(set(_layer_types(config)) - set(ATTENDING_LAYERS))
+    if other or getattr(model, "_is_stateful", False):
+        kinds = ", ".join(other) or "a recurrent state"
+        raise ValueError(
+            f"target {_name(model)} has {kinds}: a recurrent state cannot be taken back to an accepted branch of a tree; "
+            "use a model with attention layers only"
+        )
+    if not getattr(model, "_supports_sdpa", False):
+        raise ValueError(f"target {_name(model)} does not support SDPA attention, which tree scoring stands on")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"target {_name(model)} has no LM head; load it as AutoModelForCausalLM")
+
+
+def _layer_types(config: Any) -> Sequence[str]:
+    return getattr(config, "layer_types", None) or ()
+
+
+def _attention_window(config: Any) -> int | None:
+    """The smallest window that any layer attends within, or None when all see everything."""
+    kinds = _layer_types(config)
+    windows = []
+    if not kinds or "sliding_attention" in kinds:
+        windows.append(getattr(config, "sliding_window", None))
+    if "chunked_attention" in kinds:
+        windows.append(getattr(config, "attention_chunk_size", None))
+    return min((int(window) for window in windows if window), default=None)
