@@ -1,0 +1,129 @@
+"""Small real models, made and trained on the spot in a few seconds: targets of four families, drafters that accept.
+
+The text is a two-domain Markov language over 64 tokens: each token has four likely successors, and the domain (told by
+the first token) decides which. A drafter is an EAGLE network trained on the target's features over one domain, so that
+it accepts some of its own domain and little of the other: with random drafters losslessness would prove nothing.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
+
+VOCAB, HIDDEN, PAD, EOS = 64, 64, 0, 1
+DOMAIN_TOKENS = {"math": 2, "chat": 3}
+FIRST_WORD = 4
+SUCCESSOR_PROBABILITIES = (0.62, 0.23, 0.1, 0.05)
+FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+}
+
+
+def new_target(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    """An untrained target of the family: 2 layers, hidden 64, 4 heads over 2 key-value heads."""
+    config_class, model_class, extra = FAMILIES[family]
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "pad_token_id": PAD,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    model: PreTrainedModel = model_class(config_class(**{**sizes, **extra, **overrides}))
+    return model.eval()
+
+
+def sentences(domain: str, count: int, length: int, seed: int) -> Tensor:
+    """int64 [count, length]: the domain's token, then words of its Markov chain; EOS now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = torch.Generator().manual_seed(DOMAIN_TOKENS[domain])
+    successors = torch.stack(
+        [FIRST_WORD + torch.randperm(VOCAB - FIRST_WORD, generator=tables)[:4] for _ in range(VOCAB)]
+    )
+    text = torch.empty(count, length, dtype=torch.int64)
+    text[:, 0] = DOMAIN_TOKENS[domain]
+    text[:, 1] = torch.randint(FIRST_WORD, VOCAB, (count,), generator=generator)
+    for column in range(2, length):
+        pick = torch.multinomial(torch.tensor(SUCCESSOR_PROBABILITIES), count, replacement=True, generator=generator)
+        text[:, column] = successors[text[:, column - 1], pick]
+        ends = torch.rand(count, generator=generator) < 0.01
+        text[ends, column] = EOS
+    return text
+
+
+def prompts(count: int, longest: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Left-padded prompts of both domains in turn, of different lengths: input_ids and attention_mask [count, longest]."""
+    rows = [
+        sentences(("math", "chat")[row % 2], 1, longest - 2 * (row % 5), seed=1000 + seed + row) for row in range(count)
+    ]
+    ids = torch.full((count, longest), PAD)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(rows):
+        ids[row, longest - text.shape[1] :] = text[0]
+        mask[row, longest - text.shape[1] :] = 1
+    return ids, mask
+
+
+@cache
+def trained_target(family: str = "llama") -> PreTrainedModel:
+    """A target that has learnt the language of both domains."""
+    torch.manual_seed(0)
+    model = new_target(family)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(90):
+        batch = torch.cat([sentences(domain, 12, 40, seed=step) for domain in DOMAIN_TOKENS])
+        logits = model(input_ids=batch[:, :-1]).logits
+        F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.requires_grad_(False)
+
+
+@cache
+def trained_drafters(family: str = "llama") -> dict[str, EagleDrafter]:
+    """A specialist a domain for `trained_target(family)`."""
+    return {domain: _train_drafter(trained_target(family), domain, seed) for seed, domain in enumerate(DOMAIN_TOKENS)}
+
+
+def _train_drafter(target: PreTrainedModel, domain: str, seed: int) -> EagleDrafter:
+    torch.manual_seed(100 + seed)
+    network = EagleNetwork(EagleConfig.for_target(target.config))
+    embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3)
+    for step in range(45):
+        tokens = sentences(domain, 12, 40, seed=5000 + step)
+        features = target.get_decoder()(input_ids=tokens).last_hidden_state
+        positions = torch.arange(tokens.shape[1] - 1)[None]
+        output = network(embedding(tokens[:, 1:]), features[:, :-1], positions)
+        soft = lm_head(features[:, 1:]).softmax(-1)
+        loss = F.smooth_l1_loss(output, features[:, 1:]) - (soft * lm_head(output).log_softmax(-1)).sum(-1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return EagleDrafter(network.requires_grad_(False).eval(), embedding, lm_head, domain)

@@ -1,0 +1,161 @@
+"""The plain way that the benchmarks measure against computes the same answers as the specification."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import cases
+import plain
+import provenance
+import timing
+
+from taps_ext import reference
+from taps_ext.sampling import SamplingParams
+from taps_ext.tree import DraftTree
+
+SIZES = (1, 2, 26, 60, 119, 512)
+SEEDS = (0, 1, 2)
+
+
+def _pruned(num_nodes: int, seed: int) -> tuple[plain.Pool, DraftTree]:
+    pool = cases.grow_pool(seed, cases.branching_for(num_nodes))
+    return pool, reference.prune_tree(cases.as_tree(pool), num_nodes)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("num_nodes", SIZES)
+def test_plain_pruning_keeps_the_same_tokens_and_parents(num_nodes: int, seed: int) -> None:
+    pool, expected = _pruned(num_nodes, seed)
+    tokens, parents = plain.prune(pool, num_nodes)
+    assert tokens.tolist() == expected.tokens[0].tolist()
+    assert parents == expected.parents[0].tolist()
+
+
+@pytest.mark.parametrize("method", [plain.tree_work, plain.tree_work_lean])
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("num_nodes", SIZES)
+def test_plain_tree_work_gives_the_same_mask_depths_and_paths(num_nodes: int, seed: int, method: object) -> None:
+    pool, tree = _pruned(num_nodes, seed)
+    tokens, mask, depths, paths = method(pool, num_nodes, 5)  # type: ignore[operator]
+    assert torch.equal(tokens, tree.tokens[0])
+    assert torch.equal(mask, reference.tree_attention_mask(tree.parents, tree.num_nodes, torch.tensor([5]), 5))
+    assert torch.equal(depths, reference.tree_depths(tree.parents, tree.num_nodes)[0])
+    expected = reference.tree_paths(tree.parents, tree.num_nodes, max_depth=int(depths.max()))[0]
+    assert torch.equal(paths, expected[: len(paths)])
+    assert (expected[len(paths) :] == -1).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_plain_merging_gives_the_same_union(seed: int) -> None:
+    trees = [reference.prune_tree(cases.as_tree(cases.grow_pool(s, 10, vocabulary=12)), 60) for s in (seed, seed + 10)]
+    stacked = [torch.stack([getattr(tree, name)[0] for tree in trees]) for name in ("tokens", "parents", "scores")]
+    expected = reference.merge_trees(*(field[None] for field in stacked), torch.full((1, 2), 60)).tree
+    tokens, parents, proposers = plain.merge(stacked[0], stacked[1])
+    count = int(expected.num_nodes)
+    assert 60 < count < 119
+    assert tokens == expected.tokens[0, :count].tolist()
+    assert parents == expected.parents[0, :count].tolist()
+    assert expected.proposers is not None
+    assert proposers == expected.proposers[0, :count].tolist()
+
+
+def test_plain_expansion_gives_the_same_children() -> None:
+    logits, scores = cases.random_logits(1, 10, 1000, torch.float32), torch.linspace(-0.1, -3, 10)[None]
+    expected = reference.expand_frontier(logits, scores, 10)
+    tokens, cumulative, frontier, entropies = plain.expand(logits[0], scores[0], 10)
+    assert torch.equal(tokens, expected.tokens[0])
+    assert torch.equal(frontier, expected.frontier[0])
+    # float32 sums of 1,000 terms against float64
+    torch.testing.assert_close(cumulative, expected.scores[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropies, expected.entropies[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+def test_plain_greedy_verification_accepts_the_same_path(rows: int) -> None:
+    case = cases.verify_case(cases.random_logits(1, 60, 500, torch.float32), rows, SamplingParams(temperature=0.0))
+    s = case.sampling
+    parameters = (s.temperature, s.top_k, s.top_p, s.min_p, s.seeds, case.positions)
+    expected = reference.verify_tree(case.logits, case.tree, *parameters)
+    paths = reference.tree_paths(case.tree.parents, case.tree.num_nodes)[0]
+    path, bonus = plain.verify_greedy(case.logits[0], case.tree.tokens[0], paths)
+    assert path == case.path == expected.path[0, :rows].tolist()
+    assert bonus == int(expected.bonus_tokens)
+
+
+@pytest.mark.parametrize("method", [plain.verify_sampled, plain.verify_sampled_lazily])
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_both_sides_of_the_sampling_benchmark_visit_the_rows_that_it_names(rows: int, method: object) -> None:
+    case = cases.verify_case(cases.random_logits(2, 60, 500, torch.float32), rows)
+    ours = case.ours()
+    for row in range(2):
+        assert ours.path[row, :rows].tolist() == case.path
+        assert int(ours.num_accepted[row]) == rows - 1
+        tokens, parents = case.tree.tokens[row].tolist(), case.tree.parents[row].tolist()
+        path, _ = method(case.logits[row], tokens, parents, 1.0, case.uniforms())  # type: ignore[operator]
+        assert path == case.path
+
+
+def test_plain_sampling_is_lossless() -> None:
+    """The first emitted token follows the target's distribution: chi-square with 7 degrees of freedom."""
+    draws, logits = 8000, torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    expected = torch.softmax(logits[0], -1) * draws
+    tokens, parents = [0, 3, 5, 1], [-1, 0, 0, 1]
+    uniform, counts = random.Random(0).random, torch.zeros(8)
+    for _ in range(draws):
+        path, bonus = plain.verify_sampled(logits, tokens, parents, 1.0, uniform)
+        counts[tokens[path[1]] if len(path) > 1 else bonus] += 1
+    assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # exceeded once in a thousand seeds
+
+
+def test_plain_compaction_moves_the_same_rows() -> None:
+    kv = torch.randn(4, 2, 3, 12, 5, generator=torch.Generator().manual_seed(0))
+    expected, path = kv.clone(), torch.tensor([[0, 2, 4, -1, -1], [0, 1, -1, -1, -1]])
+    reference.compact_kv(expected, path, torch.tensor([2, 1]), torch.tensor([3, 6]), 6)
+    plain.compact(kv, [0, 2, 4], 3, 6, row=0)
+    plain.compact(kv, [0, 1], 6, 6, row=1)
+    assert torch.equal(kv, expected)
+
+
+def test_comparison_alternates_its_sides_on_one_thread() -> None:
+    calls: list[str] = []
+    threads = torch.get_num_threads()
+    comparison = timing.compare(
+        lambda: calls.append(f"ours {torch.get_num_threads()}"),
+        lambda: calls.append(f"plain {torch.get_num_threads()}"),
+        pairs=3,
+    )
+    runs = [call for call, before in zip(calls, [None, *calls], strict=False) if call != before]
+    assert runs == ["ours 1", "plain 1"] * 4  # the warm-up, then three pairs
+    assert comparison.ratio.count == 3
+    assert torch.get_num_threads() == threads
+
+
+def test_spread_gives_median_and_quartiles() -> None:
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == timing.Spread(3.0, 2.0, 4.0, 5)
+
+
+def test_provenance_names_no_path_and_no_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "bench_ops.py"), "--output", str(tmp_path / "ops.json")])
+    found = provenance.provenance()
+    text = json.dumps(found)
+    assert found["command"] == "python benchmarks/bench_ops.py --output ops.json"
+    for private in (str(tmp_path), str(Path.home()), str(provenance.ROOT), platform.node()):
+        assert private not in text
+
+
+def test_results_are_replaced_whole(tmp_path: Path) -> None:
+    target = tmp_path / "results" / "ops.json"
+    provenance.write_json(target, {"a": 1})
+    with pytest.raises(TypeError):
+        provenance.write_json(target, {"a": object()})
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert list(target.parent.iterdir()) == [target]

@@ -1,0 +1,196 @@
+"""The command line, run for real on small models that the tests save to folders."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_models
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import taps_ext as taps
+from taps_ext.cli import main
+
+PROMPT = "t2 t10 t11 t12"
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A target with its tokenizer and two drafters, as a user has them on disk."""
+    root = tmp_path_factory.mktemp("models")
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(small_models.VOCAB)}, unk_token="t4"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(root / "target")
+    target = small_models.trained_target()
+    target.save_pretrained(root / "target")
+    for name, drafter in small_models.trained_drafters().items():
+        taps.drafters.save_drafter(
+            drafter.network, root / name, embedding=target.get_input_embeddings(), target_config=target.config
+        )
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def generate(run, model_folders):
+    """`taps-ext generate` on the small models."""
+
+    def generate(*arguments: str, prompt: tuple[str, ...] = ("--prompt", PROMPT)) -> tuple[int, str, str]:
+        drafters = [f"--drafter={name}={model_folders[name]}" for name in ("math", "chat")]
+        return run("generate", "--target", model_folders["target"], *drafters, *prompt, *arguments)
+
+    return generate
+
+
+def in_new_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_import_needs_the_four_libraries_only_and_no_native_module() -> None:
+    absent = ["typer", "rich", "matplotlib", "accelerate", "datasets", "hypothesis", "taps_ext._C"]
+    use_all = "import taps_ext; [getattr(taps_ext, name) for name in taps_ext.__all__]"
+    done = in_new_python(f"import sys; sys.modules.update(dict.fromkeys({absent})); {use_all}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_version_is_the_one_in_the_metadata() -> None:
+    assert taps.__version__ == importlib.metadata.version("taps_ext")
+
+
+def test_without_typer_the_command_line_names_the_extra() -> None:
+    done = in_new_python("import sys; sys.modules['typer'] = None; import taps_ext.cli")
+    assert done.returncode == 2
+    assert done.stderr == "taps-ext: the command line needs typer: pip install 'taps_ext[cli]'\n"
+
+
+def test_info_says_what_was_built_and_why(run) -> None:
+    code, out, err = run("info", "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "")
+    assert facts["versions"]["torch"] == importlib.metadata.version("torch")
+    assert facts["native"]["available"]
+    assert facts["native"]["reason"] is None
+    assert facts["native"]["build"]["torch"] == torch.__version__
+    assert facts["cuda"]["reason"] == facts["native"]["build"]["cuda_reason"]
+    assert facts["num_threads"] == torch.get_num_threads()
+
+
+def test_info_for_people_holds_the_same_facts(run) -> None:
+    code, out, _ = run("info")
+    assert code == 0
+    assert torch.__version__ in out
+    assert "CUDA ops" in out
+
+
+def test_info_says_why_the_native_module_is_missing() -> None:
+    code = "import sys; sys.modules['taps_ext._C'] = None; from taps_ext.cli import main; main(['info', '--json'])"
+    done = in_new_python(code)
+    native = json.loads(done.stdout)["native"]
+    assert done.returncode == 0
+    assert not native["available"]
+    assert "make build" in native["reason"]
+
+
+@pytest.mark.parametrize("composition", ["single", "confidence", "entropy", "merged"])
+def test_generate_prints_the_text_of_plain_decoding_as_json(generate, composition: str) -> None:
+    single = ["--single-drafter", "math"] if composition == "single" else []
+    code, out, err = generate("--composition", composition, *single, "--max-new-tokens", "20", "--json")
+    result = json.loads(out)
+    prompt = torch.tensor([[2, 10, 11, 12]])
+    plain = taps.plain_generate(small_models.trained_target(), prompt, max_new_tokens=20)
+    assert code == 0, err
+    assert result["new_tokens"] == plain.new_tokens[0]
+    assert result["text"] == " ".join(f"t{token}" for token in plain.new_tokens[0])
+    assert result["finish_reason"] == plain.finish_reasons[0]
+    assert result["stats"]["num_target_forwards"] == result["stats"]["num_steps"] + 1
+    assert result["stats"]["acceptance_length"] > 1
+
+
+def test_generate_samples_by_seed(generate) -> None:
+    def text(seed: str) -> str:
+        return json.loads(generate("--temperature", "1", "--top-k", "20", "--seed", seed, "--json")[1])["text"]
+
+    assert text("3") == text("3")
+    assert text("3") != text("4")
+
+
+def test_generate_streams_the_same_text_and_then_the_figures(generate) -> None:
+    result = json.loads(generate("--max-new-tokens", "24", "--json")[1])
+    code, out, _ = generate("--max-new-tokens", "24")
+    text, _, figures = out.partition("\n\n")
+    assert code == 0
+    assert text == result["text"]
+    assert f"{result['stats']['acceptance_length']:.2f} tokens a step" in figures
+    assert f"{result['stats']['num_target_forwards']} for {len(result['new_tokens'])} tokens" in figures
+
+
+def test_the_prompt_may_come_from_a_file_or_from_standard_input(generate, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "prompt.txt").write_text(PROMPT)
+    texts = [json.loads(generate("--json")[1])["text"]]
+    texts += [json.loads(generate("--json", prompt=("--prompt-file", str(tmp_path / "prompt.txt")))[1])["text"]]
+    with (tmp_path / "prompt.txt").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        texts += [json.loads(generate("--json", prompt=())[1])["text"]]
+    assert len(set(texts)) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--composition", "average"], "composition must be one of single, confidence, entropy, merged"),
+        (["--drafter", "nameless"], "NAME=FOLDER-OR-HUB-ID, got 'nameless'"),
+        (["--drafter", "math=twice"], "'math' is given twice"),
+        (["--prompt-file", "p"], "not both"),
+        (["--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+        (["--temperature", "-1"], "temperature must be finite and at least 0, got -1.0"),
+        (["--top-p", "1.5"], "top_p must be between 0 and 1"),
+        (["--branching", "0"], "TreeShape.branching must be an integer of at least 1, got 0"),
+        (["--target", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--prompt", "   "], "the prompt is empty"),
+    ],
+)
+def test_an_expected_error_is_one_sentence_and_exit_code_2(generate, arguments: list[str], said: str) -> None:
+    code, out, err = generate(*arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.startswith("taps-ext: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_missing_device_is_said_before_the_model_is_loaded(generate) -> None:
+    code, _, err = generate("--device", "cuda")
+    assert code == 2
+    assert "finds no CUDA device; use --device cpu" in err
+
+
+def test_a_target_other_than_tiny_needs_a_drafter(run, model_folders) -> None:
+    code, _, err = run("generate", "--target", model_folders["target"], "--prompt", PROMPT)
+    assert code == 2
+    assert "give at least one drafter" in err
+
+
+def test_the_installed_command_explains_itself() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("taps-ext"), "--help"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("demo", "generate", "info"))

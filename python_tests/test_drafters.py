@@ -1,0 +1,392 @@
+"""The EAGLE-2 drafter against a literal one: no cache, no mask, every node's whole context computed anew in float64."""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from taps_ext import native
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
+from taps_ext.tree import DraftTree, TreeShape
+
+V, H = 61, 32
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason="the native module is not built")
+
+
+@pytest.fixture(scope="module")
+def target() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=H,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=V,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def make_drafter(target: LlamaForCausalLM, seed: int = 1, **overrides: Any) -> EagleDrafter:
+    torch.manual_seed(seed)
+    network = EagleNetwork(EagleConfig.for_target(target.config, **overrides))
+    for parameter in network.parameters():  # larger than torch's defaults: peaked distributions, visible differences
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    network.requires_grad_(False).double()  # what is compared is the algorithm, not the rounding of float32
+    return EagleDrafter(network, target.get_input_embeddings(), target.get_output_embeddings(), "test")
+
+
+class Text:
+    """Rows of random text with the target's true features, fed to a drafter piece by piece."""
+
+    def __init__(self, target: LlamaForCausalLM, batch_size: int, length: int, seed: int = 5) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.tokens = torch.randint(0, V, (batch_size, length), generator=generator)
+        with torch.no_grad():
+            self.features = target.model(self.tokens).last_hidden_state
+        self.fed = [0] * batch_size
+
+    def feed(self, drafter: EagleDrafter, state: Any, counts: list[int], padding: int = 2) -> None:
+        """Observe the next counts[b] slots of each row, in a block with garbage behind each row's end."""
+        size = max(counts) + padding
+        features = torch.full((len(counts), size, H), math.nan)
+        next_tokens = torch.full((len(counts), size), -7)
+        for b, (start, count) in enumerate(zip(self.fed, counts, strict=True)):
+            features[b, :count] = self.features[b, start : start + count]
+            next_tokens[b, :count] = self.tokens[b, start + 1 : start + 1 + count]
+            self.fed[b] += count
+        drafter.observe(state, features, next_tokens, torch.tensor(counts))
+
+    def roots(self) -> Tensor:
+        return torch.stack([self.tokens[b, fed] for b, fed in enumerate(self.fed)])
+
+    def propose(
+        self, drafter: EagleDrafter, state: Any, shape: TreeShape, active: list[bool] | None = None
+    ) -> DraftTree:
+        return drafter.propose(state, self.roots(), shape, torch.tensor(active or [True] * len(self.fed)))
+
+
+# --- the literal drafter -------------------------------------------------------------------------------------------
+
+
+def literal_layer(drafter: EagleDrafter, features: Tensor, tokens: Tensor) -> Tensor:
+    """float64 [T, H]: the network over slots 0..T-1, from the weights and the formulas alone."""
+    config = drafter.network.config
+    weights = {name: weight.double() for name, weight in drafter.network.state_dict().items()}
+    attention = {part: weights[f"layers.0.self_attn.{part}_proj.weight"] for part in "qkvo"}
+    x = torch.cat((drafter.embedding.weight[tokens].double(), features), -1) @ weights["fc.weight"].T
+    if "fc.bias" in weights:
+        x = x + weights["fc.bias"]
+    length, size = x.shape[0], config.head_dim
+    angles = torch.outer(torch.arange(length).double(), drafter.network.rotary.inv_freq.double()).repeat(1, 2)
+
+    def heads(part: str, rotate: bool) -> Tensor:
+        y = (x @ attention[part].T).view(length, -1, size).transpose(0, 1)
+        if rotate:
+            y = y * angles.cos() + torch.cat((-y[..., size // 2 :], y[..., : size // 2]), -1) * angles.sin()
+        return y.repeat_interleave(config.num_attention_heads // y.shape[0], 0)
+
+    scores = heads("q", True) @ heads("k", True).transpose(1, 2) / math.sqrt(size)
+    future = torch.ones(length, length).triu(1).bool()
+    read = scores.masked_fill(future, -math.inf).softmax(-1) @ heads("v", False)
+    h = x + read.transpose(0, 1).reshape(length, -1) @ attention["o"].T
+    norm = h / (h.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
+    norm = norm * weights["layers.0.post_attention_layernorm.weight"]
+    gate, up, down = (weights[f"layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return h + (torch.nn.functional.silu(norm @ gate.T) * (norm @ up.T)) @ down.T
+
+
+def literal_output(drafter: EagleDrafter, features: Tensor, tokens: Tensor, path: list[int]) -> Tensor:
+    """The output behind the drafted tokens `path`: its slots take the outputs before them as features."""
+    features, tokens = features.double(), tokens.clone()
+    for token in path:
+        guess = literal_layer(drafter, features, tokens)[-1:]
+        features, tokens = torch.cat((features, guess)), torch.cat((tokens, torch.tensor([token])))
+    return literal_layer(drafter, features, tokens)[-1]
+
+
+def literal_tree(drafter: EagleDrafter, features: Tensor, tokens: Tensor, shape: TreeShape) -> list[tuple[Any, ...]]:
+    """EAGLE-2 by the book: (path, score, entropy) of the kept nodes in level order, the root left out."""
+    pool: list[tuple[list[int], float, float]] = []
+    frontier: list[tuple[list[int], float]] = [([], 0.0)]
+    for _ in range(shape.depth):
+        level = []
+        for path, score in frontier:
+            logits = drafter.lm_head.weight.double() @ literal_output(drafter, features, tokens, path)
+            log_probs = logits.log_softmax(-1)
+            entropy = float(-(log_probs.exp() * log_probs).sum())
+            best = log_probs.topk(min(shape.branching, V))
+            for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+                level.append(([*path, token], score + value, entropy))
+        pool += level
+        frontier = [node[:2] for node in sorted(level, key=lambda node: -node[1])[: shape.branching]]
+    kept = sorted(range(len(pool)), key=lambda i: -pool[i][1])[: shape.max_nodes - 1]
+    return [pool[i] for i in sorted(kept)]
+
+
+def paths_of(tree: DraftTree, row: int) -> list[tuple[list[int], float, float]]:
+    tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
+    paths: list[list[int]] = [[]]
+    for node in range(1, int(tree.num_nodes[row])):
+        paths.append([*paths[parents[node]], tokens[node]])
+    assert tree.entropies is not None
+    return [(paths[i], float(tree.scores[row, i]), float(tree.entropies[row, i])) for i in range(1, len(paths))]
+
+
+def assert_same_tree(found: list[tuple[Any, ...]], expected: list[tuple[Any, ...]]) -> None:
+    assert [node[0] for node in found] == [node[0] for node in expected]
+    for position in (1, 2):  # scores and entropies
+        numbers = torch.tensor([[node[position] for node in nodes] for nodes in (found, expected)])
+        torch.testing.assert_close(numbers[0], numbers[1], atol=1e-5, rtol=1e-5)
+
+
+# --- claims --------------------------------------------------------------------------------------------------------
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"num_key_value_heads": 4, "fc_bias": True},
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "head_dim": 16},
+    ],
+    ids=["gqa", "bias", "llama3-rope"],
+)
+def test_incremental_trees_of_a_ragged_batch_equal_full_recomputation(target: LlamaForCausalLM, overrides: Any) -> None:
+    drafter = make_drafter(target, **overrides)
+    text, state, shape = Text(target, 3, 40), drafter.reset(3), TreeShape(depth=4, branching=3, max_nodes=14)
+    for counts in ([9, 4, 14], [1, 3, 2], [0, 5, 1], [4, 1, 0]):
+        text.feed(drafter, state, counts)
+        tree = text.propose(drafter, state, shape)
+        tree.validate()
+        assert tree.tokens[:, 0].equal(text.roots())
+        for b, fed in enumerate(text.fed):
+            expected = literal_tree(drafter, text.features[b, :fed], text.tokens[b, 1 : fed + 1], shape)
+            assert_same_tree(paths_of(tree, b), expected)
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [TreeShape(1, 4, 3), TreeShape(1, 1, 1), TreeShape(3, 1, 60), TreeShape(3, 200, 70)])
+def test_every_tree_shape_equals_full_recomputation(target: LlamaForCausalLM, shape: TreeShape) -> None:
+    drafter = make_drafter(target)
+    text, state = Text(target, 1, 12), drafter.reset(1)
+    text.feed(drafter, state, [7])
+    tree = text.propose(drafter, state, shape)
+    branching = min(shape.branching, V)
+    assert tree.capacity == min(shape.max_nodes, 1 + branching + (shape.depth - 1) * branching**2)
+    if branching < V:
+        expected = literal_tree(drafter, text.features[0, :7], text.tokens[0, 1:8], shape)
+        assert_same_tree(paths_of(tree, 0), expected)
+
+
+@needs_native
+def test_a_row_drafts_the_same_alone_and_in_a_batch(target: LlamaForCausalLM) -> None:
+    drafter, shape = make_drafter(target), TreeShape(4, 4, 20)
+    together, alone = Text(target, 3, 40), Text(target, 3, 40)
+    batch_state, states = drafter.reset(3), [drafter.reset(1) for _ in range(3)]
+    for counts in ([12, 3, 7], [1, 2, 0], [2, 4, 1]):
+        together.feed(drafter, batch_state, counts)
+        tree = together.propose(drafter, batch_state, shape)
+        for b in range(3):
+            start, stop = alone.fed[b], alone.fed[b] + counts[b]
+            alone.fed[b] = stop
+            if counts[b]:
+                drafter.observe(
+                    states[b],
+                    alone.features[b : b + 1, start:stop],
+                    alone.tokens[b : b + 1, start + 1 : stop + 1],
+                    torch.tensor(counts[b : b + 1]),
+                )
+            single = drafter.propose(states[b], alone.tokens[b : b + 1, stop], shape, torch.tensor([True]))
+            assert_same_tree(paths_of(tree, b), paths_of(single, 0))
+
+
+@needs_native
+def test_inactive_rows_get_only_their_root(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    text, state = Text(target, 3, 20), drafter.reset(3)
+    text.feed(drafter, state, [5, 0, 3])  # row 1 has observed nothing at all
+    tree = text.propose(drafter, state, TreeShape(3, 3, 10), [True, False, False])
+    tree.validate()
+    assert tree.num_nodes.tolist() == [10, 1, 1]
+    assert tree.tokens[:, 0].equal(text.roots())
+
+
+@needs_native
+def test_proposing_leaves_the_committed_state_as_it_was(target: LlamaForCausalLM) -> None:
+    drafter, shape = make_drafter(target), TreeShape(4, 3, 20)
+    eager, lazy = Text(target, 2, 30), Text(target, 2, 30)
+    eager_state, lazy_state = drafter.reset(2), drafter.reset(2)
+    for counts in ([8, 5], [2, 1], [1, 4]):
+        eager.feed(drafter, eager_state, counts)
+        first, second = (eager.propose(drafter, eager_state, shape) for _ in range(2))
+        assert first.tokens.equal(second.tokens)
+        assert first.scores.equal(second.scores)
+        lazy.feed(drafter, lazy_state, counts)
+    assert eager_state.last_output.equal(lazy_state.last_output)
+    assert eager.propose(drafter, eager_state, shape).scores.equal(lazy.propose(drafter, lazy_state, shape).scores)
+
+
+@needs_native
+def test_the_cache_moves_only_when_it_doubles(target: LlamaForCausalLM) -> None:
+    drafter, shape = make_drafter(target), TreeShape(3, 4, 12)
+    text, state = Text(target, 2, 420), drafter.reset(2)
+    text.feed(drafter, state, [180, 3])
+    capacities, addresses = [], set()
+    for _ in range(40):
+        text.propose(drafter, state, shape)
+        text.feed(drafter, state, [5, 2])
+        capacities.append(state.capacity)
+        addresses.add((state.capacity, state.keys.data_ptr(), state.values.data_ptr()))
+    assert sorted(set(capacities)) == [256, 512]
+    assert len(addresses) == 2
+    fed = text.fed[0]
+    expected = literal_tree(drafter, text.features[0, :fed], text.tokens[0, 1 : fed + 1], TreeShape(2, 2, 5))
+    assert_same_tree(paths_of(text.propose(drafter, state, TreeShape(2, 2, 5)), 0), expected)
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises when a value is read on the host, or a shape depends on one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in {"_local_scalar_dense", "nonzero", "masked_select", "equal"}, f"{name} reads the device"
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+def test_proposing_reads_nothing_on_the_host(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    text, state = Text(target, 2, 20), drafter.reset(2)
+    text.feed(drafter, state, [6, 9])
+    roots, active = text.roots(), torch.tensor([True, False])
+    with NoHostRead():
+        drafter.propose(state, roots, TreeShape(4, 3, 20), active)
+
+
+@needs_native
+def test_two_threads_on_one_drafter_propose_what_two_runs_propose(target: LlamaForCausalLM) -> None:
+    drafter, shape = make_drafter(target), TreeShape(4, 4, 24)
+
+    def run(seed: int) -> list[Tensor]:
+        text, state = Text(target, 2, 60, seed), drafter.reset(2)
+        trees = []
+        for counts in ([20, 9], *([[1, 2], [3, 1]] * 8)):
+            text.feed(drafter, state, counts)
+            trees.append(text.propose(drafter, state, shape).tokens)
+        return trees
+
+    expected = {seed: run(seed) for seed in range(4)}
+    found: dict[int, list[Tensor]] = {}
+    threads = [threading.Thread(target=lambda seed=seed: found.update({seed: run(seed)})) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, trees in expected.items():
+        assert all(a.equal(b) for a, b in zip(trees, found[seed], strict=True))
+
+
+@needs_native
+def test_states_made_in_inference_mode_go_on_outside_of_it(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    text = Text(target, 1, 20)
+    with torch.inference_mode():
+        state = drafter.reset(1)
+        text.feed(drafter, state, [5])
+        text.propose(drafter, state, TreeShape(3, 3, 10))
+    text.feed(drafter, state, [3])
+    text.propose(drafter, state, TreeShape(3, 3, 10)).validate()
+
+
+@needs_native
+def test_a_bfloat16_target_is_drafted_for_in_bfloat16(target: LlamaForCausalLM) -> None:
+    torch.manual_seed(3)
+    half = LlamaForCausalLM(target.config).to(torch.bfloat16)
+    network = EagleNetwork(EagleConfig.for_target(half.config)).to(torch.bfloat16)
+    assert network.rotary.inv_freq.dtype == torch.float32
+    drafter = EagleDrafter(network, half.get_input_embeddings(), half.get_output_embeddings())
+    text, state = Text(target, 2, 20), drafter.reset(2)
+    text.feed(drafter, state, [5, 7])
+    assert state.keys.dtype == torch.bfloat16
+    text.propose(drafter, state, TreeShape(3, 3, 10)).validate()
+
+
+def test_zero_tokens_change_nothing(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    text, state = Text(target, 2, 20), drafter.reset(2)
+    text.feed(drafter, state, [4, 6])
+    before = (state.lengths, state.last_output, state.kv_length, state.keys.clone())
+    text.feed(drafter, state, [0, 0])
+    assert state.lengths is before[0]
+    assert state.last_output is before[1]
+    assert state.kv_length == before[2]
+    assert state.keys.equal(before[3])
+
+
+def test_observing_gives_what_the_training_forward_gives(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    text, state = Text(target, 1, 12), drafter.reset(1)
+    for count in (5, 1, 3):
+        text.feed(drafter, state, [count])
+    embeddings = drafter.embedding(text.tokens[:, 1:10])
+    out = drafter.network(embeddings.double(), text.features[:, :9].double(), torch.arange(9)[None])
+    torch.testing.assert_close(state.last_output, out[:, -1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_training_forward_is_its_stages_and_reaches_every_parameter(target: LlamaForCausalLM) -> None:
+    network = EagleNetwork(EagleConfig.for_target(target.config, fc_bias=True, qkv_bias=True))
+    embeddings, features = torch.randn(2, 2, 6, H)
+    positions = torch.arange(6)[None]
+    x = network.project(embeddings, features)
+    query, key, value = network.qkv(x, positions)
+    # a second stream of keys, switched off by the mask, changes nothing: how HASS composes the stages
+    causal = torch.ones(6, 6).tril().bool()
+    mask = torch.cat((causal, torch.zeros(6, 6, dtype=torch.bool)), 1)
+    out = network.finish(x, network.attend(query, torch.cat((key, key), 2), torch.cat((value, value), 2), mask))
+    torch.testing.assert_close(out, network(embeddings, features, positions), atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_the_drafter_holds_the_targets_own_embedding_and_lm_head(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    assert drafter.embedding.weight.data_ptr() == target.get_input_embeddings().weight.data_ptr()
+    assert drafter.lm_head.weight.data_ptr() == target.get_output_embeddings().weight.data_ptr()
+    assert not any("embed" in key or "head" in key for key in drafter.network.state_dict())
+
+
+def test_misshapen_observations_are_refused_in_a_sentence(target: LlamaForCausalLM) -> None:
+    drafter = make_drafter(target)
+    state, features, tokens = drafter.reset(2), torch.zeros(2, 3, H), torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"features must be \[2, 3, 32\], got \[2, 3, 31\]"):
+        drafter.observe(state, features[..., :-1], tokens, torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=r"next_tokens must be \[2, T\], got \[1, 3\]"):
+        drafter.observe(state, features, tokens[:1], torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=r"num_tokens must be \[2\], got \[1\]"):
+        drafter.observe(state, features, tokens, torch.tensor([1]))
+    with pytest.raises(ValueError, match=r"num_tokens must lie in 0\.\.3 \(the slots given\), got 4"):
+        drafter.observe(state, features, tokens, torch.tensor([1, 4]))
+
+
+def test_a_rope_that_depends_on_the_text_length_is_refused(target: LlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match="rope type must be one of default, linear, llama3, yarn, got dynamic"):
+        EagleConfig.for_target(target.config, rope_scaling={"rope_type": "dynamic", "factor": 2.0})

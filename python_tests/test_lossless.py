@@ -1,0 +1,228 @@
+"""The proofs of losslessness: the text is the target's own, whatever drafts.
+
+Drafters that accept make them worth something: `test_the_proofs_are_not_hollow` asserts that they do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from small_models import FAMILIES, PAD, new_target, prompts, trained_drafters, trained_target
+from torch import Tensor
+
+import taps_ext as taps
+from taps_ext import decoder as decoder_module
+from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
+from taps_ext.kv_cache import FIRST_CAPACITY
+from taps_ext.verification import Acceptance, verify
+
+SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)
+COMPOSITIONS = ("single", "confidence", "entropy", "merged")
+SAMPLINGS = {
+    f"T={temperature} {name}": taps.SamplingParams(temperature=temperature, seed=11, **filters)
+    for temperature in (0.7, 1.0)
+    for name, filters in {
+        "unfiltered": {},
+        "top_k": {"top_k": 8},
+        "top_p": {"top_p": 0.8},
+        "min_p": {"min_p": 0.1},
+        "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.05},
+    }.items()
+}
+
+
+def make_decoder(family: str = "llama", composition: str = "merged", **kwargs: object) -> taps.SpeculativeDecoder:
+    drafter = "math" if composition == "single" else None
+    return taps.SpeculativeDecoder(
+        trained_target(family), trained_drafters(family), composition, drafter=drafter, **{"shape": SHAPE, **kwargs}
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_that_of_stock_generate(family: str, composition: str, batch_size: int) -> None:
+    ids, mask = prompts(batch_size)
+    stock = trained_target(family).generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
+    result = make_decoder(family, composition).generate(ids, mask, max_new_tokens=40)
+    assert torch.equal(result.sequences, stock)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(
+    composition: str, sampling: taps.SamplingParams
+) -> None:
+    ids, mask = prompts(4)
+    plain = taps.plain_generate(trained_target(), ids, mask, sampling=sampling, max_new_tokens=32)
+    result = make_decoder(composition=composition).generate(ids, mask, sampling=sampling, max_new_tokens=32)
+    assert torch.equal(result.sequences, plain.sequences)
+    assert result.finish_reasons == plain.finish_reasons
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_text_does_not_depend_on_the_tree(family: str) -> None:
+    ids, mask = prompts(3)
+    sampling = taps.SamplingParams(temperature=1.0, seed=5)
+    shapes = [taps.TreeShape(1, 1, 2), taps.TreeShape(3, 2, 8), taps.TreeShape(6, 5, 40)]
+    texts = [
+        make_decoder(family, shape=shape).generate(ids, mask, sampling=sampling, max_new_tokens=24).sequences
+        for shape in shapes
+    ]
+    texts.append(make_decoder(family, max_nodes=9).generate(ids, mask, sampling=sampling, max_new_tokens=24).sequences)
+    assert all(torch.equal(text, texts[0]) for text in texts)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rows_text_does_not_depend_on_its_neighbours(temperature: float) -> None:
+    ids, mask = prompts(5)
+    decoder = make_decoder()
+    together = decoder.generate(ids, mask, sampling=taps.SamplingParams(temperature, seed=3), max_new_tokens=30)
+    for row in range(5):
+        alone = decoder.generate(
+            ids[row : row + 1],
+            mask[row : row + 1],
+            sampling=taps.SamplingParams(temperature, seed=3 + row),
+            max_new_tokens=30,
+        )
+        assert alone.new_tokens[0] == together.new_tokens[row]
+        assert alone.stats.num_accepted[0] == together.stats.num_accepted[row]
+
+
+def test_rows_with_their_own_parameters_equal_single_runs() -> None:
+    ids, mask = prompts(4)
+    sampling = taps.SamplingParams([0.0, 0.7, 1.0, 1.0], [0, 8, 0, 5], [1.0, 1.0, 0.8, 1.0], 0.0, [1, 2, 3, 4])
+    lengths = [7, 21, 13, 30]
+    decoder = make_decoder()
+    together = decoder.generate(ids, mask, sampling=sampling, max_new_tokens=lengths, eos_token_id=())
+    assert [len(tokens) for tokens in together.new_tokens] == lengths
+    for row, (t, k, p, seed) in enumerate(
+        zip(sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed, strict=True)
+    ):
+        alone = decoder.generate(
+            ids[row : row + 1],
+            mask[row : row + 1],
+            sampling=taps.SamplingParams(t, k, p, seed=seed),
+            max_new_tokens=lengths[row],
+            eos_token_id=(),
+        )
+        assert alone.new_tokens[0] == together.new_tokens[row]
+
+
+def test_two_threads_on_one_decoder_give_the_texts_of_two_runs_in_sequence() -> None:
+    decoder = make_decoder()
+    jobs = [(prompts(2, seed=seed), taps.SamplingParams(temperature=1.0, seed=seed)) for seed in range(6)]
+
+    def run(job: tuple[tuple[Tensor, Tensor], taps.SamplingParams]) -> Tensor:
+        (ids, mask), sampling = job
+        return decoder.generate(ids, mask, sampling=sampling, max_new_tokens=24).sequences
+
+    in_sequence = [run(job) for job in jobs]
+    with ThreadPoolExecutor(2) as pool:
+        at_once = list(pool.map(run, jobs))
+    assert all(torch.equal(a, b) for a, b in zip(in_sequence, at_once, strict=True))
+
+
+def test_a_prompt_longer_than_the_first_cache_and_a_cache_that_grows() -> None:
+    long_ids, _ = prompts(2, longest=FIRST_CAPACITY + 70)
+    short_ids = torch.cat([torch.full_like(long_ids[:, :-9], PAD), long_ids[:, -9:]], dim=1)
+    ids = torch.cat([long_ids, short_ids])
+    mask = (ids != PAD).long()
+    target = trained_target()
+    stock = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=60, eos_token_id=None)
+    result = make_decoder().generate(ids, mask, max_new_tokens=60, eos_token_id=())
+    assert torch.equal(result.sequences, stock)
+    grown = make_decoder().generate(ids[:, -9:], max_new_tokens=FIRST_CAPACITY + 40, eos_token_id=())
+    plain = taps.plain_generate(target, ids[:, -9:], max_new_tokens=FIRST_CAPACITY + 40, eos_token_id=())
+    assert torch.equal(grown.sequences, plain.sequences)
+
+
+def test_the_proofs_are_not_hollow() -> None:
+    """At least a fifth of the steps accept two tokens or more, and kept paths leave gaps in the tree."""
+    gaps = 0
+    ids, mask = prompts(6)
+
+    def spy(*arguments: object) -> Acceptance:
+        nonlocal gaps
+        acceptance = verify(*arguments)  # type: ignore[arg-type]
+        kept = [[n for n in path if n >= 0] for path in acceptance.path.tolist()]
+        gaps += sum(path != list(range(len(path))) for path in kept)
+        return acceptance
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_module, "verify", spy)
+        for temperature, composition in itertools.product((0.0, 1.0), ("confidence", "merged")):
+            sampling = taps.SamplingParams(temperature, seed=1)
+            stats = (
+                make_decoder(composition=composition).generate(ids, mask, sampling=sampling, max_new_tokens=40).stats
+            )
+            counts = [count for row in stats.num_accepted for count in row]
+            assert sum(count >= 2 for count in counts) >= len(counts) / 5
+            assert min(counts) < SHAPE.depth
+    assert gaps > 20
+
+
+SMALL_VOCAB = 5
+
+
+def small_vocabulary_decoder() -> taps.SpeculativeDecoder:
+    torch.manual_seed(2)
+    target = new_target(vocab_size=SMALL_VOCAB, pad_token_id=None, eos_token_id=None)
+    for parameter in target.parameters():
+        parameter.data *= 3.0  # a random model is flat: make its distribution worth drawing from
+    networks = [EagleNetwork(EagleConfig.for_target(target.config)).eval() for _ in range(2)]
+    embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
+    drafters = {name: EagleDrafter(net, embedding, lm_head, name) for name, net in zip("ab", networks, strict=True)}
+    return taps.SpeculativeDecoder(target, drafters, shape=taps.TreeShape(2, 2, 5))
+
+
+def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor) -> Tensor:
+    """P(first three tokens), [V, V, V], by running the stock target over every prefix."""
+    joint = torch.zeros(SMALL_VOCAB, SMALL_VOCAB, SMALL_VOCAB)
+    pairs = list(itertools.product(range(SMALL_VOCAB), repeat=2))
+    ids = torch.cat([prompt.expand(len(pairs), -1), torch.tensor(pairs)], dim=1)
+    probabilities = decoder.target.model(input_ids=ids).logits.softmax(-1)[:, -3:]
+    for row, (first, second) in enumerate(pairs):
+        p = probabilities[row]
+        joint[first, second] = p[0, first] * p[1, second] * p[2]
+    return joint
+
+
+def chi_square_excess(decoder: taps.SpeculativeDecoder, num_draws: int = 20_000, batch_size: int = 2_000) -> float:
+    """The chi-square of the first three tokens, in standard deviations above its mean."""
+    prompt = torch.tensor([[1, 2, 0, 3]])
+    expected = expected_joint(decoder, prompt).flatten() * num_draws
+    observed = torch.zeros_like(expected)
+    for start in range(0, num_draws, batch_size):
+        sampling = taps.SamplingParams(temperature=1.0, seed=start)
+        result = decoder.generate(prompt.expand(batch_size, -1).contiguous(), sampling=sampling, max_new_tokens=3)
+        a, b, c = torch.tensor(result.new_tokens).T
+        observed += torch.bincount((a * SMALL_VOCAB + b) * SMALL_VOCAB + c, minlength=len(expected))
+    common = expected >= 5
+    observed = torch.cat([observed[common], observed[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None].clamp_min(1e-3)])
+    degrees = len(expected) - 1
+    return float((((observed - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5)
+
+
+@torch.inference_mode()
+def test_the_joint_frequency_of_three_tokens_is_the_targets() -> None:
+    assert chi_square_excess(small_vocabulary_decoder()) < 4
+
+
+@torch.inference_mode()
+def test_the_chi_square_notices_a_sibling_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count_twice(logits: Tensor, tree: taps.DraftTree, sampling: object, positions: Tensor) -> Acceptance:
+        first = verify(logits, tree, sampling, positions)  # type: ignore[arg-type]
+        second = verify(logits, tree, sampling, positions + 1_000_000)  # type: ignore[arg-type]
+        take = (first.num_accepted == 0) & (second.num_accepted > 0)
+        pick = {name: (getattr(second, name), getattr(first, name)) for name in Acceptance.__dataclass_fields__}
+        return Acceptance(
+            **{name: torch.where(take if a.ndim == 1 else take[:, None], a, b) for name, (a, b) in pick.items()}
+        )
+
+    monkeypatch.setattr(decoder_module, "verify", count_twice)
+    assert chi_square_excess(small_vocabulary_decoder()) > 10
