@@ -91,6 +91,8 @@ def prompts(count: int, longest: int = 12, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 @cache
+@torch.inference_mode(False)
+@torch.enable_grad()
 def trained_target(family: str = "llama") -> PreTrainedModel:
     """A target that has learnt the language of both domains."""
     torch.manual_seed(0)
@@ -111,6 +113,8 @@ def trained_drafters(family: str = "llama") -> dict[str, EagleDrafter]:
     return {domain: _train_drafter(trained_target(family), domain, seed) for seed, domain in enumerate(DOMAIN_TOKENS)}
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _train_drafter(target: PreTrainedModel, domain: str, seed: int) -> EagleDrafter:
     torch.manual_seed(100 + seed)
     network = EagleNetwork(EagleConfig.for_target(target.config))

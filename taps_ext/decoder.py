@@ -116,7 +116,8 @@ class SpeculativeDecoder:
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, taps_streamer: Any = None, **kwargs: Any) -> Any:
         """transformers' door: `target.generate(**inputs, custom_generate=decoder, ...)`.
 
-        transformers drops `streamer` for callables; pass it as `taps_streamer`.
+        transformers drops `streamer` and `tokenizer` for callables: pass the one as `taps_streamer`, and stop strings as
+        `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [...])])`.
         """
         if model is not self.target.model:
             raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one you generate with")

@@ -50,6 +50,8 @@ class TreeKVCache:
         self._counts[spec] = self._counts.get(spec, 0) + 1
         return spec, self._counts[spec] - 1
 
+    @torch.inference_mode(False)  # ordinary tensors, so that every mode may write to them later
+    @torch.no_grad()
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` columns behind the committed ones; at least doubles when it grows."""
         needed = self.kv_length + num_tokens

@@ -16,7 +16,6 @@ UNSUPPORTED = {
     "UnbatchedClassifierFreeGuidanceLogitsProcessor": "it runs the model itself along one sequence",
     "WatermarkLogitsProcessor": "it draws from a generator in sequence order",
     "SynthIDTextWatermarkLogitsProcessor": "it keeps a state along one sequence",
-    "PrefixConstrainedLogitsProcessor": "it addresses rows by their place in the batch",
 }
 # Applied after the temperature by transformers, beside top-k, top-p and min-p; the native verification has no such filter.
 WARPERS_WITHOUT_OP = (
@@ -44,16 +43,18 @@ def refuse_unsupported(processors: LogitsProcessorList) -> None:
 def process(processors: LogitsProcessorList, logits: Tensor, tree: DraftTree, prefixes: Sequence[list[int]]) -> Tensor:
     """The logits [B, N, V] as processed for each node with its own text: the row's prefix, then root to node.
 
-    `prefixes[b]` ends with the row's root token (for the prefill: with the prompt).
+    `prefixes[b]` ends with the row's root token (for the prefill: with the prompt). Some processors hold a value a row
+    of the batch, so each is shown the node's text in every row, and the node's own row is taken.
     """
-    processed = logits.float()
+    processed = logits.to(torch.float32, copy=True)
+    batch_size = len(prefixes)
     tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
     for row, (prefix, count) in enumerate(zip(prefixes, tree.num_nodes.tolist(), strict=True)):
         texts: list[list[int]] = []
         for node in range(count):
             texts.append(prefix if node == 0 else texts[parents[row][node]] + [tokens[row][node]])
-            ids = torch.tensor([texts[node]], device=logits.device)
-            processed[row, node] = processors(ids, processed[row, node][None])[0]
+            ids = torch.tensor([texts[node]], device=logits.device).repeat(batch_size, 1)
+            processed[row, node] = processors(ids, processed[row, node].repeat(batch_size, 1))[row]
     return processed
 
 

@@ -1,0 +1,282 @@
+"""The decoder's contract: lengths, stops, reasons, streams, log-probabilities, processors, transformers' door."""
+
+from __future__ import annotations
+
+import string
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from small_models import DOMAIN_TOKENS, EOS, PAD, VOCAB, new_target, prompts, trained_drafters, trained_target
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TextIteratorStreamer,
+)
+
+import taps_ext as taps
+
+SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)
+
+
+def make_decoder(composition: str = "merged", **kwargs: Any) -> taps.SpeculativeDecoder:
+    return taps.SpeculativeDecoder(trained_target(), trained_drafters(), composition, shape=SHAPE, **kwargs)
+
+
+CHARACTERS = string.ascii_letters + string.digits + "-_"
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """One letter a token, 64 of them."""
+    tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(CHARACTERS)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 13])
+def test_max_new_tokens_is_exact(length: int) -> None:
+    ids, mask = prompts(3)
+    result = make_decoder().generate(ids, mask, max_new_tokens=length, eos_token_id=())
+    assert [len(tokens) for tokens in result.new_tokens] == [length] * 3
+    assert result.finish_reasons == ["length"] * 3
+    assert result.sequences.shape == (3, ids.shape[1] + length)
+    assert torch.equal(result.sequences[:, : ids.shape[1]], ids)
+
+
+def test_eos_inside_an_accepted_run_cuts_it_there() -> None:
+    ids, mask = prompts(6)
+    decoder = make_decoder()
+    free = decoder.generate(ids, mask, max_new_tokens=40, eos_token_id=())
+    row, eos = 0, free.new_tokens[0][17]
+    inside = 0
+    for row, tokens in enumerate(free.new_tokens):
+        for eos in set(tokens):
+            result = decoder.generate(
+                ids[row : row + 1], mask[row : row + 1], max_new_tokens=40, eos_token_id=[eos, EOS]
+            )
+            first = min(tokens.index(t) for t in (eos, EOS) if t in tokens)
+            assert result.new_tokens[0] == tokens[: first + 1]
+            assert result.finish_reasons == ["eos"]
+            inside += sum(result.stats.num_accepted[0]) + len(result.stats.num_accepted[0]) + 1 > first + 1
+    assert inside > 0, "no EOS fell inside an accepted run: the test would prove nothing"
+
+
+def test_a_batch_takes_as_many_forwards_as_its_slowest_row() -> None:
+    ids, mask = prompts(5)
+    result = make_decoder().generate(ids, mask, max_new_tokens=[4, 30, 11, 2, 25], eos_token_id=())
+    assert result.stats.num_target_forwards == 1 + max(len(row) for row in result.stats.num_accepted)
+    assert result.stats.num_tokens == [4, 30, 11, 2, 25]
+
+
+def test_padding_may_lie_anywhere() -> None:
+    ids, mask = prompts(5)
+    expected = make_decoder().generate(ids, mask, max_new_tokens=12).new_tokens
+    right = torch.stack([torch.cat([row[m.bool()], row[~m.bool()]]) for row, m in zip(ids, mask, strict=True)])
+    right_mask = mask.sort(dim=1, descending=True).values
+    assert make_decoder().generate(right, right_mask, max_new_tokens=12).new_tokens == expected
+
+
+def test_stop_strings_end_a_row_as_transformers_ends_it() -> None:
+    tokenizer = letter_tokenizer()
+    ids, mask = prompts(4)
+    free = make_decoder().generate(ids, mask, max_new_tokens=30, eos_token_id=())
+    stops = [tokenizer.decode(free.new_tokens[0][8:10]), tokenizer.decode(free.new_tokens[1][4:7])]
+    stock = trained_target().generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=30, stop_strings=stops, tokenizer=tokenizer
+    )
+    result = make_decoder().generate(ids, mask, max_new_tokens=30, stop_strings=stops, tokenizer=tokenizer)
+    assert torch.equal(result.sequences, stock)
+    assert result.finish_reasons[0] == "stop_string"
+    door = trained_target().generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=30,
+        stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, stops)]),
+        custom_generate=make_decoder(),
+    )
+    assert torch.equal(door, stock)
+
+
+def test_the_text_arrives_before_the_last_step() -> None:
+    ids, mask = prompts(2)
+    decoder = make_decoder()
+    whole = decoder.generate(ids, mask, max_new_tokens=30, eos_token_id=())
+    events = list(decoder.stream(ids, mask, max_new_tokens=30, eos_token_id=()))
+    assert len(events) == whole.stats.num_target_forwards
+    assert [len(tokens) for tokens in events[0].new_tokens] == [1, 1]
+    for row in range(2):
+        assert [token for event in events for token in event.new_tokens[row]] == whole.new_tokens[row]
+        steps = [event.num_accepted[row] for event in events if event.num_accepted[row] is not None]
+        assert steps == whole.stats.num_accepted[row]
+
+
+def test_a_streamer_receives_prompt_and_text() -> None:
+    tokenizer = letter_tokenizer()
+    ids, _ = prompts(1)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    result = make_decoder().generate(ids, max_new_tokens=20, streamer=streamer)
+    assert "".join(streamer) == tokenizer.decode(result.new_tokens[0])
+    with pytest.raises(ValueError, match="batch of one"):
+        make_decoder().generate(*prompts(2), max_new_tokens=4, streamer=streamer)
+
+
+@torch.inference_mode()
+def test_log_probs_are_the_raw_targets() -> None:
+    ids, mask = prompts(3)
+    sampling = taps.SamplingParams(temperature=0.7, top_k=5, seed=2)
+    result = make_decoder().generate(ids, mask, sampling=sampling, max_new_tokens=15, return_log_probs=True)
+    assert result.log_probs is not None
+    for row in range(3):
+        prompt = ids[row][mask[row].bool()].tolist()
+        tokens = result.new_tokens[row]
+        logits = trained_target()(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+        torch.testing.assert_close(torch.tensor(result.log_probs[row]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_invalid_logits_end_their_row_and_touch_no_other() -> None:
+    ids, mask = prompts(3)
+    clean = make_decoder().generate(ids, mask, max_new_tokens=10)
+    poisoned = deepcopy(trained_target())
+    poisoned.get_input_embeddings().weight.data[DOMAIN_TOKENS["chat"]] = torch.nan  # opens row 1, occurs nowhere else
+    result = taps.SpeculativeDecoder(poisoned, trained_drafters(), shape=SHAPE).generate(ids, mask, max_new_tokens=10)
+    assert result.finish_reasons[1] == "invalid_logits"
+    assert result.new_tokens == [clean.new_tokens[0], [], clean.new_tokens[2]]
+    plain = taps.plain_generate(poisoned, ids, mask, max_new_tokens=10)
+    assert plain.new_tokens == result.new_tokens
+    assert plain.finish_reasons == result.finish_reasons
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"min_new_tokens": 9},
+        {"suppress_tokens": [5, 9, 21], "repetition_penalty": 1.2},
+    ],
+)
+def test_other_processors_give_the_text_of_stock_generate(arguments: dict[str, Any]) -> None:
+    ids, mask = prompts(4)
+    call = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24, **arguments}
+    stock = trained_target().generate(ids, **call)
+    assert torch.equal(trained_target().generate(ids, custom_generate=make_decoder(), **call), stock)
+
+
+def test_processors_can_be_given_directly_and_apply_before_the_temperature() -> None:
+    ids, mask = prompts(2)
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.5), NoRepeatNGramLogitsProcessor(3)])
+    sampling = taps.SamplingParams(temperature=0.8, seed=9)
+    shapes = (taps.TreeShape(1, 1, 2), SHAPE)
+    texts = [
+        taps.SpeculativeDecoder(trained_target(), trained_drafters(), shape=shape)
+        .generate(ids, mask, sampling=sampling, max_new_tokens=20, logits_processor=processors)
+        .sequences
+        for shape in shapes
+    ]
+    assert torch.equal(*texts)
+
+
+def test_the_transformers_door_reproduces_by_manual_seed_and_returns_stats() -> None:
+    ids, mask = prompts(2)
+    decoder = make_decoder()
+    call = {"attention_mask": mask, "max_new_tokens": 16, "do_sample": True, "temperature": 0.9, "top_p": 0.95}
+
+    def run(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return trained_target().generate(ids, custom_generate=decoder, return_dict_in_generate=True, **call)
+
+    first, second, other = run(1), run(1), run(2)
+    assert torch.equal(first.sequences, second.sequences)
+    assert not torch.equal(first.sequences, other.sequences)
+    assert first.stats.num_steps > 0
+    torch.manual_seed(1)
+    sampling = taps.SamplingParams(0.9, top_k=50, top_p=0.95, seed=int(torch.randint(2**62, ())))
+    assert torch.equal(decoder.generate(ids, mask, sampling=sampling, max_new_tokens=16).sequences, first.sequences)
+
+
+def test_the_transformers_door_streams_and_returns_several_sequences() -> None:
+    ids, _ = prompts(1)
+    tokenizer = letter_tokenizer()
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    target = trained_target()
+    out = target.generate(ids, custom_generate=make_decoder(), taps_streamer=streamer, do_sample=False, max_new_tokens=9)
+    assert "".join(streamer) == tokenizer.decode(out[0, ids.shape[1] :])
+    torch.manual_seed(0)
+    many = target.generate(
+        ids, custom_generate=make_decoder(), do_sample=True, num_return_sequences=4, max_new_tokens=12
+    )
+    assert many.shape[0] == 4
+    assert len({tuple(row) for row in many.tolist()}) > 1
+
+
+def test_stats_say_who_proposed_what() -> None:
+    ids, mask = prompts(4)
+    merged = make_decoder().generate(ids, mask, max_new_tokens=30, eos_token_id=()).stats
+    routed = make_decoder("confidence").generate(ids, mask, max_new_tokens=30, eos_token_id=()).stats
+    for row in range(4):
+        for count, choice, proposers in zip(
+            merged.num_accepted[row], merged.choices[row], merged.accepted_proposers[row], strict=True
+        ):
+            assert len(proposers) == count
+            assert all(names and set(names) <= {"math", "chat"} for names in proposers)
+            assert choice == (proposers[-1] if proposers else ())
+        assert set(routed.choices[row]) <= {"math", "chat"}
+        for choice, proposers in zip(routed.choices[row], routed.accepted_proposers[row], strict=True):
+            assert all(names == (choice,) for names in proposers)
+    assert merged.acceptance_length > routed.acceptance_length - 0.5
+    assert sum(routed.choice_share.values()) == pytest.approx(1.0)
+
+
+BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    "ids of one dimension": ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be int64 \[B, P\]"),
+    "ids beyond the vocabulary": ({"input_ids": torch.tensor([[1, VOCAB]])}, "the target's vocabulary"),
+    "an empty prompt": (
+        {"input_ids": torch.tensor([[5], [PAD]]), "attention_mask": torch.tensor([[1], [0]])},
+        "prompt 1 has no token",
+    ),
+    "a mask of another shape": ({"attention_mask": torch.ones(1, 3)}, "attention_mask must be"),
+    "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+    "too many lengths": ({"max_new_tokens": [3, 4]}, "2 values for a batch of 1"),
+    "stop strings without tokenizer": ({"stop_strings": ["x"]}, "need the tokenizer"),
+    "seeds for another batch": ({"sampling": taps.SamplingParams(seed=[1, 2])}, "seed has 2 values for a batch of 1"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_get_one_sentence_before_any_work(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_decoder().generate(**{"input_ids": torch.tensor([[5, 6]]), **arguments})
+
+
+def test_bad_decoders_get_one_sentence() -> None:
+    target, drafters = trained_target(), trained_drafters()
+    with pytest.raises(ValueError, match="one of single, confidence, entropy, merged"):
+        taps.SpeculativeDecoder(target, drafters, "average")
+    with pytest.raises(ValueError, match='needs drafter=..., one of math, chat'):
+        taps.SpeculativeDecoder(target, drafters, "single")
+    with pytest.raises(ValueError, match="drafter must be one of math, chat"):
+        taps.SpeculativeDecoder(target, drafters, "single", drafter="code")
+    with pytest.raises(ValueError, match="1 to 63 drafters, got 0"):
+        taps.SpeculativeDecoder(target, {})
+    with pytest.raises(ValueError, match="budgets a merged tree"):
+        taps.SpeculativeDecoder(target, drafters, "confidence", max_nodes=5)
+    with pytest.raises(ValueError, match="vocabulary 64, the target 32"):
+        taps.SpeculativeDecoder(new_target(vocab_size=32), drafters)
+    with pytest.raises(ValueError, match="drives another model"):
+        new_target().generate(torch.tensor([[5]]), custom_generate=make_decoder(), max_new_tokens=2)
+
+
+def test_beams_and_warpers_without_an_op_are_refused_with_the_reason() -> None:
+    ids, _ = prompts(1)
+    with pytest.raises(ValueError, match="num_beams=3"):
+        trained_target().generate(ids, custom_generate=make_decoder(), num_beams=3, max_new_tokens=4)
+    with pytest.raises(ValueError, match="TypicalLogitsWarper works behind the temperature"):
+        trained_target().generate(ids, custom_generate=make_decoder(), do_sample=True, typical_p=0.5, max_new_tokens=4)
