@@ -78,7 +78,7 @@ def sentences(domain: str, count: int, length: int, seed: int) -> Tensor:
 
 
 def prompts(count: int, longest: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Left-padded prompts of both domains in turn, of different lengths: input_ids and attention_mask [count, longest]."""
+    """Left-padded prompts of both domains in turn, of different lengths: input_ids and mask [count, longest]."""
     rows = [
         sentences(("math", "chat")[row % 2], 1, longest - 2 * (row % 5), seed=1000 + seed + row) for row in range(count)
     ]

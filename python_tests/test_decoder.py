@@ -207,7 +207,9 @@ def test_the_transformers_door_streams_and_returns_several_sequences() -> None:
     tokenizer = letter_tokenizer()
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     target = trained_target()
-    out = target.generate(ids, custom_generate=make_decoder(), taps_streamer=streamer, do_sample=False, max_new_tokens=9)
+    out = target.generate(
+        ids, custom_generate=make_decoder(), taps_streamer=streamer, do_sample=False, max_new_tokens=9
+    )
     assert "".join(streamer) == tokenizer.decode(out[0, ids.shape[1] :])
     torch.manual_seed(0)
     many = target.generate(
@@ -258,9 +260,9 @@ def test_bad_calls_get_one_sentence_before_any_work(arguments: dict[str, Any], m
 
 def test_bad_decoders_get_one_sentence() -> None:
     target, drafters = trained_target(), trained_drafters()
-    with pytest.raises(ValueError, match="one of single, confidence, entropy, merged"):
+    with pytest.raises(ValueError, match="one of single, confidence"):
         taps.SpeculativeDecoder(target, drafters, "average")
-    with pytest.raises(ValueError, match='needs drafter=..., one of math, chat'):
+    with pytest.raises(ValueError, match="needs drafter=.*, one of math, chat"):
         taps.SpeculativeDecoder(target, drafters, "single")
     with pytest.raises(ValueError, match="drafter must be one of math, chat"):
         taps.SpeculativeDecoder(target, drafters, "single", drafter="code")

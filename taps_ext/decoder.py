@@ -116,11 +116,11 @@ class SpeculativeDecoder:
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, taps_streamer: Any = None, **kwargs: Any) -> Any:
         """transformers' door: `target.generate(**inputs, custom_generate=decoder, ...)`.
 
-        transformers drops `streamer` and `tokenizer` for callables: pass the one as `taps_streamer`, and stop strings as
+        transformers drops `streamer` and `tokenizer` for callables: pass `taps_streamer=...`, and stop strings as
         `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [...])])`.
         """
         if model is not self.target.model:
-            raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one you generate with")
+            raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one that generates")
         request = transformers_door.request_from_generate(model, input_ids, **kwargs)
         result = self._run(request, taps_streamer)
         return transformers_door.output(result.sequences, result.stats, kwargs["generation_config"])

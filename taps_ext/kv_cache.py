@@ -74,8 +74,8 @@ class TreeKVCache:
     def compact(self, path: Tensor, num_accepted: Tensor, prefix_lengths: Tensor) -> None:
         """Move each row's accepted path (num_accepted -1: nothing) behind its prefix, in every layer."""
         for spec, buffer in self.buffers.items():
-            arguments = (tensor.to(spec.device) for tensor in (path, num_accepted, prefix_lengths))
-            ops.compact_kv(buffer, *arguments, self.kv_length)
+            rows = (path.to(spec.device), num_accepted.to(spec.device), prefix_lengths.to(spec.device))
+            ops.compact_kv(buffer, *rows, self.kv_length)
 
 
 class _TreeKVLayer(CacheLayerMixin):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from functools import cache
 from typing import Any
 
 import torch
+
+from . import fakes
 
 MEND = "pip install --no-build-isolation --force-reinstall --no-deps taps_ext   (in a checkout: make build)"
 
@@ -41,7 +44,27 @@ def load() -> Any:
             f"the native module taps_ext._C was built for torch {built_for}, this is torch {torch.__version__}; "
             f"rebuild it: {MEND}"
         )
+    with _REGISTRATION:
+        _register_fakes()
     return module
+
+
+def load_for_tracing() -> bool:
+    """True, once the ops and their fakes are in `torch.ops.taps_ext`."""
+    load()
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (seconds): the compiler calls
+# the function while it traces instead of tracing into it, so that a compiled function may be the first caller.
+load_for_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+_REGISTRATION = threading.Lock()  # `cache` lets two first callers in at once
+
+
+@cache
+def _register_fakes() -> None:
+    fakes.register()
 
 
 def _minor(version: str) -> tuple[str, ...]:

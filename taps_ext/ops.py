@@ -55,6 +55,7 @@ class VerifiedPaths(NamedTuple):
 def _ops() -> Any:
     """pybind11 functions in eager mode (the shorter call), dispatcher ops under torch.compile (traceable)."""
     if torch.compiler.is_compiling():
+        native.load_for_tracing()
         return torch.ops.taps_ext
     return native.load()
 
@@ -100,9 +101,7 @@ def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
     tokens, parents, scores, num_nodes, entropies = _ops().prune_tree(
         candidates.tokens, candidates.parents, candidates.scores, candidates.num_nodes, entropies, max_nodes
     )
-    return DraftTree(
-        tokens, parents, scores, num_nodes, entropies=None if candidates.entropies is None else entropies
-    )
+    return DraftTree(tokens, parents, scores, num_nodes, entropies=None if candidates.entropies is None else entropies)
 
 
 def merge_trees(
@@ -126,8 +125,8 @@ def merge_trees(
     >>> merged.tree.tokens, merged.tree.proposers
     (tensor([[5, 1, 2, 3, 0]]), tensor([[3, 3, 1, 2, 0]]))
     """
-    *fields, proposers, node_map = _ops().merge_trees(tokens, parents, scores, num_nodes, max_nodes)
-    return MergedTrees(DraftTree(*fields, proposers=proposers), node_map)
+    *fields, node_map = _ops().merge_trees(tokens, parents, scores, num_nodes, max_nodes)
+    return MergedTrees(DraftTree(*fields), node_map)
 
 
 def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
@@ -140,9 +139,7 @@ def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
     return result
 
 
-def tree_paths(
-    parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, max_depth: int | None = None
-) -> Tensor:
+def tree_paths(parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, max_depth: int | None = None) -> Tensor:
     """The root-to-leaf paths of each tree, or the paths to the given nodes, as node indices padded with -1.
 
     Without `nodes`: int64 [B, N, max_depth + 1], one path a leaf in ascending leaf order, then rows of -1.
@@ -152,7 +149,9 @@ def tree_paths(
     tensor([[ 0,  2, -1],
             [ 0,  1,  3]])
     """
-    result: Tensor = _ops().tree_paths(parents, num_nodes, nodes, parents.shape[-1] - 1 if max_depth is None else max_depth)
+    result: Tensor = _ops().tree_paths(
+        parents, num_nodes, nodes, parents.shape[-1] - 1 if max_depth is None else max_depth
+    )
     return result
 
 

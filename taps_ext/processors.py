@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ UNSUPPORTED = {
     "WatermarkLogitsProcessor": "it draws from a generator in sequence order",
     "SynthIDTextWatermarkLogitsProcessor": "it keeps a state along one sequence",
 }
-# Applied after the temperature by transformers, beside top-k, top-p and min-p; the native verification has no such filter.
+# Applied behind the temperature by transformers, beside top-k, top-p and min-p; verification has no such filter.
 WARPERS_WITHOUT_OP = (
     "TypicalLogitsWarper",
     "EpsilonLogitsWarper",
@@ -54,7 +55,9 @@ def process(processors: LogitsProcessorList, logits: Tensor, tree: DraftTree, pr
         for node in range(count):
             texts.append(prefix if node == 0 else texts[parents[row][node]] + [tokens[row][node]])
             ids = torch.tensor([texts[node]], device=logits.device).repeat(batch_size, 1)
-            processed[row, node] = processors(ids, processed[row, node].repeat(batch_size, 1))[row]
+            processed[row, node] = processors(cast(Any, ids), cast(Any, processed[row, node].repeat(batch_size, 1)))[
+                row
+            ]
     return processed
 
 

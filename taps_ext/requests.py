@@ -100,7 +100,9 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size:
 def _lengths(max_new_tokens: int | Sequence[int], batch_size: int) -> tuple[int, ...]:
     lengths = tuple([max_new_tokens] * batch_size if isinstance(max_new_tokens, int) else max_new_tokens)
     if len(lengths) != batch_size:
-        raise ValueError(f"max_new_tokens has {len(lengths)} values for a batch of {batch_size}; give one, or one a row")
+        raise ValueError(
+            f"max_new_tokens has {len(lengths)} values for a batch of {batch_size}; give one, or one a row"
+        )
     if any(length < 1 for length in lengths):
         raise ValueError(f"max_new_tokens must be at least 1, got {min(lengths)}")
     return lengths

@@ -87,7 +87,8 @@ class StepRecord:
         masks = torch.zeros_like(tree.tokens) if tree.proposers is None else tree.proposers
         path_masks = masks.gather(1, acceptance.path.clamp_min(0))[:, 1:]
         rows = torch.cat([torch.stack(scalars, dim=1), acceptance.tokens, path_masks], dim=1).tolist()
-        counts, invalid, num_nodes, host_lengths, choices = (list(column) for column in zip(*(r[:5] for r in rows)))
+        columns = zip(*(row[:5] for row in rows), strict=True)
+        counts, invalid, num_nodes, host_lengths, choices = (list(column) for column in columns)
         first_mask = 5 + tree.capacity
         ends = [5 + count + (not bad) for count, bad in zip(counts, invalid, strict=True)]
         return cls(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 
@@ -70,7 +71,7 @@ class DecodeStats:
         """P(a node of depth d is accepted | depth d - 1 was), for d = 1, 2, ... up to the deepest acceptance."""
         counts = [count for row in self.num_accepted for count in row]
         reached = [sum(count >= depth for count in counts) for depth in range(max(counts, default=0) + 1)]
-        return [_ratio(deeper, shallower) for shallower, deeper in zip(reached, reached[1:], strict=False)]
+        return [_ratio(deeper, shallower) for shallower, deeper in pairwise(reached)]
 
     @property
     def proposer_share(self) -> dict[str, float]:

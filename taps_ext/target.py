@@ -123,17 +123,18 @@ class TargetModel:
 
     @torch.inference_mode()
     def _probe(self) -> list[tuple[KVSpec, KVSpec]]:
-        """Run one token to learn each layer's KV shape and place, and that logits are lm_head(features)."""
+        """Run one token: each layer's KV shape and place, and the proof that logits are lm_head(features)."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         cache = DynamicCache()
         features = self.decoder_stack(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
         stock = self.model(input_ids=token, use_cache=False).logits
         if not torch.allclose(self._logits(features).float(), stock.to(self.device).float(), rtol=1e-2, atol=1e-3):
             raise ValueError(
-                f"target {_name(self.model)} changes the LM head's output (scaling or soft-capping), which tree scoring "
+                f"target {_name(self.model)} changes the LM head's output (scaling, soft-capping), which tree scoring "
                 "does not repeat; use a model whose logits are lm_head(hidden states)"
             )
-        return [(_kv_spec(layer.keys), _kv_spec(layer.values)) for layer in cache.layers]
+        layers: list[Any] = list(cache.layers)
+        return [(_kv_spec(layer.keys), _kv_spec(layer.values)) for layer in layers]
 
 
 def tree_attention(
@@ -184,7 +185,7 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
     if other or getattr(model, "_is_stateful", False):
         kinds = ", ".join(other) or "a recurrent state"
         raise ValueError(
-            f"target {_name(model)} has {kinds}: a recurrent state cannot be taken back to an accepted branch of a tree; "
+            f"target {_name(model)} has {kinds}: a recurrent state cannot go back to an accepted branch of a tree; "
             "use a model with attention layers only"
         )
     if not getattr(model, "_supports_sdpa", False):

@@ -1,9 +1,9 @@
-"""transformers' `generate(custom_generate=decoder)`: its prepared arguments as a `Request`, our result as its output."""
+"""transformers' `generate(custom_generate=decoder)`: its arguments as a `Request`, our result as its output."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .processors import split_warpers
 from .requests import Request
@@ -23,7 +23,7 @@ from .stats import DecodeStats
 
 
 @dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):  # type: ignore[misc]
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """transformers' output with the decoder's `stats`."""
 
     stats: DecodeStats | None = None
@@ -67,7 +67,7 @@ def output(sequences: Tensor, stats: DecodeStats, generation_config: Any) -> Ten
     """The sequences, or with `return_dict_in_generate` transformers' output with the stats."""
     if not generation_config.return_dict_in_generate:
         return sequences
-    return SpeculativeOutput(sequences=sequences, stats=stats)
+    return SpeculativeOutput(sequences=cast(torch.LongTensor, sequences), stats=stats)
 
 
 def _is_built_in(criterion: Any) -> bool:

@@ -53,7 +53,7 @@ class DraftTree:
         )
 
     def validate(self) -> None:
-        """Raise a ValueError that names the first broken invariant. Reads every node on the host: for tests and doors."""
+        """Raise a ValueError that names the first broken invariant. Reads every node on the host."""
         _check_shapes(self)
         for row, count in enumerate(self.num_nodes.tolist()):
             _check_row(row, count, self.tokens[row].tolist(), self.parents[row].tolist(), self.scores[row].tolist())
@@ -100,7 +100,7 @@ def _check_row(row: int, count: int, tokens: list[int], parents: list[int], scor
         if not 0 <= parent < node:
             raise ValueError(f"parents must come before their children: row {row}, node {node} has parent {parent}")
         if (parent, tokens[node]) in seen:
-            raise ValueError(f"siblings must carry distinct tokens: row {row}, node {node} repeats token {tokens[node]}")
+            raise ValueError(f"siblings must carry distinct tokens: row {row}, node {node} repeats {tokens[node]}")
         if not scores[node] <= scores[parent]:
             raise ValueError(f"a child may not outscore its parent: row {row}, node {node} has {scores[node]}")
         seen.add((parent, tokens[node]))

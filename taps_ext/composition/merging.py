@@ -22,7 +22,5 @@ class Merging:
         def stack(name: str) -> torch.Tensor:
             return torch.stack([getattr(tree, name) for tree in trees], dim=1)
 
-        merged = ops.merge_trees(
-            stack("tokens"), stack("parents"), stack("scores"), stack("num_nodes"), self.max_nodes
-        )
+        merged = ops.merge_trees(stack("tokens"), stack("parents"), stack("scores"), stack("num_nodes"), self.max_nodes)
         return Composed(merged.tree, None)
