@@ -69,7 +69,7 @@ def test_the_path_moves_and_nothing_else_changes(num_cases: int) -> None:
 def test_a_path_may_overlap_its_destination() -> None:
     """Checklist: in-place moves; each source is read before anything lands on it."""
     kv = torch.arange(10.0).reshape(1, 1, 1, 10, 1)
-    ops.compact_kv(kv, torch.tensor([[0, 1, 3, 4, 6]]), torch.tensor([4]), torch.tensor([2]), 3)
+    ops.compact_kv(kv, torch.tensor([[0, 1, 3, 4, 6, -1, -1]]), torch.tensor([4]), torch.tensor([2]), 3)
     assert kv.flatten().tolist() == [0, 1, 3, 4, 6, 7, 9, 7, 8, 9]
 
 

@@ -169,19 +169,13 @@ def test_draws_reach_every_kept_token_and_no_other(filters: Filters) -> None:
 
 
 def test_equal_tokens_share_their_fate_at_every_cut() -> None:
-    """Checklist: ties at the cut; transformers keeps ties at top-k, and which of equal tokens survive top-p is a sort's."""
+    """Checklist: ties at the cut. (In transformers top-k keeps ties; a sort decides which of them survive top-p.)"""
     logits = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0, -2.0]).expand(2_000, 6)
     assert set(draws(logits, Filters(top_k=1))) == {1, 3}
     assert set(draws(logits, Filters(top_k=3))) == {0, 1, 2, 3, 4}
     assert set(draws(logits, Filters(top_p=0.1))) == {1, 3}
-    assert set(draws(logits, Filters(top_p=0.85))) == {0, 1, 2, 3, 4} - (
-        set() if _share_of_threes() < 0.85 else {0, 2, 4}
-    )
+    assert set(draws(logits, Filters(top_p=0.9))) == {0, 1, 2, 3, 4}  # the threes hold 0.83
     assert set(draws(logits, Filters(min_p=1.0))) == {1, 3}
-
-
-def _share_of_threes() -> float:
-    return 2 * math.exp(3) / (2 * math.exp(3) + 3 * math.exp(1) + math.exp(-2))
 
 
 # ---- limits

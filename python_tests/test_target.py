@@ -59,7 +59,7 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
             for node in range(count):
                 expected = sequential_logits(model, prefixes[row], tree, row, node)
                 torch.testing.assert_close(scored.logits[row, node], expected, **tolerance)
-        path = torch.tensor([[0, 1, 4, 6], [0, -1, -1, -1]])
+        path = torch.tensor([[0, 1, 4, 6, -1, -1, -1, -1], [0] + [-1] * 7])
         num_accepted = torch.tensor([3, 0])
         target.commit(path, num_accepted, lengths, kv, int((lengths + num_accepted + 1).max()))
         lengths = lengths + num_accepted + 1
@@ -90,7 +90,7 @@ def test_nothing_is_allocated_between_growths() -> None:
     address = [buffer.data_ptr() for buffer in kv.buffers.values()]
     for length in range(3, 40):
         target.score(tree, torch.tensor([length]), kv)
-        target.commit(torch.tensor([[0, -1]]), torch.tensor([0]), torch.tensor([length]), kv, length + 1)
+        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), torch.tensor([length]), kv, length + 1)
     assert [buffer.data_ptr() for buffer in kv.buffers.values()] == address
 
 

@@ -19,6 +19,8 @@ from taps_ext import ops, reference
 from taps_ext.reference import Filters
 from taps_ext.tree import DraftTree
 
+PLAIN = Filters()
+
 
 class Verification(NamedTuple):
     """The arguments of verify_tree."""
@@ -40,7 +42,7 @@ class Verification(NamedTuple):
 
 
 def verification(
-    logits: Tensor, tree: DraftTree, filters: Filters | list[Filters] = Filters(), seed: int = 0, position: int = 0
+    logits: Tensor, tree: DraftTree, filters: Filters | list[Filters] = PLAIN, seed: int = 0, position: int = 0
 ) -> Verification:
     """Arguments for a batch: filters for all rows or one a row, seeds counting up from `seed`."""
     size = tree.batch_size
@@ -62,7 +64,7 @@ def roots(size: int) -> DraftTree:
     return batch([row([-1])] * size)
 
 
-def draws(logits: Tensor, filters: Filters | list[Filters] = Filters(), seed: int = 0, position: int = 0) -> list[int]:
+def draws(logits: Tensor, filters: Filters | list[Filters] = PLAIN, seed: int = 0, position: int = 0) -> list[int]:
     """One draw for each row of logits [B, V]."""
     arguments = verification(logits[:, None], roots(len(logits)), filters, seed, position)
     return ops.verify_tree(*arguments).bonus_tokens.tolist()

@@ -22,7 +22,7 @@ Distribution = dict[int, Fraction]
 
 
 def eagle_rule(target: list[Fraction], candidates: list[int]) -> tuple[Distribution, Distribution]:
-    """EAGLE's loop at one node, as probabilities: what each candidate is accepted with, and what each token is emitted with.
+    """EAGLE's loop at one node, as probabilities: of accepting each candidate, and of emitting each token.
 
     For each candidate in order: accept it with its probability under the current distribution; otherwise set that
     probability to zero and renormalise. When none is accepted, sample from what is left.
@@ -41,7 +41,7 @@ def eagle_rule(target: list[Fraction], candidates: list[int]) -> tuple[Distribut
 
 
 def double_counting_rule(target: list[Fraction], candidates: list[int]) -> Distribution:
-    """A wrong rule: one coin against the candidates' summed probabilities, a duplicate counted as often as it occurs."""
+    """A wrong rule: one coin against the candidates' summed probabilities, a duplicate counted each time."""
     emitted: Distribution = dict.fromkeys(range(len(target)), Fraction(0))
     total = Fraction(0)
     for candidate in candidates:
@@ -102,6 +102,7 @@ PREFIXES = [prefix for length in range(DEPTH) for prefix in itertools.product(ra
 BEYOND = len(PREFIXES)  # every longer prefix: nothing behind the third token counts
 TRIALS = 24_000
 
+PLAIN = Filters()
 Rule = Callable[[Tensor, DraftTree, Tensor, Tensor], ops.VerifiedPaths]
 
 
@@ -156,7 +157,7 @@ def three_tokens(rule: Rule) -> tuple[Tensor, float]:
 
 
 def verify(
-    logits: Tensor, tree: DraftTree, seeds: Tensor, positions: Tensor, filters: Filters = Filters()
+    logits: Tensor, tree: DraftTree, seeds: Tensor, positions: Tensor, filters: Filters = PLAIN
 ) -> ops.VerifiedPaths:
     size = len(seeds)
     return ops.verify_tree(
@@ -172,7 +173,7 @@ def verify(
 
 
 def wrong_verify(logits: Tensor, tree: DraftTree, seeds: Tensor, positions: Tensor) -> ops.VerifiedPaths:
-    """One coin a node against summed probabilities, where the likeliest child is in the tree twice and counted twice."""
+    """One coin a node against summed probabilities, the likeliest child in the tree twice and counted twice."""
     generator = torch.Generator().manual_seed(5)
     size = len(seeds)
     everyone = torch.arange(size)
@@ -246,4 +247,4 @@ def test_three_tokens_through_trees_of_likely_tokens_have_the_targets_joint_freq
 
 def test_the_same_test_fails_for_a_rule_that_counts_a_duplicate_twice() -> None:
     text, _ = three_tokens(wrong_verify)
-    assert chi_square_p_value(histogram(text), joint_distribution(Filters())) < 1e-12
+    assert chi_square_p_value(histogram(text), joint_distribution(PLAIN)) < 1e-12

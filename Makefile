@@ -1,0 +1,74 @@
+# make demo and make test are all the set-up there is: each makes the environment and builds the native module first,
+# and a second run does neither. What it takes: Python 3.10 or later with venv and headers, a C++ compiler, make.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+
+BIN         := $(VENV)/bin
+STAMPS      := $(VENV)/.stamps
+ENVIRONMENT := $(STAMPS)/environment
+BUILT       := $(STAMPS)/built
+NATIVE      := $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+PYTEST      := $(BIN)/python -m pytest python_tests
+
+.DEFAULT_GOAL := help
+.PHONY: help environment build demo test test-all bench lint format clean
+
+help:
+	@echo 'make demo      build, then show two specialist drafters and their compositions on the embedded models'
+	@echo 'make test      build, then run the tests (at most 8 minutes on 2 cores)'
+	@echo 'make test-all  the same with the long property runs'
+	@echo 'make bench     time the ops and a decode step; the figures go to out/bench'
+	@echo 'make lint      ruff, mypy and clang-format, changing nothing;  make format  lets them change files'
+	@echo 'make build     the environment ($(VENV)) and the native module;  make clean  removes what was built'
+	@echo 'variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)'
+
+environment: $(ENVIRONMENT)
+build: $(BUILT)
+
+# torch comes before the package, which compiles against it: hence no build isolation. TAPS_NO_EXT leaves the
+# compiling to the build stamp, which recompiles only the files that changed.
+$(ENVIRONMENT): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "taps_ext needs Python 3.10 or later: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -m venv $(VENV) || { echo 'this Python cannot make a virtual environment; on Debian or Ubuntu: apt install python3-venv' >&2; exit 1; }
+	@echo 'making the environment in $(VENV); torch is a large download'
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja packaging '$(TORCH)'
+	TAPS_NO_EXT=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	@mkdir -p $(STAMPS) && rm -f $(BUILT) && touch $@
+
+$(BUILT): $(ENVIRONMENT) setup.py $(NATIVE)
+	@command -v $${CXX:-c++} >/dev/null || { echo 'no C++ compiler found; on Debian or Ubuntu: apt install g++' >&2; exit 1; }
+	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h") and "the headers of this Python are missing; on Debian or Ubuntu: apt install python3-dev")'
+	@mkdir -p build && echo 'building the native module (log: build/build.log)'
+	@$(BIN)/python setup.py build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@touch $@
+
+demo: build
+	$(BIN)/taps-ext demo
+
+test: build
+	$(PYTEST)
+
+test-all: build
+	$(PYTEST) --long
+
+bench: build
+	$(BIN)/python benchmarks/bench_decode.py
+	$(BIN)/python -m pytest benchmarks/bench_ops.py
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy taps_ext
+	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
+
+format: environment
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(CXX_SOURCES),$(BIN)/clang-format -i $(CXX_SOURCES))
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(STAMPS)
+	rm -f taps_ext/*.so
+	find taps_ext python_tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,187 @@
+"""Each op twice: through its public function, and the plain way, with the bytes that either must move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import plain
+import torch
+from cases import DEPTH, as_tree, branching_for, grow_pool, pruned_tree, random_logits, verify_case
+
+from taps_ext import ops
+from taps_ext.sampling import SamplingParams
+from taps_ext.tree import DraftTree
+
+PREFIX = 256  # committed tokens of every row
+SEED = 1
+FRONTIER = 10
+VISITED_ROWS = 4
+KV_LAYERS, KV_HEADS, HEAD_DIM = 32, 8, 128  # the target's cache in compact_kv: Llama-3-8B's
+
+
+@dataclass(frozen=True)
+class Sides:
+    """One op on one input: two calls with the same result, and the bytes that must be read or written for it."""
+
+    ours: Callable[[], object]
+    plain: Callable[[], object]
+    num_bytes: int
+
+
+def prune_tree(num_nodes: int, batch_size: int) -> Sides:
+    pool = grow_pool(SEED, branching_for(num_nodes))
+    candidates = as_tree(pool, batch_size)
+    return Sides(
+        lambda: ops.prune_tree(candidates, num_nodes),
+        lambda: [plain.prune(pool, num_nodes) for _ in range(batch_size)],
+        batch_size * (20 * candidates.capacity + 20 * num_nodes),
+    )
+
+
+def tree_attention_mask(num_nodes: int, batch_size: int) -> Sides:
+    tree = pruned_tree(num_nodes, batch_size)
+    parents = tree.parents[0].tolist()
+    prefix = torch.full((batch_size,), PREFIX)
+    return Sides(
+        lambda: ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix, PREFIX),
+        lambda: [plain.attention_mask(plain.tree_mask(parents), PREFIX, PREFIX) for _ in range(batch_size)],
+        batch_size * num_nodes * (8 + PREFIX + num_nodes),
+    )
+
+
+def ancestor_bits(num_nodes: int, batch_size: int) -> Sides:
+    tree = pruned_tree(num_nodes, batch_size)
+    parents = tree.parents[0].tolist()
+    return Sides(
+        lambda: ops.ancestor_bits(tree.parents, tree.num_nodes),
+        lambda: [plain.tree_mask(parents) for _ in range(batch_size)],  # the same relation, a byte an entry
+        batch_size * num_nodes * 8 * (1 + -(-num_nodes // 64)),
+    )
+
+
+def tree_depths(num_nodes: int, batch_size: int) -> Sides:
+    tree = pruned_tree(num_nodes, batch_size)
+    ancestors = plain.tree_mask(tree.parents[0].tolist())
+    return Sides(
+        lambda: ops.tree_depths(tree.parents, tree.num_nodes),
+        lambda: [plain.depths(ancestors) for _ in range(batch_size)],  # given the mask, which it sums
+        batch_size * num_nodes * 16,
+    )
+
+
+def tree_paths(num_nodes: int, batch_size: int) -> Sides:
+    tree = pruned_tree(num_nodes, batch_size)
+    parents = tree.parents[0].tolist()
+    node_depths = ops.tree_depths(tree.parents, tree.num_nodes)[0].tolist()
+    return Sides(
+        lambda: ops.tree_paths(tree.parents, tree.num_nodes, max_depth=DEPTH),
+        lambda: [plain.leaf_paths(parents, node_depths) for _ in range(batch_size)],
+        batch_size * num_nodes * 8 * (DEPTH + 2),
+    )
+
+
+def merge_trees(num_nodes: int, batch_size: int) -> Sides:
+    """Two drafters' trees of `num_nodes` nodes that share about half of their nodes."""
+    first = pruned_tree(num_nodes)
+    tokens = first.tokens.repeat(2, 1)
+    tokens[1, num_nodes // 2 :] += 1000
+    parents, scores, counts = first.parents.repeat(2, 1), first.scores.repeat(2, 1), first.num_nodes.repeat(2)
+    rows = [field.expand(batch_size, *field.shape).contiguous() for field in (tokens, parents, scores, counts)]
+    return Sides(
+        lambda: ops.merge_trees(rows[0], rows[1], rows[2], rows[3]),
+        lambda: [plain.merge(tokens, parents) for _ in range(batch_size)],
+        batch_size * num_nodes * 2 * (20 + 28 + 8),
+    )
+
+
+def compact_kv(num_nodes: int, batch_size: int) -> Sides:
+    """The path of one accepted node a level, in every layer of a bfloat16 cache."""
+    capacity = PREFIX + num_nodes
+    kv = torch.zeros(2 * KV_LAYERS, batch_size, KV_HEADS, capacity, HEAD_DIM, dtype=torch.bfloat16)
+    nodes = torch.linspace(0, num_nodes - 1, DEPTH + 1).long()
+    path = torch.full((batch_size, num_nodes), -1)
+    path[:, : DEPTH + 1] = nodes
+    accepted, prefix = torch.full((batch_size,), DEPTH), torch.full((batch_size,), PREFIX)
+
+    def one_row_after_the_other() -> None:
+        for row in range(batch_size):
+            plain.compact(kv, nodes.tolist(), PREFIX, PREFIX, row)
+
+    moved = 2 * KV_LAYERS * batch_size * KV_HEADS * (DEPTH + 1) * HEAD_DIM * 2
+    return Sides(
+        lambda: ops.compact_kv(kv, path, accepted, prefix, PREFIX),
+        one_row_after_the_other,
+        2 * moved,
+    )
+
+
+def tree_work(num_nodes: int, batch_size: int = 1, method: Callable[..., object] = plain.tree_work) -> Sides:
+    """From the candidate pool to all that the models need: prune, mask, depths, paths."""
+    pool = grow_pool(SEED, branching_for(num_nodes))
+    candidates, prefix = as_tree(pool, batch_size), torch.full((batch_size,), PREFIX)
+
+    def ours() -> object:
+        tree = ops.prune_tree(candidates, num_nodes)
+        mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix, PREFIX)
+        depths = ops.tree_depths(tree.parents, tree.num_nodes)
+        return tree.tokens, mask, depths, ops.tree_paths(tree.parents, tree.num_nodes, max_depth=DEPTH)
+
+    parts = (prune_tree, tree_attention_mask, tree_depths, tree_paths)
+    num_bytes = sum(make(num_nodes, batch_size).num_bytes for make in parts)
+    return Sides(ours, lambda: [method(pool, num_nodes, PREFIX) for _ in range(batch_size)], num_bytes)
+
+
+def expand_frontier(vocabulary: int, dtype: torch.dtype, batch_size: int) -> Sides:
+    """One level of ten frontier nodes."""
+    logits = random_logits(batch_size, FRONTIER, vocabulary, dtype)
+    scores = torch.linspace(-0.1, -3.0, FRONTIER).repeat(batch_size, 1)
+    return Sides(
+        lambda: ops.expand_frontier(logits, scores, FRONTIER),
+        lambda: [plain.expand(logits[row], scores[row], FRONTIER) for row in range(batch_size)],
+        logits.numel() * logits.element_size(),
+    )
+
+
+def verify_tree(
+    num_nodes: int,
+    vocabulary: int,
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 1,
+    *,
+    rows: int = VISITED_ROWS,
+    sampling: SamplingParams | None = None,
+    method: Callable[..., object] = plain.verify_sampled,
+) -> Sides:
+    """A walk that visits `rows` rows of each tree, by sampling at temperature 1 or as `sampling` says."""
+    case = verify_case(random_logits(batch_size, num_nodes, vocabulary, dtype), rows, sampling)
+    tree, temperature = case.tree, float(case.sampling.temperature[0])
+    tokens, parents = tree.tokens.tolist(), tree.parents[0].tolist()
+
+    def sampled() -> object:
+        return [
+            method(case.logits[row], tokens[row], parents, temperature, case.uniforms()) for row in range(batch_size)
+        ]
+
+    return Sides(
+        case.ours,
+        sampled if temperature > 0 else _greedy(case.logits, tree),
+        batch_size * rows * vocabulary * case.logits.element_size(),
+    )
+
+
+def _greedy(logits: torch.Tensor, tree: DraftTree) -> Callable[[], object]:
+    parents = tree.parents[0].tolist()
+    paths = plain.leaf_paths(parents, plain.depths(plain.tree_mask(parents)).tolist())
+    return lambda: [plain.verify_greedy(rows, tokens, paths) for rows, tokens in zip(logits, tree.tokens, strict=True)]
+
+
+BY_NODES: dict[str, Callable[[int, int], Sides]] = {
+    "prune_tree": prune_tree,
+    "merge_trees": merge_trees,
+    "tree_attention_mask": tree_attention_mask,
+    "ancestor_bits": ancestor_bits,
+    "tree_depths": tree_depths,
+    "tree_paths": tree_paths,
+    "compact_kv": compact_kv,
+}

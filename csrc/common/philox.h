@@ -1,0 +1,37 @@
+// Philox4x32-10, the counter-based generator of Salmon et al. (SC 2011): four random words from a counter and a key,
+// no state, so that any word of any position can be had at any time, by any thread.
+#pragma once
+
+#include <cstdint>
+
+#include "common/device.h"
+
+namespace taps {
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+TAPS_HD inline PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The noise of tokens 4 * quad .. 4 * quad + 3 at an absolute position, under a seed.
+TAPS_HD inline PhiloxWords noise_words(int64_t seed, int64_t position, uint32_t quad) {
+  const uint64_t key = static_cast<uint64_t>(seed);
+  const uint64_t place = static_cast<uint64_t>(position);
+  return philox4x32_10(quad, 0, static_cast<uint32_t>(place), static_cast<uint32_t>(place >> 32),
+                       static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
+}
+
+}  // namespace taps

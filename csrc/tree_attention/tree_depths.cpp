@@ -1,0 +1,26 @@
+#include "tree_attention/tree_depths.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "common/check.h"
+#include "ops.h"
+
+namespace taps {
+
+Tensor tree_depths(const Tensor& parents_in, const Tensor& num_nodes_in) {
+  const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
+
+  Tensor depths = at::empty(parents.sizes(), parents.options());
+  const TreeDepthsParams params{
+      .parents = parents.const_data_ptr<int64_t>(),
+      .num_nodes = num_nodes.const_data_ptr<int64_t>(),
+      .depths = depths.mutable_data_ptr<int64_t>(),
+      .nodes = parents.size(1),
+  };
+  at::parallel_for(0, parents.size(0), rows_per_task(2 * params.nodes),
+                   [&](int64_t begin, int64_t end) { cpu::tree_depths(params, begin, end); });
+  return depths;
+}
+
+}  // namespace taps

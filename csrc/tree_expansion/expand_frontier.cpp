@@ -1,0 +1,49 @@
+#include "tree_expansion/expand_frontier.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include "common/check.h"
+#include "common/logits_tensor.h"
+#include "ops.h"
+
+namespace taps {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits, const Tensor& scores,
+                                                           int64_t branching) {
+  check_logits(logits, "[B, F, V]");
+  const int64_t batch = logits.size(0);
+  const int64_t frontier_length = logits.size(1);
+  TORCH_CHECK_VALUE(frontier_length >= 1, "logits must hold at least one frontier node, got ", text_of(logits.sizes()));
+  check_device(scores, "scores");
+  check_float32(scores, "scores");
+  check_sizes(scores, "scores", {batch, frontier_length}, "like logits");
+  TORCH_CHECK_VALUE(1 <= branching && branching <= logits.size(2), "branching must lie in 1..", logits.size(2),
+                    ", the vocabulary, got ", branching);
+
+  const Tensor parent_scores = scores.contiguous();
+  Tensor child_tokens = at::empty({batch, frontier_length, branching}, scores.options().dtype(at::kLong));
+  Tensor child_scores = at::empty({batch, frontier_length, branching}, scores.options());
+  Tensor frontier = at::empty({batch, branching}, child_tokens.options());
+  Tensor entropies = at::empty({batch, frontier_length}, scores.options());
+  const ExpandFrontierParams params{
+      .logits = logits.const_data_ptr(),
+      .logits_type = logits_type_of(logits),
+      .batch_stride = logits.stride(0),
+      .frontier_stride = logits.stride(1),
+      .frontier_length = frontier_length,
+      .vocabulary = logits.size(2),
+      .branching = branching,
+      .parent_scores = parent_scores.const_data_ptr<float>(),
+      .tokens = child_tokens.mutable_data_ptr<int64_t>(),
+      .scores = child_scores.mutable_data_ptr<float>(),
+      .frontier = frontier.mutable_data_ptr<int64_t>(),
+      .entropies = entropies.mutable_data_ptr<float>(),
+  };
+  at::parallel_for(0, batch * frontier_length, 1,
+                   [&](int64_t begin, int64_t end) { cpu::expand_nodes(params, begin, end); });
+  at::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) { cpu::choose_frontier(params, begin, end); });
+  return {child_tokens, child_scores, frontier, entropies};
+}
+
+}  // namespace taps

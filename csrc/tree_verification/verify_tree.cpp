@@ -1,0 +1,97 @@
+#include "tree_verification/verify_tree.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+
+#include <cmath>
+
+#include "common/check.h"
+#include "common/logits_tensor.h"
+#include "ops.h"
+
+namespace taps {
+
+namespace {
+
+// One value a row, contiguous.
+Tensor checked_column(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
+  check_device(tensor, name);
+  check_dtype(tensor, name, dtype);
+  check_sizes(tensor, name, {rows}, "one a row");
+  return tensor.contiguous();
+}
+
+// float32 [B]; `expected` says what `is_allowed` wants.
+template <typename IsAllowed>
+Tensor checked_column(const Tensor& tensor, const char* name, int64_t rows, const char* expected,
+                      IsAllowed is_allowed) {
+  Tensor column = checked_column(tensor, name, at::kFloat, rows);
+  const float* values = column.const_data_ptr<float>();
+  for (int64_t b = 0; b < rows; ++b) {
+    TORCH_CHECK_VALUE(is_allowed(values[b]), name, " must be ", expected, ", row ", b, " has ", values[b]);
+  }
+  return column;
+}
+
+bool is_temperature(float value) {
+  return std::isfinite(value) && value >= 0;
+}
+
+bool is_probability(float value) {
+  return value >= 0 && value <= 1;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, const Tensor& tokens_in,
+                                                       const Tensor& parents_in, const Tensor& num_nodes_in,
+                                                       const Tensor& temperature_in, const Tensor& top_k_in,
+                                                       const Tensor& top_p_in, const Tensor& min_p_in,
+                                                       const Tensor& seeds_in, const Tensor& positions_in) {
+  check_logits(logits, "[B, N, V]");
+  const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
+  check_sizes(parents, "parents", logits.sizes().slice(0, 2), "like logits");
+  const Tensor tokens = checked_like(tokens_in, "tokens", at::kLong, parents);
+  check_tokens(tokens, num_nodes, logits.size(2));
+  const int64_t rows = parents.size(0);
+  const int64_t nodes = parents.size(1);
+  const Tensor temperature =
+      checked_column(temperature_in, "temperature", rows, "finite and at least 0", is_temperature);
+  const Tensor top_k = checked_column(top_k_in, "top_k", at::kLong, rows);
+  check_values(top_k, "top_k", 0, INT64_MAX);
+  const Tensor top_p = checked_column(top_p_in, "top_p", rows, "between 0 and 1", is_probability);
+  const Tensor min_p = checked_column(min_p_in, "min_p", rows, "between 0 and 1", is_probability);
+  const Tensor seeds = checked_column(seeds_in, "seeds", at::kLong, rows);
+  const Tensor positions = checked_column(positions_in, "positions", at::kLong, rows);
+  check_values(positions, "positions", 0, INT64_MAX - nodes);
+
+  Tensor path = at::empty({rows, nodes}, parents.options());
+  Tensor num_accepted = at::empty({rows}, parents.options());
+  Tensor bonus_tokens = at::empty({rows}, parents.options());
+  Tensor status = at::empty({rows}, parents.options());
+  const VerifyTreeParams params{
+      .logits = logits.const_data_ptr(),
+      .logits_type = logits_type_of(logits),
+      .batch_stride = logits.stride(0),
+      .node_stride = logits.stride(1),
+      .nodes = nodes,
+      .vocabulary = logits.size(2),
+      .tokens = tokens.const_data_ptr<int64_t>(),
+      .parents = parents.const_data_ptr<int64_t>(),
+      .num_nodes = num_nodes.const_data_ptr<int64_t>(),
+      .temperature = temperature.const_data_ptr<float>(),
+      .top_k = top_k.const_data_ptr<int64_t>(),
+      .top_p = top_p.const_data_ptr<float>(),
+      .min_p = min_p.const_data_ptr<float>(),
+      .seeds = seeds.const_data_ptr<int64_t>(),
+      .positions = positions.const_data_ptr<int64_t>(),
+      .path = path.mutable_data_ptr<int64_t>(),
+      .num_accepted = num_accepted.mutable_data_ptr<int64_t>(),
+      .bonus_tokens = bonus_tokens.mutable_data_ptr<int64_t>(),
+      .status = status.mutable_data_ptr<int64_t>(),
+  };
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { cpu::verify_tree(params, begin, end); });
+  return {path, num_accepted, bonus_tokens, status};
+}
+
+}  // namespace taps

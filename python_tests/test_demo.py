@@ -1,0 +1,92 @@
+"""The demonstration on the embedded models, small enough for a test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from taps_ext import tiny
+from taps_ext.cli import main
+from taps_ext.demo import CONTROL, MERGED
+from taps_ext.demo_report import json_text, write_atomically
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict:
+    """What a short `taps-ext demo` writes."""
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--prompts", "2", "--max-new-tokens", "24", "--output", str(folder), "--json"])
+    assert not exit.value.code
+    return json.loads((folder / "demo.json").read_text())
+
+
+def test_every_text_of_every_variant_equals_plain_decoding(result: dict) -> None:
+    assert {(cell["num_identical"], cell["num_prompts"]) for cell in result["cells"]} == {(2, 2)}
+
+
+def test_the_table_holds_every_variant_on_every_domain(result: dict) -> None:
+    cells = {(cell["variant"], cell["domain"]) for cell in result["cells"]}
+    singles = {f"single {name}" for name in tiny.drafter_paths()}
+    variants = singles | {"averaged weights", "confidence", "entropy", "merged, 60 nodes", MERGED, CONTROL}
+    assert cells == {(variant, domain) for variant in variants for domain in tiny.DOMAINS}
+
+
+def test_the_control_may_use_as_many_nodes_as_the_union_has(result: dict) -> None:
+    nodes = {(cell["variant"], cell["domain"]): cell["nodes_per_step"] for cell in result["cells"]}
+    for domain in tiny.DOMAINS:
+        assert 60 < nodes[CONTROL, domain] <= round(nodes[MERGED, domain])
+        assert nodes["merged, 60 nodes", domain] <= 60
+
+
+def test_a_variant_takes_fewer_target_forwards_than_tokens(result: dict) -> None:
+    merged = [cell for cell in result["cells"] if cell["variant"] == MERGED]
+    assert all(cell["target_forwards_per_token"] < 1 < cell["acceptance_length"] for cell in merged)
+
+
+def test_the_samples_spell_out_the_text_and_name_its_proposers(result: dict) -> None:
+    for sample in result["samples"]:
+        proposers = {name for span in sample["spans"] for name in span["proposers"]}
+        assert sample["prompt"]
+        assert proposers <= set(tiny.drafter_paths())
+        assert proposers
+
+
+def test_the_picture_is_there_and_nothing_half_written(result: dict, folder: Path) -> None:
+    assert (folder / "acceptance_by_depth.png").read_bytes().startswith(PNG)
+    assert sorted(path.name for path in folder.iterdir()) == ["acceptance_by_depth.png", "demo.json"]
+
+
+def test_the_report_for_people_shows_the_same_headline(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        main(["demo", "--prompts", "1", "--max-new-tokens", "12", "--output", str(tmp_path)])
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "demo.json").read_text())
+    row = next(line for line in out.splitlines() if line.startswith("merged  "))
+    merged = [cell for cell in result["cells"] if cell["variant"] == MERGED]
+    assert all(f"{cell['acceptance_length']:.2f}" in row for cell in merged)
+    assert "texts equal plain decoding's, token by token" in out
+
+
+def test_an_empty_mean_becomes_null_in_json() -> None:
+    assert json.loads(json_text({"mean": float("nan"), "by_depth": [0.5, float("inf")]})) == {
+        "mean": None,
+        "by_depth": [0.5, None],
+    }
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    write_atomically(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomically(path, "not bytes")  # type: ignore[arg-type]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]

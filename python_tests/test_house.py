@@ -1,0 +1,154 @@
+"""The plan of the house, held: which file may know which."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "taps_ext"
+CSRC = ROOT / "csrc"
+
+# All that the lower rooms may import from taps_ext. A package stands for its files too. Rooms that are not listed
+# stand above these: they may know them, and none of these may know them.
+MAY_IMPORT: dict[str, set[str]] = {
+    "fakes": set(),
+    "tree": set(),
+    "sampling": set(),
+    "native": {"fakes"},
+    "ops": {"native", "tree"},
+    "reference": {"ops", "tree"},
+    "kv_cache": {"ops", "tree"},
+    "target": {"ops", "tree", "kv_cache"},
+    "verification": {"ops", "tree", "sampling"},
+    "processors": {"tree", "sampling"},
+    "drafters": {"drafters", "ops", "tree", "sampling"},
+    "composition": {"composition", "drafters.base", "ops", "tree"},
+    "stats": {"tree", "verification"},
+    "state": {"drafters.base", "kv_cache", "sampling", "stats", "tree", "verification"},
+}
+OPS = (
+    "expand_frontier",
+    "prune_tree",
+    "merge_trees",
+    "tree_attention_mask",
+    "tree_depths",
+    "tree_paths",
+    "ancestor_bits",
+    "verify_tree",
+    "compact_kv",
+)
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """The taps_ext modules that a file imports, anywhere in it, dotted and without the leading package."""
+    found: set[str] = set()
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module or "") if part)
+            found.update(_imported_modules(module, [alias.name for alias in node.names]))
+    return frozenset(name.removeprefix("taps_ext.") for name in found if name.startswith("taps_ext."))
+
+
+def _imported_modules(module: str, names: list[str]) -> set[str]:
+    """`from a import b` imports a.b where that is a module, else a."""
+    folder = ROOT.joinpath(*module.split("."))
+    is_module = {name: (folder / f"{name}.py").exists() or (folder / name).is_dir() for name in names}
+    submodules = {f"{module}.{name}" for name in names if is_module[name]}
+    return submodules | (set() if all(is_module.values()) else {module})
+
+
+def files_of(room: str) -> list[Path]:
+    single = PACKAGE / f"{room}.py"
+    return [single] if single.exists() else sorted((PACKAGE / room).rglob("*.py"))
+
+
+def is_allowed(module: str, allowed: set[str]) -> bool:
+    return any(module == one or module.startswith(f"{one}.") for one in allowed)
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_lower_rooms_import_only_what_stands_below_them(room: str) -> None:
+    files = files_of(room)
+    assert files, f"{room} is gone: change the table"
+    for path in files:
+        strangers = {module for module in imports(path) if not is_allowed(module, MAY_IMPORT[room])}
+        assert not strangers, f"{path.relative_to(ROOT)} may not import {sorted(strangers)}"
+
+
+def test_only_tests_and_benchmarks_import_the_reference() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not is_allowed("reference", set(imports(path))), path
+        assert path.name == "reference.py" or not re.search(r"import\b.*\breference\b", path.read_text()), path
+
+
+def test_nothing_in_the_library_imports_tests_benchmarks_or_the_command_line() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not is_allowed("cli", set(imports(path))), path
+        assert not re.search(r"^\s*(from|import) (python_tests|benchmarks|pytest)\b", path.read_text(), re.M), path
+
+
+def test_the_reader_of_imports_sees_every_kind_of_import() -> None:
+    """The table above is only as good as `imports`."""
+    eagle = imports(PACKAGE / "drafters" / "eagle.py")
+    assert {"ops", "tree", "drafters.base"} <= eagle
+    assert "cli" not in imports(PACKAGE / "cli.py")
+    assert "decoder" in imports(PACKAGE / "cli.py"), "an import inside a function"
+
+
+# ---- C++
+
+TORCH = re.compile(r'#include\s*[<"](torch|ATen|c10|pybind11)/', re.M)
+QUOTED = re.compile(r'#include\s*"([^"]+)"')
+
+
+def with_all_it_includes(path: Path) -> set[Path]:
+    """The file and every file of csrc that it includes, directly or not."""
+    seen: set[Path] = set()
+    todo = [path]
+    while todo:
+        one = todo.pop()
+        if one not in seen and one.exists():
+            seen.add(one)
+            todo += [CSRC / name for name in QUOTED.findall(one.read_text())]
+            todo += [one.parent / name for name in QUOTED.findall(one.read_text())]
+    return seen
+
+
+def sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in CSRC.rglob(pattern))
+
+
+def test_only_the_bindings_include_torch_extension() -> None:
+    """It takes half a minute to compile."""
+    including = [path.name for path in sources("*.cpp", "*.h", "*.cu*") if "torch/extension.h" in path.read_text()]
+    assert including == ["bindings.cpp"]
+
+
+@pytest.mark.parametrize("path", sources("*_cpu.cpp", "*_cuda.cu"), ids=lambda path: path.name)
+def test_loops_and_kernels_know_no_torch(path: Path) -> None:
+    knowing = [one.name for one in with_all_it_includes(path) if TORCH.search(one.read_text())]
+    assert not knowing
+
+
+@pytest.mark.parametrize("name", ["tree_rules.h", "philox.h", "sampling_rule.h", "device.h"])
+def test_rules_know_no_torch(name: str) -> None:
+    knowing = [one.name for one in with_all_it_includes(CSRC / "common" / name) if TORCH.search(one.read_text())]
+    assert not knowing
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_its_three_files_and_one_name_in_every_layer(op: str) -> None:
+    names = {path.name for path in sources(f"{op}*")}
+    assert {f"{op}.h", f"{op}.cpp", f"{op}_cpu.cpp"} <= names
+    for path in (CSRC / "ops.h", CSRC / "bindings.cpp", PACKAGE / "ops.py", PACKAGE / "reference.py"):
+        assert re.search(rf"\b{op}\(", path.read_text()), f"{op} is missing in {path.name}"

@@ -1,0 +1,134 @@
+"""The ops under the dispatcher: their schemas and fakes hold, and torch.compile takes them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_ops_errors import (
+    Arguments,
+    compaction_arguments,
+    expansion_arguments,
+    mask_arguments,
+    merging_arguments,
+    path_arguments,
+    pruning_arguments,
+    tree_arguments,
+    verification_arguments,
+)
+from torch import Tensor
+
+from taps_ext import native, ops
+from taps_ext.tree import DraftTree
+
+
+@pytest.fixture(autouse=True)
+def loaded() -> None:
+    native.load()
+
+
+BUILDERS: dict[str, Callable[[], Arguments]] = {
+    "tree_depths": tree_arguments,
+    "tree_paths": path_arguments,
+    "ancestor_bits": tree_arguments,
+    "tree_attention_mask": mask_arguments,
+    "expand_frontier": expansion_arguments,
+    "prune_tree": pruning_arguments,
+    "merge_trees": merging_arguments,
+    "verify_tree": verification_arguments,
+    "compact_kv": compaction_arguments,
+}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "tree_paths": [{"nodes": None}],
+    "tree_attention_mask": [{"dtype": torch.bfloat16}, {"kv_length": 7}],
+    "expand_frontier": [{"logits": torch.randn(2, 3, 10).bfloat16()}, {"branching": 10}],
+    "prune_tree": [{"max_nodes": 50}],
+    "merge_trees": [{"max_nodes": None}, {"max_nodes": 500}],
+    "verify_tree": [{"logits": torch.randn(2, 4, 10).half()}],
+}
+CASES = [(op, change) for op in BUILDERS for change in [{}, *VARIANTS.get(op, [])]]
+
+
+@pytest.mark.parametrize(("op", "change"), CASES, ids=[f"{op}-{'-'.join(change)}" for op, change in CASES])
+def test_opcheck_finds_nothing(op: str, change: dict[str, Any]) -> None:
+    """Schema (what is mutated, what aliases), fake shapes and dtypes, and tracing with dynamic shapes."""
+    torch.library.opcheck(getattr(torch.ops.taps_ext, op).default, (), {**BUILDERS[op](), **change})
+
+
+@pytest.mark.parametrize("op", BUILDERS)
+def test_every_op_has_the_same_name_in_the_dispatcher_in_pybind_and_in_python(op: str) -> None:
+    assert callable(getattr(native.load(), op))
+    assert callable(getattr(ops, op))
+
+
+def test_the_dispatcher_refuses_bad_input_with_the_same_sentence() -> None:
+    bad = {**tree_arguments(), "num_nodes": torch.tensor([4, 0])}
+    with pytest.raises(ValueError, match=r"num_nodes must lie in 1\.\.4"):
+        torch.ops.taps_ext.tree_depths(**bad)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def equal(actual: Any, expected: Any) -> bool:
+    if isinstance(expected, DraftTree):
+        fields = ("tokens", "parents", "scores", "num_nodes", "proposers", "entropies")
+        return all(equal(getattr(actual, field), getattr(expected, field)) for field in fields)
+    if isinstance(expected, tuple):
+        return len(actual) == len(expected) and all(map(equal, actual, expected))
+    return torch.equal(actual, expected) if torch.is_tensor(expected) else actual == expected
+
+
+def attention(parents: Tensor, num_nodes: Tensor, prefix_lengths: Tensor) -> tuple[Tensor, ...]:
+    return (
+        ops.tree_depths(parents, num_nodes),
+        ops.ancestor_bits(parents, num_nodes),
+        ops.tree_paths(parents, num_nodes),
+        ops.tree_attention_mask(parents, num_nodes, prefix_lengths, 5, torch.float32),
+    )
+
+
+def proposing(logits: Tensor, tree: DraftTree) -> tuple[ops.ExpandedFrontier, DraftTree, ops.MergedTrees]:
+    pruned = ops.prune_tree(tree, 3)
+    fields = (tree.tokens, tree.parents, tree.scores, tree.num_nodes)
+    merged = ops.merge_trees(*(torch.stack([field, field], dim=1) for field in fields))
+    return ops.expand_frontier(logits, torch.zeros(2, 4), 3), pruned, merged
+
+
+def committing(
+    logits: Tensor, tree: DraftTree, sampling: list[Tensor], kv: Tensor, prefix_lengths: Tensor
+) -> tuple[ops.VerifiedPaths, Tensor]:
+    verified = ops.verify_tree(logits, tree, *sampling)
+    ops.compact_kv(kv, verified.path, verified.num_accepted, prefix_lengths, 5)
+    return verified, kv + 0
+
+
+def some_tree() -> DraftTree:
+    given = pruning_arguments()
+    return DraftTree(given["tokens"], given["parents"], given["scores"], given["num_nodes"])
+
+
+def test_tree_attention_compiles_into_one_graph() -> None:
+    given = [*tree_arguments().values(), torch.tensor([1, 5])]
+    assert equal(compiled(attention)(*given), attention(*given))
+
+
+def test_proposing_compiles_into_one_graph() -> None:
+    logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
+    assert equal(compiled(proposing)(logits, some_tree()), proposing(logits, some_tree()))
+
+
+def test_verifying_and_committing_compile_into_one_graph() -> None:
+    given = verification_arguments()
+    sampling = [given[name] for name in ("temperature", "top_k", "top_p", "min_p", "seeds", "positions")]
+    kv, prefix_lengths = compaction_arguments()["kv"], torch.tensor([1, 4])
+    eager_kv, compiled_kv = kv.clone(), kv.clone()
+    expected = committing(given["logits"], some_tree(), sampling, eager_kv, prefix_lengths)
+    actual = compiled(committing)(given["logits"], some_tree(), sampling, compiled_kv, prefix_lengths)
+    assert equal(actual, expected)
+    assert torch.equal(compiled_kv, eager_kv)
+    assert not torch.equal(compiled_kv, kv)

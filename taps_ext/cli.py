@@ -1,0 +1,270 @@
+"""The command line: taps-ext demo | generate | info."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as missing:
+    print(f"taps-ext: the command line needs {missing.name}: pip install 'taps_ext[cli]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+from .native import NativeModuleError
+
+if TYPE_CHECKING:
+    from .decoder import SpeculativeDecoder
+    from .state import StepEvent
+    from .stats import DecodeStats
+
+TINY = "tiny"  # as a target, and before a slash in a drafter: the embedded models
+EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
+JSON_HELP = "Print one JSON object and nothing else."
+
+app = typer.Typer(
+    help="Lossless speculative decoding with several drafters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; an expected error is one sentence on stderr and exit code 2."""
+    try:
+        app(args=arguments, prog_name="taps-ext")
+    except EXPECTED_ERRORS as error:
+        if os.environ.get("TAPS_TRACEBACK"):
+            raise
+        _fail(error)
+
+
+def _fail(error: Exception) -> NoReturn:
+    sentence = " ".join(str(error).split()) or type(error).__name__
+    print(f"taps-ext: {sentence}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+@app.command()
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per domain.")] = 6,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
+    output: Annotated[Path, typer.Option(help="Folder for demo.json and the picture.")] = Path("out/demo"),
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Two specialist drafters and their compositions on the embedded models, beside plain decoding."""
+    from . import demo as demonstration
+    from . import demo_report, terminal
+
+    settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed)
+    with _progress() as progress:
+        bar = progress.add_task("loading", total=demonstration.count_reports(settings))
+        result = demonstration.run(
+            settings, lambda done: progress.update(bar, advance=1, description=f"{done} prompts")
+        )
+    files = demo_report.save(result, output)
+    if as_json:
+        print(demo_report.json_text(result.to_dict()))
+        return
+    console = Console(highlight=False)
+    console.print(terminal.demo_report(result, console))
+    for path in files:
+        print(f"wrote {path}")
+
+
+@app.command()
+def generate(
+    target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")] = TINY,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="NAME=FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
+    ] = None,
+    composition: Annotated[str, typer.Option(help="single, confidence, entropy or merged.")] = "merged",
+    single_drafter: Annotated[str | None, typer.Option(help="The drafter that 'single' uses.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The prompt; without it and --prompt-file: standard input.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
+    raw: Annotated[bool, typer.Option(help="Leave the tokenizer's chat template out.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The text is a function of target, prompt and seed.")] = 0,
+    depth: Annotated[int, typer.Option(help="Levels that a drafter drafts.")] = 6,
+    branching: Annotated[int, typer.Option(help="Children per expanded node.")] = 10,
+    max_nodes: Annotated[int, typer.Option(help="Nodes of a drafter's tree, root included.")] = 60,
+    merged_nodes: Annotated[
+        int | None, typer.Option(help="Node budget of the merged tree; default: the union.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Stream a text, each accepted run in the colour of the drafter that proposed it, then the figures."""
+    text = _read_prompt(prompt, prompt_file)
+    from .composition import make_composition
+    from .decoder import SpeculativeDecoder
+    from .drafters import load_drafters
+    from .sampling import SamplingParams
+    from .tree import TreeShape
+
+    make_composition(composition, merged_nodes)  # a wrong name should not wait for a large target to load
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
+    shape = TreeShape(depth, branching, max_nodes)
+    paths = _drafter_paths(target, drafter or [])
+    model, tokenizer = _load_target(target, dtype, device)
+    decoder = SpeculativeDecoder(
+        model, load_drafters(paths, model), composition, drafter=single_drafter, shape=shape, max_nodes=merged_nodes
+    )
+    inputs = {**_encode(tokenizer, text, raw, device), "sampling": sampling, "max_new_tokens": max_new_tokens}
+    if as_json:
+        _print_json(decoder, tokenizer, text, inputs)
+    else:
+        _stream(decoder, tokenizer, inputs)
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
+    """Versions, what was built and why, and what torch finds on this machine."""
+    from . import demo_report, terminal
+    from . import info as installation
+
+    facts = installation.collect()
+    if as_json:
+        print(demo_report.json_text(facts.to_dict()))
+    else:
+        Console(highlight=False, soft_wrap=True).print(terminal.info_table(facts))
+
+
+def _progress() -> Progress:
+    """A bar on stderr, so that stdout holds the result alone."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("give --prompt or --prompt-file, not both")
+    if prompt_file is not None:
+        prompt = prompt_file.read_text(encoding="utf-8")
+    elif prompt is None:
+        if sys.stdin.isatty():
+            print("reading the prompt from standard input, end it with Ctrl-D", file=sys.stderr)
+        prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
+    return prompt
+
+
+def _drafter_paths(target: str, drafters: Sequence[str]) -> dict[str, str]:
+    """Name to folder or hub id; the embedded target brings its own drafters when none is given."""
+    if not drafters and target != TINY:
+        raise ValueError("give at least one drafter: --drafter NAME=FOLDER-OR-HUB-ID")
+    paths: dict[str, str] = {}
+    for entry in drafters or [f"{name}={TINY}/{name}" for name in _tiny_drafters()]:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"a drafter is given as NAME=FOLDER-OR-HUB-ID, got {entry!r}")
+        if name in paths:
+            raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
+        paths[name] = _tiny_drafters().get(path.removeprefix(f"{TINY}/"), path) if path.startswith(f"{TINY}/") else path
+    return paths
+
+
+def _tiny_drafters() -> dict[str, str]:
+    from . import tiny
+
+    return {name: str(path) for name, path in tiny.drafter_paths().items()}
+
+
+def _load_target(target: str, dtype: str, device: str) -> tuple[Any, Any]:
+    import torch
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device!r} is not there: torch {torch.__version__} finds no CUDA device; use --device cpu"
+        )
+    model: Any
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    if target == TINY:
+        from . import tiny
+
+        model, tokenizer = tiny.load_target()
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    return model.to(device=device, dtype=chosen).eval(), tokenizer
+
+
+def _encode(tokenizer: Any, text: str, raw: bool, device: str) -> dict[str, Any]:
+    """The prompt as `input_ids` and `attention_mask`: a user's turn where the tokenizer knows chats, else as it is."""
+    if not raw and getattr(tokenizer, "chat_template", None):
+        turns = [{"role": "user", "content": text.strip()}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    else:
+        encoded = tokenizer(text, return_tensors="pt")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def _print_json(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs: dict[str, Any]) -> None:
+    from . import demo_report
+
+    started = time.perf_counter()
+    out = decoder.generate(**inputs)
+    seconds = time.perf_counter() - started
+    fields = {
+        "prompt": prompt,
+        "text": tokenizer.decode(out.new_tokens[0], skip_special_tokens=True),
+        "new_tokens": out.new_tokens[0],
+        "finish_reason": out.finish_reasons[0],
+        "seconds": seconds,
+        "stats": out.stats.to_dict(),
+    }
+    print(demo_report.json_text(fields))
+
+
+def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> None:
+    from . import terminal
+    from .stats import DecodeStats
+    from .transcript import Transcript
+
+    console = Console(highlight=False, soft_wrap=True)
+    palette, transcript = terminal.Palette(list(decoder.drafters)), Transcript(tokenizer)
+    stats = DecodeStats(tuple(decoder.drafters), batch_size=1)
+    started = time.perf_counter()
+    for event in decoder.stream(**inputs):
+        console.print(palette.text(transcript.add(event.new_tokens[0], event.accepted_proposers[0])), end="")
+        _count(stats, event)
+    seconds = time.perf_counter() - started
+    console.print(palette.text(transcript.finish()))
+    console.print()
+    if terminal.has_colours(console):
+        console.print(palette.legend())
+    console.print(terminal.stats_table(stats, seconds))
+
+
+def _count(stats: DecodeStats, event: StepEvent) -> None:
+    """Add a streamed step of the only row; a stream brings no stats of its own, nor the number of nodes scored."""
+    stats.num_tokens[0] += len(event.new_tokens[0])
+    stats.num_target_forwards += 1
+    if event.num_accepted[0] is None:
+        return
+    choice = event.choices[0]
+    masks = [sum(1 << stats.drafters.index(name) for name in names) for names in event.accepted_proposers[0]]
+    stats.record(0, 0, stats.drafters.index(choice) if isinstance(choice, str) else None, masks)

@@ -1,0 +1,48 @@
+"""What a drafter is to the rest of the library: it observes committed tokens and proposes draft trees."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ..tree import DraftTree, TreeShape
+
+
+class DrafterState:
+    """What a drafter remembers of one call (KV, lengths, last output): opaque, made by `reset`, owned by the call."""
+
+
+class Drafter(Protocol):
+    """A drafter is immutable: threads share it, each call with its own state. Dims: B rows, T slots, H hidden."""
+
+    @property
+    def name(self) -> str:
+        """The name that stats and compositions report."""
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the tokens it can propose: the target's."""
+
+    def reset(self, batch_size: int) -> DrafterState:
+        """A fresh state for `batch_size` rows that have observed nothing."""
+
+    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor) -> None:
+        """Take in committed tokens with the target's true features; `state` is updated in place.
+
+        Args:
+            features: [B, T, H]; slot t of row b is the target's final hidden state of a position.
+            next_tokens: int64 [B, T], the token after that position (for the last slot: the new root).
+            num_tokens: int64 [B], how many leading slots of the row count; the rest is padding of any content.
+                0: nothing happens to that row.
+        """
+
+    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> DraftTree:
+        """A draft tree a row, grown from the last observed slot; the committed part of `state` stays as it is.
+
+        Args:
+            root_tokens: int64 [B], the last token observed, node 0 of each tree.
+            shape: depth, branching and node budget. The capacity is min(max_nodes, 1 + K + (depth - 1) * K * K)
+                with K = min(branching, V).
+            active: bool [B]; other rows get a tree that is only its root.
+        """

@@ -1,0 +1,230 @@
+"""The EAGLE-2 drafter (the HASS network is the same one, trained otherwise): one Llama layer over target features.
+
+Slot i of the drafter carries the target's feature of position i and the embedding of token i + 1; its output is a
+guess of the feature of position i + 1, and the target's own lm_head turns that guess into logits for token i + 2.
+
+Source: EAGLE-2 (arXiv 2406.16858); HASS (arXiv 2408.15766). Dims: B batch, T slots, S keys, H hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
+
+# Rope types whose frequencies do not depend on the length of the text: the others rewrite a buffer in the forward
+# pass, which reads the device and is not safe when two threads share a drafter.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
+    """(theta, scaling) of a config, each None where it names none.
+
+    `config` is a dict or a transformers config, in either spelling: rope_theta with rope_scaling (4.x, `type` or
+    `rope_type`), or rope_parameters (5.x, by layer type where a model has several).
+    """
+
+    def get(name: str) -> Any:
+        return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+    parameters = get("rope_parameters") or {}
+    parameters = parameters.get("full_attention", parameters)
+    parameters = {"rope_theta": get("rope_theta"), **(get("rope_scaling") or {}), **parameters}
+    theta = parameters.pop("rope_theta")
+    rope_type = parameters.pop("type", None)
+    rope_type = parameters.setdefault("rope_type", rope_type or "default")
+    return None if theta is None else float(theta), None if rope_type == "default" else parameters
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """The shape of an EAGLE-2 network; `rope_scaling` is transformers' dict (`rope_type`, `factor`, ...) or None."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    fc_bias: bool = False
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, "
+                f"got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        rope_type = (self.rope_scaling or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"drafter rope type must be one of {', '.join(ROPE_TYPES)}, got {rope_type}")
+
+    @classmethod
+    def for_target(cls, target_config: Any, **overrides: Any) -> EagleConfig:
+        """A drafter of the target's own widths, heads and rope, as the published ones are; `overrides` are fields."""
+        theta, scaling = rope_of(target_config)
+        heads = target_config.num_attention_heads
+        fields: dict[str, Any] = {
+            "hidden_size": target_config.hidden_size,
+            "intermediate_size": target_config.intermediate_size,
+            "num_attention_heads": heads,
+            "num_key_value_heads": getattr(target_config, "num_key_value_heads", None) or heads,
+            "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+            "vocab_size": target_config.vocab_size,
+            "rms_norm_eps": getattr(target_config, "rms_norm_eps", cls.rms_norm_eps),
+            "rope_theta": cls.rope_theta if theta is None else theta,
+            "rope_scaling": scaling,
+            "max_position_embeddings": target_config.max_position_embeddings,
+        }
+        return cls(**{**fields, **overrides})
+
+    def as_llama(self) -> LlamaConfig:
+        """The same shape for transformers' Llama blocks; 4.57 and 5.x both understand these spellings."""
+        fields: dict[str, Any] = {
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "vocab_size": self.vocab_size,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": None if self.rope_scaling is None else dict(self.rope_scaling),
+            "max_position_embeddings": self.max_position_embeddings,
+            "hidden_act": self.hidden_act,
+        }
+        return LlamaConfig(**fields)
+
+
+class RotaryAngles(nn.Module):
+    """cos and sin of the rotary positions; the frequencies stay float32 when the network is cast to bfloat16."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        with torch.device("cpu"):
+            source = LlamaRotaryEmbedding(config)
+        self._exact = source.inv_freq.detach().clone().float()
+        self.scaling = float(source.attention_scaling)
+        self.inv_freq = self._exact
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryAngles:
+        self.inv_freq = self._exact.to(fn(self.inv_freq).device)
+        return self
+
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [B, T, head_dim] in `dtype`, of int64 positions [B, T]."""
+        angles = position_ids[..., None].float() * self.inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
+
+
+class EagleAttention(nn.Module):
+    """The four projections of the layer's attention; `EagleNetwork` composes them."""
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        query_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+
+
+class EagleLayer(nn.Module):
+    """One Llama decoder layer without an input norm."""
+
+    def __init__(self, config: EagleConfig, llama: LlamaConfig) -> None:
+        super().__init__()
+        self.self_attn = EagleAttention(config)
+        self.mlp = LlamaMLP(llama)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class EagleNetwork(nn.Module):
+    """The trained part of an EAGLE-2 drafter: its parameters carry the published names, the embedding left out.
+
+    `forward` is the training entry; its four stages `project`, `qkv`, `attend` and `finish` are public because HASS
+    composes them over several streams (concatenate keys and values on dim 2, pass a bool mask), and the drafter over
+    its KV cache.
+    """
+
+    def __init__(self, config: EagleConfig) -> None:
+        super().__init__()
+        llama = config.as_llama()
+        self.config = config
+        self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=config.fc_bias)
+        self.layers = nn.ModuleList([EagleLayer(config, llama)])
+        self.rotary = RotaryAngles(llama)
+
+    @property
+    def layer(self) -> EagleLayer:
+        """The one decoder layer."""
+        layer: EagleLayer = self.layers[0]  # type: ignore[assignment]
+        return layer
+
+    def project(self, embeddings: Tensor, features: Tensor) -> Tensor:
+        """The layer's input [B, T, H], of embeddings [B, T, H] (token i + 1) and features [B, T, H] (position i)."""
+        projected: Tensor = self.fc(torch.cat((embeddings, features), dim=-1))
+        return projected
+
+    def qkv(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries [B, heads, T, head_dim], rotated keys and plain values [B, kv_heads, T, head_dim]."""
+        attention = self.layer.self_attn
+        split = (*x.shape[:-1], -1, self.config.head_dim)
+        query, key, value = (
+            projection(x).view(split).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        cos, sin = (angle[:, None] for angle in self.rotary(position_ids, x.dtype))
+        return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin, value
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """What each query reads, [B, T, heads * head_dim].
+
+        `mask` is bool, broadcastable to [B, heads, T, S] (True: attend); None is causal over T = S slots. Every
+        query must see at least one key.
+        """
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.config.num_key_value_heads != self.config.num_attention_heads,
+        )
+        return out.transpose(1, 2).flatten(2)
+
+    def finish(self, x: Tensor, attention_out: Tensor) -> Tensor:
+        """The layer's output [B, T, H]: both residual branches, no final norm."""
+        hidden = x + self.layer.self_attn.o_proj(attention_out)
+        finished: Tensor = hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
+        return finished
+
+    def forward(self, embeddings: Tensor, features: Tensor, position_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The guessed next features [B, T, H], of embeddings and features [B, T, H] at int64 positions [B, T].
+
+        `mask` as in `attend`; position_ids may be [1, T] for all rows.
+        """
+        x = self.project(embeddings, features)
+        query, key, value = self.qkv(x, position_ids)
+        return self.finish(x, self.attend(query, key, value, mask))
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    """The two halves of the last axis, swapped, the new first one negated."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)

@@ -1,0 +1,36 @@
+"""The tiny world: a generated corpus of two domains, and a target with two specialist drafters, shipped as assets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .corpus import DOMAINS, Conversation, conversations, prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DOMAINS", "Conversation", "assets", "conversations", "drafter_paths", "load_target", "prompts"]
+
+
+def assets() -> Path:
+    """The folder with target/, drafters/ and recipe.json; FileNotFoundError if this installation has none."""
+    folder = Path(__file__).parent / "assets"
+    if not (folder / "target" / "config.json").exists():
+        raise FileNotFoundError(f"no tiny models in {folder}; make them: python -m taps_ext.tiny.recipe --output {folder}")
+    return folder
+
+
+def load_target() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The tiny target in float32, in evaluation mode, and its tokenizer (with a chat template)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = assets() / "target"
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def drafter_paths() -> dict[str, Path]:
+    """The folder of each specialist drafter, by domain."""
+    return {domain: assets() / "drafters" / domain for domain in DOMAINS}
