@@ -13,7 +13,7 @@ CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
 PYTEST      := $(BIN)/python -m pytest python_tests
 
 .DEFAULT_GOAL := help
-.PHONY: help environment build demo test test-all bench lint format clean
+.PHONY: help environment build demo test test-all bench lint lint-style lint-types lint-cxx format clean
 
 help:
 	@echo 'make demo      build, then show two specialist drafters and their compositions on the embedded models'
@@ -54,13 +54,20 @@ test-all: build
 	$(PYTEST) --long
 
 bench: build
-	$(BIN)/python benchmarks/bench_decode.py
-	$(BIN)/python -m pytest benchmarks/bench_ops.py
+	@mkdir -p out/bench
+	PYTHON=$(BIN)/python sh benchmarks/runs/ops.sh --output out/bench/ops.json
+	PYTHON=$(BIN)/python sh benchmarks/runs/decode.sh --output out/bench/decode.json
 
-lint: environment
+lint: lint-style lint-types lint-cxx
+
+lint-style: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-types: environment
 	$(BIN)/mypy taps_ext
+
+lint-cxx: environment
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))
 
 format: environment

@@ -22,7 +22,7 @@ import sides
 import torch
 from provenance import provenance, write_json
 from sides import Sides
-from timing import compare, memory_bandwidth, no_garbage_collection, one_thread
+from timing import CLOCKS, compare, memory_bandwidth, one_thread
 
 from taps_ext.sampling import SamplingParams
 
@@ -106,9 +106,9 @@ def test_op(benchmark: Any, built: Sides, name: str, side: str) -> None:
 # ---- the script
 
 
-def measure(name: str, built: Sides, pairs: int, goal: float | None = None) -> dict[str, Any]:
+def measure(name: str, built: Sides, pairs: int, clock: str, goal: float | None = None) -> dict[str, Any]:
     """One row of the results: both sides in microseconds, their ratio pair by pair, and the floor."""
-    comparison = compare(built.ours, built.plain, pairs=pairs)
+    comparison = compare(built.ours, built.plain, pairs=pairs, clock=clock)
     return {
         "name": name,
         **comparison.as_json(),
@@ -131,16 +131,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the ops against the plain-PyTorch way.")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument("--pairs", type=int, default=41, help="alternating pairs for each headline ratio")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="thread: processor time, on busy machines"
+    )
     parser.add_argument("--grid", action="store_true", help="every op, size and type instead, with fewer pairs")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with no_garbage_collection():
-        if options.grid:
-            rows = [measure(name, make(), min(options.pairs, 7)) for name, make in op_cases().items()]
-        else:
-            rows = [measure(name, make(), options.pairs, goal) for name, (make, goal) in headline_cases().items()]
+    if options.grid:
+        rows = [measure(name, make(), min(options.pairs, 7), options.clock) for name, make in op_cases().items()]
+    else:
+        rows = [
+            measure(name, make(), options.pairs, options.clock, goal) for name, (make, goal) in headline_cases().items()
+        ]
     print_table(rows)
-    result = {"provenance": provenance(), "bandwidth_gb_per_s": round(bandwidth() / 1e9, 2), "rows": rows}
+    result = {
+        "provenance": provenance(),
+        "clock": options.clock,
+        "bandwidth_gb_per_s": round(bandwidth() / 1e9, 2),
+        "rows": rows,
+    }
     if options.output:
         write_json(options.output, result)
     print(json.dumps({row["name"]: row["ratio"]["median"] for row in rows}, separators=(",", ":")))

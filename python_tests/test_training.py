@@ -64,13 +64,20 @@ def make_draft_batch(target: LlamaForCausalLM, rows: int = 3) -> DraftBatch:
 def test_an_epoch_visits_every_sequence_once() -> None:
     dataset = TokenDataset(make_examples(12))
     batches = dataset.batches(4, seed=3)
-    seen = [tuple(row[:n].tolist()) for _ in range(3) for b in [next(batches)] for row, n in zip(b.tokens, b.lengths, strict=True)]
+    seen = [
+        tuple(row[:n].tolist())
+        for _ in range(3)
+        for b in [next(batches)]
+        for row, n in zip(b.tokens, b.lengths, strict=True)
+    ]
     assert sorted(seen) == sorted(example.tokens for example in dataset.sequences)
 
 
 def test_batches_are_a_function_of_the_seed() -> None:
     dataset = TokenDataset(make_examples(12))
-    first, again, other = ([next(b).tokens.tolist() for _ in range(6)] for b in (dataset.batches(2, s) for s in (5, 5, 6)))
+    first, again, other = (
+        [next(b).tokens.tolist() for _ in range(6)] for b in (dataset.batches(2, s) for s in (5, 5, 6))
+    )
     assert first == again != other
 
 
@@ -209,7 +216,9 @@ def test_gradients_match_finite_differences(target: LlamaForCausalLM, objective:
     config = TrainingConfig(objective=objective, noise=0.0, num_top_tokens=4)  # type: ignore[arg-type]
     head = copy.deepcopy(target.lm_head).double()
     single = make_draft_batch(target, rows=2)
-    batch = DraftBatch(*(part.double() for part in (single.features, single.next_embeddings, single.next_features)), single.loss_mask)
+    batch = DraftBatch(
+        *(part.double() for part in (single.features, single.next_embeddings, single.next_features)), single.loss_mask
+    )
     network = make_network(target).double()
     network.layer.post_attention_layernorm = torch.nn.RMSNorm(HIDDEN, 1e-6, dtype=torch.float64)  # Llama's is float32
     positions = torch.arange(batch.features.shape[1])[None]

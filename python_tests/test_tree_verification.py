@@ -91,7 +91,7 @@ def random_case(seed: int) -> Verification:
     rng = random.Random(seed)
     low, high = rng.choices([(2, 2), (3, 64), (65, 2_000), (2_001, 33_000)], [5, 60, 27, 8])[0]
     vocabulary = 262_144 if seed % 50 == 7 else rng.randint(low, high)
-    capacity = rng.choice([1, 2, 9, 30, 70]) if vocabulary <= 2_000 else rng.randint(1, 8)
+    capacity = rng.choice([1, 9, 30, 70]) if vocabulary <= 2_000 else rng.randint(1, 8)
     capacity = 1024 if seed % 50 == 8 and vocabulary <= 200 else capacity
     size = rng.randint(1, 4) if vocabulary <= 2_000 else rng.randint(1, 2)
     trees = [random_row(rng, rng.randint(1, capacity), vocabulary) for _ in range(size)]
@@ -124,7 +124,7 @@ def _plant_draws(rng: random.Random, case: Verification, b: int) -> None:
     parents, tokens = case.tree.parents[b].tolist(), case.tree.tokens[b]
     filters = Filters(float(case.temperature[b]), int(case.top_k[b]), float(case.top_p[b]), float(case.min_p[b]))
     node, position = 0, int(case.positions[b])
-    while rng.random() < 0.85 and position - int(case.positions[b]) < 12:
+    while rng.random() < 0.95 and position - int(case.positions[b]) < 12:
         children = [i for i in range(node + 1, int(case.tree.num_nodes[b])) if parents[i] == node]
         token = reference.draw_token(case.logits[b, node], filters, int(case.seeds[b]), position)
         if not children or token is None:
@@ -137,14 +137,14 @@ def _plant_draws(rng: random.Random, case: Verification, b: int) -> None:
 def test_verification_equals_the_reference(num_cases: int) -> None:
     """Checklist: NaN, Inf and all -Inf rows; top_k 0, > V, 2^30; top_p 0, 1, tiny; T = 0, 1e-6; N = 1, N = 1024, ragged
     N with 0-draft rows; V not a multiple of 8 and unaligned rows; garbage padding; seeds and positions past 32 bits."""
-    undecided = accepted = rows = 0
+    undecided, accepted, has_gaps = 0, [], []
     for seed in range(num_cases):
         case = random_case(seed)
         actual, expected = ops.verify_tree(*case), reference.verify_tree(*case)
         margins = reference.verification_margin(*case) if not _all_equal(actual, expected) else None
         for b in range(case.tree.batch_size):
-            rows += 1
-            accepted += int(expected.num_accepted[b])
+            accepted.append(int(expected.num_accepted[b]))
+            has_gaps.append(int(expected.path[b].max()) > accepted[-1])
             if margins is not None and margins[b] < 1e-5:
                 undecided += 1
                 continue
@@ -152,7 +152,8 @@ def test_verification_equals_the_reference(num_cases: int) -> None:
                 where = f"seed {seed}, row {b}, {field}, {list(case.logits.shape)} {case.logits.dtype}"
                 assert_same(getattr(actual, field)[b], getattr(expected, field)[b], where)
     assert undecided <= 0.005 * num_cases
-    assert accepted > rows, "hollow: the trees hold too few of the drawn tokens"
+    assert sum(count >= 2 for count in accepted) > 0.2 * len(accepted), "hollow: the trees hold too few of the draws"
+    assert sum(has_gaps) > 0.2 * len(has_gaps), "hollow: paths are contiguous"
 
 
 def _all_equal(actual: ops.VerifiedPaths, expected: ops.VerifiedPaths) -> bool:

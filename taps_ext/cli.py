@@ -54,7 +54,7 @@ def _fail(error: Exception) -> NoReturn:
 
 @app.command()
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per domain.")] = 6,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per domain.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 96,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
@@ -149,7 +149,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = Fals
 def _progress() -> Progress:
     """A bar on stderr, so that stdout holds the result alone."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 __all__ = ["register"]
 
 
-def register() -> None:
-    """Register the fakes; the native module, which holds the schemas, must be loaded. Once a process."""
+def register(module: Any) -> None:
+    """Register the fakes of the ops that the native module holds, each once a process; one caller at a time."""
     for name, fake in _FAKES.items():
-        torch.library.register_fake(f"taps_ext::{name}", fake)
+        if hasattr(module, name) and name not in _registered:
+            torch.library.register_fake(f"taps_ext::{name}", fake)
+            _registered.add(name)
+
+
+_registered: set[str] = set()
 
 
 def _expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -94,7 +102,7 @@ def _compact_kv(kv: Tensor, path: Tensor, num_accepted: Tensor, prefix_lengths: 
     return None
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "expand_frontier": _expand_frontier,
     "prune_tree": _prune_tree,
     "merge_trees": _merge_trees,

@@ -45,7 +45,7 @@ def load() -> Any:
             f"rebuild it: {MEND}"
         )
     with _REGISTRATION:
-        _register_fakes()
+        fakes.register(module)
     return module
 
 
@@ -60,11 +60,6 @@ def load_for_tracing() -> bool:
 load_for_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _REGISTRATION = threading.Lock()  # `cache` lets two first callers in at once
-
-
-@cache
-def _register_fakes() -> None:
-    fakes.register()
 
 
 def _minor(version: str) -> tuple[str, ...]:

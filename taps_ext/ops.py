@@ -213,7 +213,7 @@ def verify_tree(
 
     >>> tree = DraftTree(torch.tensor([[9, 1]]), torch.tensor([[-1, 0]]), torch.zeros(1, 2), torch.tensor([2]))
     >>> zero, one, off = torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.int64)
-    >>> logits = torch.eye(10)[[[1, 4]]]
+    >>> logits = torch.eye(10)[torch.tensor([[1, 4]])]
     >>> verify_tree(logits, tree, zero, off, one, zero, off, off)[:3]
     (tensor([[0, 1]]), tensor([1]), tensor([4]))
     """

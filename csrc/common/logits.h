@@ -5,14 +5,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
 // One body, compiled for each of these instruction sets and chosen when the library loads: a wheel for any x86-64 runs
 // at the machine's width. Without contraction (-ffp-contract=off) all give the same bits. Sanitizers dislike ifuncs.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute) && !defined(__SANITIZE_ADDRESS__)
-#if __has_attribute(target_clones)
+#if !defined(TAPS_EACH_CPU) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define TAPS_EACH_CPU __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#elif defined(__GNUC__) && !defined(__clang__)
+#define TAPS_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
 #endif
 #ifndef TAPS_EACH_CPU
@@ -96,7 +99,7 @@ struct LogitsRow {
   }
 };
 
-// Row `index` of logits that start at `data`, `stride` elements a row.
+// The row that starts `offset` elements behind `data`.
 inline LogitsRow logits_row(const void* data, LogitsType type, int64_t offset, int64_t vocabulary) {
   const int64_t bytes = type == LogitsType::kFloat32 ? 4 : 2;
   return {static_cast<const char*>(data) + offset * bytes, type, vocabulary};

@@ -67,7 +67,8 @@ TAPS_HD inline bool beats(double value, int64_t token, double best_value, int64_
 
 // ---- Weights for top-p ----
 
-constexpr double kWeightless = -32;  // weights are 0 from here down: exp(-32) * 2^44 is 0.22
+constexpr int64_t kLargestVocabulary = (int64_t{1} << 20) - 1;  // so that the sum of all weights fits in 64 bits
+constexpr double kWeightless = -32;                             // weights are 0 from here down: exp(-32) * 2^44 is 0.22
 
 // round(exp(z) * 2^44) for z <= 0. The exponential is spelled out (relative error below 1e-15), because those of
 // different libraries differ in the last bit.

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "common/check.h"
+#include "common/device.h"
 #include "common/logits_tensor.h"
 #include "ops.h"
 
@@ -40,9 +41,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits,
       .frontier = frontier.mutable_data_ptr<int64_t>(),
       .entropies = entropies.mutable_data_ptr<float>(),
   };
-  at::parallel_for(0, batch * frontier_length, 1,
+  at::parallel_for(0, batch * frontier_length, rows_per_task(params.vocabulary),
                    [&](int64_t begin, int64_t end) { cpu::expand_nodes(params, begin, end); });
-  at::parallel_for(0, batch, 16, [&](int64_t begin, int64_t end) { cpu::choose_frontier(params, begin, end); });
+  at::parallel_for(0, batch, rows_per_task(10 * frontier_length * branching),
+                   [&](int64_t begin, int64_t end) { cpu::choose_frontier(params, begin, end); });
   return {child_tokens, child_scores, frontier, entropies};
 }
 

@@ -11,9 +11,10 @@ namespace {
 
 constexpr int kChunk = 64;  // blocks, 4096 tokens: from memory once, then from the nearest cache
 
-// exp(z) for z <= 0, to 2e-7 relative; below -87, and for NaN, about 1e-38.
+constexpr float kLeastExponent = -87;  // exp of it, 1e-38, is still normal and adds nothing to a sum of at least 1
+
+// exp(z) for z in [kLeastExponent, 0], to 2e-7 relative. Coefficients: Cephes, expf.
 TAPS_INLINE float exp_nonpositive(float z) {
-  z = z > -87.0f ? z : -87.0f;
   constexpr float kRounder = 0x1.8p23f;  // added to a small number, it leaves the nearest integer in the lowest bits
   const float shifted = z * 1.44269504f + kRounder;
   const float exponent = shifted - kRounder;
@@ -45,7 +46,10 @@ struct Distribution {
     maximum = larger;
   }
 
-  double log_normaliser() const { return static_cast<double>(maximum) + std::log(sum); }
+  double log_probability(float logit) const {
+    const double z = static_cast<double>(logit) - static_cast<double>(maximum);
+    return std::min(0.0, z - std::log(sum));
+  }
 
   double entropy() const { return std::max(0.0, std::log(sum) - weighted / sum); }
 };
@@ -60,11 +64,13 @@ TAPS_EACH_CPU void add_blocks(const LogitsRow& row, int64_t first, int64_t last,
     const float* block = row.block(index, buffer);
     alignas(64) float powers[kBlock];
     alignas(64) float products[kBlock];
-    for (int j = 0; j < kBlock; ++j) {
+    for (int j = 0; j < kBlock; ++j) {  // a loop of its own: one with a branch around the exponential is not vectorised
       const float z = block[j] - maximum;
-      const float finite = z > -87.0f ? z : -87.0f;
-      powers[j] = exp_nonpositive(finite);
-      products[j] = powers[j] * finite;
+      products[j] = z > kLeastExponent ? z : kLeastExponent;  // -inf and NaN too
+    }
+    for (int j = 0; j < kBlock; ++j) {
+      powers[j] = exp_nonpositive(products[j]);
+      products[j] *= powers[j];
     }
     for (int j = 0; j < 16; ++j) {
       sums[j] += (powers[j] + powers[j + 16]) + (powers[j + 32] + powers[j + 48]);
@@ -143,11 +149,10 @@ void expand_node(const ExpandFrontierParams& p, int64_t index, Scratch& scratch)
   const Distribution distribution = distribution_of(row, scratch.block_maxima);
   find_children(row, p.branching, scratch);
   const bool is_valid = std::isfinite(distribution.maximum);
-  const double normaliser = is_valid ? distribution.log_normaliser() : 0;
   const double parent = p.parent_scores[index] > -kInfinity ? p.parent_scores[index] : -kInfinity;  // NaN: not there
   for (int64_t k = 0; k < p.branching; ++k) {
     const Child& child = scratch.children[k];
-    const double log_probability = is_valid ? std::min(0.0, child.logit - normaliser) : -kInfinity;
+    const double log_probability = is_valid ? distribution.log_probability(child.logit) : -kInfinity;
     p.tokens[index * p.branching + k] = child.token;
     p.scores[index * p.branching + k] = static_cast<float>(parent + log_probability);
   }

@@ -13,19 +13,22 @@ namespace {
 
 // ---- First pass: the maximum of each block, and whether any logit is NaN. ----
 
+TAPS_INLINE int32_t is_nan(float value) {
+  return value != value;
+}
+
 TAPS_EACH_CPU bool scan_row(const LogitsRow& row, float* block_maxima) {
   alignas(64) float buffer[kBlock];
-  alignas(64) int32_t is_nan[16] = {};
+  alignas(64) int32_t any_nan[16] = {};
   const int64_t blocks = num_blocks(row.vocabulary);
   for (int64_t index = 0; index < blocks; ++index) {
     const float* block = row.block(index, buffer);
     for (int j = 0; j < 16; ++j) {
-      is_nan[j] |= static_cast<int32_t>(!(block[j] == block[j])) | static_cast<int32_t>(!(block[j + 16] == block[j + 16]));
-      is_nan[j] |= static_cast<int32_t>(!(block[j+32] == block[j+32])) | static_cast<int32_t>(!(block[j + 48] == block[j + 48]));
+      any_nan[j] |= is_nan(block[j]) | is_nan(block[j + 16]) | is_nan(block[j + 32]) | is_nan(block[j + 48]);
     }
     block_maxima[index] = maximum_of(block);
   }
-  return std::any_of(is_nan, is_nan + 16, [](int32_t any) { return any != 0; });
+  return std::any_of(any_nan, any_nan + 16, [](int32_t any) { return any != 0; });
 }
 
 // ---- Selection by weight, for top-p and for a large top-k: bins of equal width, from the maximum down. ----
@@ -173,6 +176,16 @@ struct Noise {
   double at(int64_t token) const {
     return gumbel(noise_words(seed, position, static_cast<uint32_t>(token / 4)).word[token % 4]);
   }
+
+  TAPS_INLINE void write_block(int64_t first_token, uint32_t* words) const {
+    for (int quad = 0; quad < kBlock / 4; ++quad) {
+      const PhiloxWords four = noise_words(seed, position, static_cast<uint32_t>(first_token / 4) + quad);
+      words[4 * quad] = four.word[0];
+      words[4 * quad + 1] = four.word[1];
+      words[4 * quad + 2] = four.word[2];
+      words[4 * quad + 3] = four.word[3];
+    }
+  }
 };
 
 // The argmax of z + gumbel over the tokens of at least `least`, given one of them. In float32 until a token could win.
@@ -190,13 +203,7 @@ TAPS_EACH_CPU Best best_token(const LogitsRow& row, const float* block_maxima, f
       continue;
     }
     const int64_t first = index * kBlock;
-    for (int quad = 0; quad < kBlock / 4; ++quad) {
-      const PhiloxWords four = noise_words(noise.seed, noise.position, static_cast<uint32_t>(first / 4) + quad);
-      words[4 * quad] = four.word[0];
-      words[4 * quad + 1] = four.word[1];
-      words[4 * quad + 2] = four.word[2];
-      words[4 * quad + 3] = four.word[3];
-    }
+    noise.write_block(first, words);
     const float* block = row.block(index, buffer);
     int32_t candidates = 0;
     for (int j = 0; j < kBlock; ++j) {

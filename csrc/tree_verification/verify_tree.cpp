@@ -6,7 +6,9 @@
 #include <cmath>
 
 #include "common/check.h"
+#include "common/device.h"
 #include "common/logits_tensor.h"
+#include "common/sampling_rule.h"
 #include "ops.h"
 
 namespace taps {
@@ -49,6 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
                                                        const Tensor& top_p_in, const Tensor& min_p_in,
                                                        const Tensor& seeds_in, const Tensor& positions_in) {
   check_logits(logits, "[B, N, V]");
+  TORCH_CHECK_VALUE(logits.size(2) <= kLargestVocabulary, "logits must be over at most ", kLargestVocabulary,
+                    " tokens, got ", text_of(logits.sizes()));
   const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
   check_sizes(parents, "parents", logits.sizes().slice(0, 2), "like logits");
   const Tensor tokens = checked_like(tokens_in, "tokens", at::kLong, parents);
@@ -90,7 +94,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
       .bonus_tokens = bonus_tokens.mutable_data_ptr<int64_t>(),
       .status = status.mutable_data_ptr<int64_t>(),
   };
-  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) { cpu::verify_tree(params, begin, end); });
+  at::parallel_for(0, rows, rows_per_task(params.vocabulary),
+                   [&](int64_t begin, int64_t end) { cpu::verify_tree(params, begin, end); });
   return {path, num_accepted, bonus_tokens, status};
 }
 

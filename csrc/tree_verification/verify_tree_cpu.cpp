@@ -30,15 +30,13 @@ void verify_row(const VerifyTreeParams& p, int64_t b, TokenDraw& draw) {
   const DrawSettings settings{p.temperature[b], p.top_k[b], p.top_p[b], p.min_p[b], p.seeds[b]};
   int64_t* path = p.path + b * p.nodes;
   std::fill(path, path + p.nodes, -1);
-  int64_t depth = 0;
-  int64_t node = 0;
-  int64_t token;
-  do {
-    path[depth] = node;
+  int64_t depth = -1;
+  int64_t token = -1;
+  for (int64_t node = 0; node >= 0; node = token < 0 ? -1 : tree.child_with(node, token)) {
+    path[++depth] = node;
     const LogitsRow row = logits_row(p.logits, p.logits_type, b * p.batch_stride + node * p.node_stride, p.vocabulary);
     token = draw(row, settings, p.positions[b] + depth);
-    node = token < 0 ? -1 : tree.child_with(node, token);
-  } while (node >= 0 && ++depth > 0);
+  }
   p.num_accepted[b] = depth;
   p.bonus_tokens[b] = token;
   p.status[b] = token < 0 ? kInvalidLogits : 0;

@@ -17,7 +17,9 @@ def assets() -> Path:
     """The folder with target/, drafters/ and recipe.json; FileNotFoundError if this installation has none."""
     folder = Path(__file__).parent / "assets"
     if not (folder / "target" / "config.json").exists():
-        raise FileNotFoundError(f"no tiny models in {folder}; make them: python -m taps_ext.tiny.recipe --output {folder}")
+        raise FileNotFoundError(
+            f"no tiny models in {folder}; make them: python -m taps_ext.tiny.recipe --output {folder}"
+        )
     return folder
 
 

@@ -162,7 +162,9 @@ def generate_dialogue(rng: Random) -> list[dict[str, str]]:
     turns = [(question, adviser.first_answer(wish))]
     turns += [adviser.follow_up() for _ in range(rng.choice((0, 1, 1, 2, 3)))]
     return [
-        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
     ]
 
 

@@ -21,7 +21,16 @@ GOODS = (
 )
 PLACES = ("a market", "the school fair", "a workshop", "the library", "a bakery", "the harbour", "a farm", "the club")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-REQUESTS = ("", "", "", "Show the steps.", "Number the steps.", "Keep it short.", "Explain each step.", "Check the result.")
+REQUESTS = (
+    "",
+    "",
+    "",
+    "Show the steps.",
+    "Number the steps.",
+    "Keep it short.",
+    "Explain each step.",
+    "Check the result.",
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ class Story:
     def say(self, *forms: str) -> None:
         self.sentences.append(self.pick(forms))
 
-    def work(self, operator: str, right: int, reasons: Sequence[str], labels: Sequence[str], left: int | None = None) -> None:
+    def work(
+        self, operator: str, right: int, reasons: Sequence[str], labels: Sequence[str], left: int | None = None
+    ) -> None:
         """Apply one operation to the running value (or to `left`) and remember it as a step."""
         left = self.value if left is None else left
         result = {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[operator]
@@ -123,7 +134,10 @@ def _packs(s: Story) -> None:
         f"{packs} {s.containers} of {s.things} arrive at {s.pick(PLACES)}, and each holds {each} {s.things}.",
         f"{s.name} fills {packs} {s.containers}. Every one of the {s.containers} takes {each} {s.things}.",
     )
-    reasons = (f"Each of the {packs} {s.containers} holds {each} {s.things}", f"There are {packs} equal groups of {each}")
+    reasons = (
+        f"Each of the {packs} {s.containers} holds {each} {s.things}",
+        f"There are {packs} equal groups of {each}",
+    )
     s.work("*", each, reasons, (f"{s.things} in all {s.containers}", f"all {s.things}"), left=packs)
 
 
@@ -136,7 +150,13 @@ def _two_days(s: Story) -> None:
         f"On {day} {s.name} makes {first} {s.things}. On {later} another {second} are made.",
         f"{s.name} sorts {first} {s.things} on {day}, then {second} more {s.things} on {later}.",
     )
-    s.work("+", second, (f"Put {day} and {later} together", "Both days count"), (f"both days of {s.things}", "total"), left=first)
+    s.work(
+        "+",
+        second,
+        (f"Put {day} and {later} together", "Both days count"),
+        (f"both days of {s.things}", "total"),
+        left=first,
+    )
 
 
 def _friend(s: Story) -> None:
@@ -148,7 +168,13 @@ def _friend(s: Story) -> None:
         f"{s.name} has {own} {s.things}. {friend} has {gap} {word} than {s.name}.",
         f"{friend} owns {gap} {word} {s.things} than {s.name}, who owns {own}.",
     )
-    s.work(operator, gap, (f"{friend} has {gap} {word} than {own}", f"First find the {s.things} of {friend}"), (friend,), left=own)
+    s.work(
+        operator,
+        gap,
+        (f"{friend} has {gap} {word} than {own}", f"First find the {s.things} of {friend}"),
+        (friend,),
+        left=own,
+    )
     if s.rng.random() < 0.6:
         s.say(f"They put all their {s.things} together.", "The two share everything they have.")
         s.work("+", own, (f"Add the {s.things} of {s.name}", "Together they have both amounts"), ("together", "both"))
@@ -164,7 +190,13 @@ def _daily(s: Story) -> None:
         f"For {days} days, {s.name} sells {rate} {s.things} every day.",
         f"A machine at {s.pick(PLACES)} finishes {rate} {s.things} each hour and runs for {days} hours.",
     )
-    s.work("*", days, (f"{rate} {s.things}, {days} times over", f"The same {rate} come again {days} times"), ("all of them",), left=rate)
+    s.work(
+        "*",
+        days,
+        (f"{rate} {s.things}, {days} times over", f"The same {rate} come again {days} times"),
+        ("all of them",),
+        left=rate,
+    )
 
 
 def _gain(s: Story) -> None:
@@ -175,7 +207,12 @@ def _gain(s: Story) -> None:
         f"Later {extra} {s.things} are delivered.",
         f"{s.name} gets another {extra} as a gift.",
     )
-    s.work("+", extra, (f"{extra} more come in", f"Add the {extra} new {s.things}"), ("after the gift", f"with the new {s.things}"))
+    s.work(
+        "+",
+        extra,
+        (f"{extra} more come in", f"Add the {extra} new {s.things}"),
+        ("after the gift", f"with the new {s.things}"),
+    )
 
 
 def _loss(s: Story) -> None:
@@ -186,7 +223,9 @@ def _loss(s: Story) -> None:
         f"{s.name} sells {gone} {s.things}.",
         f"After that, {gone} {s.things} get lost.",
     )
-    s.work("-", gone, (f"{gone} of them are gone", f"Take away {gone} {s.things}"), ("what is left", f"{s.things} left"))
+    s.work(
+        "-", gone, (f"{gone} of them are gone", f"Take away {gone} {s.things}"), ("what is left", f"{s.things} left")
+    )
 
 
 def _times(s: Story) -> None:
@@ -195,32 +234,54 @@ def _times(s: Story) -> None:
         f"By the next week the number of {s.things} is {factor} times as large.",
         f"A helper {word} the number of {s.things}." if factor < 4 else f"A helper {word} as many {s.things} of it.",
     )
-    s.work("*", factor, (f"The number grows {factor} times", f"Take it {factor} times"), ("after the growth", "the larger number"))
+    s.work(
+        "*",
+        factor,
+        (f"The number grows {factor} times", f"Take it {factor} times"),
+        ("after the growth", "the larger number"),
+    )
 
 
 def _half(s: Story) -> None:
     part = s.pick([n for n in (2, 3, 4, 5, 6) if s.value % n == 0] or [1])
     if part == 1:
-        return _gain(s)
+        _gain(s)
+        return
     name = {2: "half", 3: "a third", 4: "a quarter", 5: "a fifth", 6: "a sixth"}[part]
     s.say(f"Only {name} of the {s.things} can be used.", f"{s.name} keeps {name} of them and returns the rest.")
-    s.work("/", part, (f"To find {name}, divide by {part}", f"{name.capitalize()} means one part of {part}"), ("the part kept",))
+    s.work(
+        "/",
+        part,
+        (f"To find {name}, divide by {part}", f"{name.capitalize()} means one part of {part}"),
+        ("the part kept",),
+    )
 
 
 def _share(s: Story) -> None:
     group = s.pick([n for n in range(3, 13) if s.value % n == 0] or [1])
     if group == 1:
-        return _loss(s)
+        _loss(s)
+        return
     who = s.pick(("friends", "teams", "families", "classes", "visitors"))
     s.say(f"The {s.things} are shared equally among {group} {who}.", f"{group} {who} split all the {s.things} evenly.")
-    s.work("/", group, (f"Each of the {group} {who} gets the same", f"Share the {s.things} in {group} equal parts"), ("each share",))
+    s.work(
+        "/",
+        group,
+        (f"Each of the {group} {who} gets the same", f"Share the {s.things} in {group} equal parts"),
+        ("each share",),
+    )
     s.ask(f"How many {s.things} does each of the {who} get?", "How large is one share?")
 
 
 def _sell(s: Story) -> None:
     price = s.rng.randint(2, 9)
     s.say(f"Each one is sold for {price} dollars.", f"{s.name} sells all the {s.things} at {price} dollars each.")
-    s.work("*", price, (f"Every one brings {price} dollars", f"Multiply the {s.things} by the price of {price} dollars"), ("money",))
+    s.work(
+        "*",
+        price,
+        (f"Every one brings {price} dollars", f"Multiply the {s.things} by the price of {price} dollars"),
+        ("money",),
+    )
     s.things = "dollars"
     if s.rng.random() < 0.5:
         cost = s.rng.randint(7, max(8, min(95, s.value // 2)))
@@ -234,7 +295,13 @@ def _sell(s: Story) -> None:
 def _goal(s: Story) -> None:
     goal = s.value + s.rng.randint(12, 210)
     s.say(f"The goal is {goal} {s.things}.", f"{s.name} needs {goal} {s.things} in total.")
-    s.work("-", s.value, (f"The goal is {goal}, so look at the gap", "Subtract what is already there"), ("still missing",), left=goal)
+    s.work(
+        "-",
+        s.value,
+        (f"The goal is {goal}, so look at the gap", "Subtract what is already there"),
+        ("still missing",),
+        left=goal,
+    )
     s.ask(f"How many {s.things} are still missing?", f"How many more {s.things} does {s.name} need?")
 
 
@@ -252,7 +319,9 @@ def _solution(story: Story, request: str) -> str:
     if request == "Check the result.":
         lines += "\n" + _check(last)
     unit = story.things
-    ending = story.pick((f"The answer is {story.value}.", f"Answer: {story.value} {unit}", f"So the answer is {story.value} {unit}."))
+    ending = story.pick(
+        (f"The answer is {story.value}.", f"Answer: {story.value} {unit}", f"So the answer is {story.value} {unit}.")
+    )
     return f"{lines}\n{ending}"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..training import Example, TokenDataset, TrainingConfig, chat_sequence, train_drafter
 from .corpus import DOMAINS, conversations, training_prompts
@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=Recipe.threads)
     parser.add_argument("--target-steps", type=int, default=PretrainingConfig.steps)
     parser.add_argument("--drafter-steps", type=int, default=TrainingConfig.steps)
-    parser.add_argument("--keep-target", action="store_true", help="train only the drafters, for the target found there")
+    parser.add_argument(
+        "--keep-target", action="store_true", help="train only the drafters, for the target found there"
+    )
     given = parser.parse_args(arguments)
     recipe = Recipe(threads=given.threads)
     recipe = replace(
@@ -67,28 +69,12 @@ def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
         facts["target"] = _make_target(recipe, output / "target")
     target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(output / "target")
-    texts, seconds = _timed(lambda: {domain: _own_texts(recipe, target, tokenizer, domain) for domain in DOMAINS})
-    facts["texts_seconds"] = round(seconds, 1)
-    facts["drafters"] = {}
-    for index, domain in enumerate(DOMAINS):
-        config = replace(recipe.drafter, seed=recipe.drafter.seed + index + 1)
-        dataset = TokenDataset(_mixture(recipe, texts, domain), MAX_LENGTH)
-        result, seconds = _timed(
-            lambda dataset=dataset, config=config, domain=domain: train_drafter(
-                target,
-                dataset,
-                config,
-                output / "drafters" / domain,
-                metadata={"target": "tiny", "domain": domain, "trained_length": MAX_LENGTH},
-                report=_progress_line(f"drafter {domain}", config.steps),
-            )
-        )
-        facts["drafters"][domain] = {
-            "config": asdict(config),
-            "final_loss": round(result.losses[-1], 4),
-            "num_parameters": sum(p.numel() for p in result.network.parameters()),
-            "seconds": round(seconds, 1),
-        }
+    start = time.monotonic()
+    texts = {domain: _own_texts(recipe, target, tokenizer, domain) for domain in DOMAINS}
+    facts["texts_seconds"] = round(time.monotonic() - start, 1)
+    facts["drafters"] = {domain: _make_drafter(recipe, target, texts, domain, output) for domain in DOMAINS}
+    for path in output.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
     _write_facts(recipe, facts, output)
 
 
@@ -99,8 +85,10 @@ def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     dataset = TokenDataset([chat_sequence(tokenizer, text) for text in texts], MAX_LENGTH)
     model = new_target(tokenizer, recipe.pretraining.seed)
     report = _progress_line("target", recipe.pretraining.steps)
-    loss, seconds = _timed(lambda: pretrain(model, dataset, recipe.pretraining, report))
-    model.to(torch.bfloat16).save_pretrained(folder)
+    start = time.monotonic()
+    loss = pretrain(model, dataset, recipe.pretraining, report)
+    seconds = time.monotonic() - start
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "config": asdict(recipe.pretraining),
@@ -111,8 +99,30 @@ def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
+def _make_drafter(
+    recipe: Recipe, target: PreTrainedModel, texts: dict[str, list[Example]], domain: str, output: Path
+) -> dict[str, Any]:
+    """Train and save one specialist; what there is to say about it."""
+    config = replace(recipe.drafter, seed=recipe.drafter.seed + 1 + DOMAINS.index(domain))
+    start = time.monotonic()
+    result = train_drafter(
+        target,
+        TokenDataset(_mixture(recipe, texts, domain), MAX_LENGTH),
+        config,
+        output / "drafters" / domain,
+        metadata={"target": "tiny", "domain": domain, "trained_length": MAX_LENGTH},
+        report=_progress_line(f"drafter {domain}", config.steps),
+    )
+    return {
+        "config": asdict(config),
+        "final_loss": round(result.losses[-1], 4),
+        "num_parameters": sum(p.numel() for p in result.network.parameters()),
+        "seconds": round(time.monotonic() - start, 1),
+    }
+
+
 def _own_texts(
-    recipe: Recipe, target: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, domain: str
+    recipe: Recipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: str
 ) -> list[Example]:
     """Prompts of one domain with answers that the target wrote: what a drafter will have to foresee."""
     starts = training_prompts(domain, recipe.num_own_texts, seed=1)
@@ -144,11 +154,6 @@ def _read_facts(output: Path) -> dict[str, Any]:
     return {"target": facts.get("target")}
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.monotonic()
-    return work(), time.monotonic() - start
-
-
 def _progress_line(what: str, total: int) -> Callable[[int, float], None]:
     """A report that rewrites one line on a terminal and adds a line now and then in a log."""
     start = time.monotonic()
@@ -157,8 +162,8 @@ def _progress_line(what: str, total: int) -> Callable[[int, float], None]:
     def report(done: int, value: float) -> None:
         if done % every == 0 or done == total:
             end = "\n" if done == total or not sys.stderr.isatty() else ""
-            line = f"{what}: {done}/{total}, {value:.3f}, {time.monotonic() - start:.0f} s"
-            print(f"\r{line}" if sys.stderr.isatty() else line, end=end, file=sys.stderr, flush=True)
+            sys.stderr.write(f"\r{what}: {done}/{total}, {value:.3f}, {time.monotonic() - start:.0f} s{end}")
+            sys.stderr.flush()
 
     return report
 

@@ -1,4 +1,4 @@
-"""Texts that the target writes itself, greedily and at temperature 1: a drafter learns best from what it must foresee."""
+"""Texts that the target writes itself, greedily and at temperature 1: what a drafter will have to foresee."""
 
 from __future__ import annotations
 
@@ -42,14 +42,18 @@ def regenerate(
 
 
 def _prompt(tokenizer: PreTrainedTokenizerBase, start: Conversation) -> Example:
-    """The start with the header of the answer to come; earlier answers are not the target's, so they are not learned."""
-    encoded = tokenizer.apply_chat_template(start, add_generation_prompt=True, tokenize=True, return_dict=True)
+    """The start with the header of the answer to come; earlier answers are not the target's and are not learned."""
+    encoded: Any = tokenizer.apply_chat_template(start, add_generation_prompt=True, tokenize=True, return_dict=True)
     tokens = tuple(encoded["input_ids"])
     return Example(tokens, (False,) * len(tokens))
 
 
 def _answers(
-    target: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[Example], max_new_tokens: int, generator: torch.Generator
+    target: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Example],
+    max_new_tokens: int,
+    generator: torch.Generator,
 ) -> list[tuple[int, ...]]:
     """The target's answers, end token included, to prompts padded on the left."""
     longest = max(len(prompt.tokens) for prompt in prompts)

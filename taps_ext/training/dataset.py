@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -86,7 +86,7 @@ def chat_sequence(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[st
 
     The chat template must mark them with `{% generation %}` (ValueError otherwise).
     """
-    encoded = tokenizer.apply_chat_template(
+    encoded: Any = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     mask = tuple(bool(flag) for flag in encoded["assistant_masks"])

@@ -1,8 +1,8 @@
 """HASS's objective: EAGLE-2's, repeated over what the drafter will see while drafting, and weighted to likely tokens.
 
 A drafter in its n-th level has read its own outputs instead of the target's features for the last n - 1 positions.
-Pass n trains that: the query at slot t reads the target's features up to slot t - (n - 1), and the last n - 1 slots from
-the streams that earlier passes made. Stream m holds pass m's outputs, one slot later and without their gradients.
+Pass n trains that: the query at slot t reads the target's features up to slot t - (n - 1), and the last n - 1 slots
+from the streams that earlier passes made. Stream m holds pass m's outputs, one slot later and without their gradients.
 
 Source: HASS (arXiv 2408.15766), sections 3.1 and 3.2; the mask is exact (closed keys have weight 0).
 """

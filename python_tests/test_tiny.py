@@ -1,0 +1,187 @@
+"""Claims about the tiny world: right arithmetic, seeded and disjoint texts, and what the shipped drafters are worth."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from statistics import mean, stdev
+
+import pytest
+import torch
+
+import taps_ext as taps
+from taps_ext import tiny
+from taps_ext.drafters.checkpoint import average_drafters
+from taps_ext.tiny.arithmetic import Problem, generate_problem
+from taps_ext.tiny.corpus import training_prompts
+from taps_ext.tiny.tokenizer import train_tokenizer
+from taps_ext.training import chat_sequence
+
+EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (?:(\d+) \+ (\d+) = )?(\d+)")
+
+
+def problems(count: int) -> Iterator[Problem]:
+    rng = Random(11)
+    return (generate_problem(rng) for _ in range(count))
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    if operator == "/":
+        assert left % right == 0, f"{left} / {right} leaves a remainder"
+    return {"+": left + right, "-": left - right, "*": left * right, "/": left // right}[operator]
+
+
+# --- corpus ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_worked_solution_is_right_and_leads_to_its_answer() -> None:
+    for problem in problems(2000):
+        results = []
+        for left, operator, right, first, second, result in EQUATION.findall(problem.solution.split("Check:")[0]):
+            assert apply(int(left), operator, int(right)) == int(result), problem.solution
+            if first:  # tens and ones worked out on the way
+                assert int(first) + int(second) == int(result), problem.solution
+            results.append(int(result))
+        assert len(results) == len(problem.steps), problem.solution
+        assert results[-1] == problem.answer >= 0
+        assert re.search(rf"(answer is|Answer:) {problem.answer}\b", problem.solution), problem.solution
+        for check in re.findall(r"Check: (\d+) ([-+*/]) (\d+) = (\d+)\.", problem.solution):
+            assert apply(int(check[0]), check[1], int(check[2])) == int(check[3]), problem.solution
+
+
+def test_every_step_uses_numbers_of_the_question_or_earlier_results() -> None:
+    words = {"doubles": 2, "triples": 3, "four": 4, "half": 2, "third": 3, "quarter": 4, "fifth": 5, "sixth": 6}
+    for problem in problems(2000):
+        known = {int(number) for number in re.findall(r"\d+", problem.question)}
+        known |= {value for word, value in words.items() if word in problem.question}
+        for step in problem.steps:
+            assert step.left in known and step.right in known, (problem.question, step)
+            known.add(step.result)
+
+
+def test_problems_vary_in_length_operators_and_carries() -> None:
+    drawn = list(problems(1000))
+    assert {len(problem.steps) for problem in drawn} >= {1, 2, 3, 4}
+    assert {step.operator for problem in drawn for step in problem.steps} == set("+-*/")
+    carries = [s for p in drawn for s in p.steps if s.operator == "+" and s.left % 10 + s.right % 10 > 9]
+    assert len(carries) > 100
+    assert len({problem.question for problem in drawn}) > 990
+
+
+def test_dialogues_alternate_and_seldom_repeat() -> None:
+    dialogues = tiny.conversations("chat", 500, seed=3)
+    for dialogue in dialogues:
+        assert [message["role"] for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
+    assert {len(dialogue) // 2 for dialogue in dialogues} == {1, 2, 3, 4}
+    answers = [message["content"] for dialogue in dialogues for message in dialogue[1::2]]
+    assert len(set(answers)) > 0.97 * len(answers)
+    assert len({word for answer in answers for word in re.findall(r"[a-z]+", answer.lower())}) > 700
+
+
+@pytest.mark.parametrize("domain", tiny.DOMAINS)
+def test_texts_are_a_function_of_the_seed_and_prompts_are_held_out(domain: str) -> None:
+    assert tiny.prompts(domain, 5, seed=1) == tiny.prompts(domain, 9, seed=1)[:5] != tiny.prompts(domain, 5, seed=2)
+    assert tiny.conversations(domain, 5, seed=0) == tiny.conversations(domain, 9, seed=0)[:5]
+    assert all(prompt[-1]["role"] == "user" for prompt in tiny.prompts(domain, 50))
+    trained = {repr(prompt) for seed in (0, 1) for prompt in training_prompts(domain, 2000, seed)}
+    held_out = [repr(prompt) for prompt in tiny.prompts(domain, 200)]
+    # Chance repeats of a short opening question are allowed, a shared stream would repeat nearly all.
+    assert sum(prompt in trained for prompt in held_out) < 0.5 * len(held_out)
+
+
+def test_an_unknown_domain_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="domain 'law' is not one of math, chat"):
+        tiny.prompts("law", 1)
+
+
+# --- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def test_the_chat_format_marks_what_the_assistant_says() -> None:
+    tokenizer = tiny.load_target()[1]
+    for domain in tiny.DOMAINS:
+        for conversation in tiny.conversations(domain, 20, seed=5):
+            example = chat_sequence(tokenizer, conversation)
+            learned = [token for token, is_learned in zip(example.tokens, example.loss_mask, strict=True) if is_learned]
+            assert tokenizer.decode(learned) == "".join(f"{m['content']}<|end|>" for m in conversation[1::2])
+            text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in conversation)
+            assert tokenizer.decode(example.tokens) == f"<|begin|>{text}"
+
+
+def test_the_tokenizer_is_a_function_of_its_texts() -> None:
+    texts = [message["content"] for text in tiny.conversations("chat", 200, seed=5) for message in text]
+    first, again = train_tokenizer(texts), train_tokenizer(texts)
+    assert first.get_vocab() == again.get_vocab()
+    assert len(first) <= 1024
+
+
+# --- assets ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_target_arrives_in_float32_with_its_end_token() -> None:
+    target, tokenizer = tiny.load_target()
+    assert target.dtype == torch.float32 and not target.training
+    assert tokenizer.decode([target.generation_config.eos_token_id]) == tokenizer.eos_token == "<|end|>"
+    assert target.config.vocab_size == len(tokenizer) == 1024
+    assert target.config.num_key_value_heads < target.config.num_attention_heads
+    assert not target.config.tie_word_embeddings
+
+
+def test_the_assets_are_small_and_say_how_they_were_made() -> None:
+    files = [path for path in tiny.assets().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 14_000_000
+    recipe = json.loads((tiny.assets() / "recipe.json").read_text())
+    assert set(recipe["drafters"]) == set(tiny.DOMAINS)
+    assert {"config", "final_loss", "seconds"} <= set(recipe["target"])
+    for path in files:
+        if path.suffix in (".json", ".jinja"):
+            assert not re.search(r"/(home|root|work|tmp|usr)/", path.read_text()), f"{path.name} names a machine path"
+
+
+def test_drafters_come_in_the_order_that_breaks_ties() -> None:
+    assert list(tiny.drafter_paths()) == ["math", "chat"]
+
+
+# --- what the drafters are worth -------------------------------------------------------------------------------------
+
+
+def acceptance(domain: str, composition: str, drafters: dict[str, Path], num_prompts: int) -> tuple[float, list[float]]:
+    """The micro average at T = 0, and each prompt's own."""
+    target, tokenizer = tiny.load_target()
+    decoder = taps.SpeculativeDecoder(target, taps.load_drafters(drafters, target), composition=composition)
+    tokenizer.padding_side = "left"
+    inputs = tokenizer.apply_chat_template(
+        tiny.prompts(domain, num_prompts, seed=42),
+        add_generation_prompt=True,
+        padding=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    stats = decoder.generate(inputs["input_ids"], inputs["attention_mask"], max_new_tokens=96).stats
+    return stats.acceptance_length, [1 + mean(row) for row in stats.num_accepted if row]
+
+
+def test_each_specialist_is_clearly_better_on_its_own_domain() -> None:
+    paths = tiny.drafter_paths()
+    for own, other in (("math", "chat"), ("chat", "math")):
+        mine, theirs = (acceptance(own, "single", {name: paths[name]}, 16)[0] for name in (own, other))
+        assert mine >= theirs + 1.0
+        assert 3.0 <= mine <= 5.9  # of 7: hard enough that differences can show
+
+
+@pytest.mark.long
+def test_compositions_stand_to_each_other_as_published(tmp_path: Path) -> None:
+    paths = tiny.drafter_paths()
+    average = average_drafters(list(paths.values()), None, tmp_path / "average")
+    for domain in tiny.DOMAINS:
+        singles = {name: acceptance(domain, "single", {name: path}, 40) for name, path in paths.items()}
+        averaged = acceptance(domain, "single", {"average": average}, 40)[0]
+        merged, confidence = (acceptance(domain, composition, paths, 40) for composition in ("merged", "confidence"))
+        best = max(singles.values())
+        assert averaged < singles[domain][0]
+        gaps = [a - b for a, b in zip(merged[1], best[1], strict=True)]
+        assert mean(gaps) >= -stdev(gaps) / len(gaps) ** 0.5
+        assert confidence[0] >= 0.95 * best[0]
