@@ -118,15 +118,17 @@ def tiny_world(num_prompts: int) -> World:
     """The embedded models and their held-out prompts of both domains."""
     from taps_ext import tiny
 
-    model, tokenizer = tiny.load_target()
+    model, any_tokenizer = tiny.load_target()
+    tokenizer: Any = any_tokenizer
     target = TargetModel(model)
     drafters = taps_ext.load_drafters({name: str(path) for name, path in tiny.drafter_paths().items()}, model)
-    prompts = [
-        tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    texts = [
+        tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         for domain in tiny.DOMAINS
-        for prompt in tiny.prompts(domain, num_prompts, 0)
+        for prompt in tiny.prompts(domain, num_prompts, seed=0)
     ]
-    return World("tiny world", target, dict(drafters), [prompt["input_ids"] for prompt in prompts], 96)
+    prompts = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]
+    return World("tiny world", target, dict(drafters), prompts, 96)
 
 
 def random_world(num_prompts: int, config: LlamaConfig = LARGE) -> World:

@@ -81,7 +81,8 @@ def as_tree(pool: Pool, batch_size: int = 1) -> DraftTree:
     parents = torch.cat((torch.tensor([-1]), pool.group_parents.repeat_interleave(pool.branching)))
     scores = torch.cat((torch.zeros(1), pool.scores))
     tokens, parents, scores = (field.expand(batch_size, -1).contiguous() for field in (tokens, parents, scores))
-    return DraftTree(tokens, parents, scores, torch.full((batch_size,), tokens.numel()))
+    num_nodes = torch.full((batch_size,), tokens.shape[1])
+    return DraftTree(tokens, parents, scores, num_nodes, entropies=torch.zeros_like(scores))
 
 
 def pruned_tree(num_nodes: int, batch_size: int = 1, seed: int = SEED) -> DraftTree:

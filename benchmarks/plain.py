@@ -57,6 +57,14 @@ def tree_mask(parents: Sequence[int]) -> Tensor:
     return mask
 
 
+def tree_mask_by_index(parents: Sequence[int]) -> Tensor:
+    """The same as it is usually written."""
+    mask = torch.eye(len(parents), dtype=torch.bool)
+    for node in range(1, len(parents)):
+        mask[node] |= mask[parents[node]]
+    return mask
+
+
 def attention_mask(ancestors: Tensor, prefix_length: int, kv_length: int) -> Tensor:
     """bool [1, 1, N, kv_length + N]: the committed prefix, then the tree."""
     nodes = ancestors.shape[0]
@@ -91,13 +99,20 @@ def _padded_leaf_paths(parents: Sequence[int], length: int) -> list[int]:
     return padded
 
 
-def tree_work(pool: Pool, max_nodes: int, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tree_work(
+    pool: Pool, max_nodes: int, prefix_length: int, mask_of: Callable[[Sequence[int]], Tensor] = tree_mask
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tokens, attention mask, depths and leaf paths of the pruned tree: all that a step needs between models."""
     tokens, parents = prune(pool, max_nodes)
-    ancestors = tree_mask(parents)
+    ancestors = mask_of(parents)
     node_depths = depths(ancestors)
     mask = attention_mask(ancestors, prefix_length, prefix_length)
     return tokens, mask, node_depths, leaf_paths(parents, node_depths.tolist())
+
+
+def tree_work_by_index(pool: Pool, max_nodes: int, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with the mask as it is usually written."""
+    return tree_work(pool, max_nodes, prefix_length, tree_mask_by_index)
 
 
 def tree_work_lean(pool: Pool, max_nodes: int, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -146,21 +161,40 @@ def verify_greedy(logits: Tensor, tokens: Tensor, paths: Tensor) -> tuple[list[i
 
 
 def verify_sampled(
-    logits: Tensor, tokens: Sequence[int], parents: Sequence[int], temperature: float, uniform: Callable[[], float]
+    logits: Tensor,
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    temperature: float,
+    uniform: Callable[[], float],
+    buffer: Tensor,
 ) -> tuple[list[int], int]:
-    """The accepted path and the bonus token; `uniform` draws from [0, 1), once a candidate and once for the bonus."""
-    scaled = logits if temperature == 1 else logits / temperature
-    probabilities = torch.softmax(scaled, dim=-1, dtype=torch.float32)
+    """The accepted path and the bonus token; `uniform` draws from [0, 1), once a candidate and once for the bonus.
+
+    `buffer`, float32 [N, V], is overwritten: allocating the probabilities would cost as much as computing them.
+    """
+    if temperature == 1 and logits.dtype == torch.float32:
+        probabilities = torch.softmax(logits, dim=-1, out=buffer)
+    else:
+        scaled = buffer.copy_(logits) if temperature == 1 else buffer.copy_(logits).div_(temperature)
+        probabilities = torch.softmax(scaled, dim=-1, out=buffer)
     return _accept_loop(probabilities.__getitem__, tokens, parents, uniform)
 
 
 def verify_sampled_lazily(
-    logits: Tensor, tokens: Sequence[int], parents: Sequence[int], temperature: float, uniform: Callable[[], float]
+    logits: Tensor,
+    tokens: Sequence[int],
+    parents: Sequence[int],
+    temperature: float,
+    uniform: Callable[[], float],
+    buffer: Tensor,
 ) -> tuple[list[int], int]:
     """As `verify_sampled`, with the softmax of the visited rows only."""
-    return _accept_loop(
-        lambda node: torch.softmax(logits[node] / temperature, dim=-1, dtype=torch.float32), tokens, parents, uniform
-    )
+
+    def row(node: int) -> Tensor:
+        scaled = logits[node] if temperature == 1 else logits[node].float() / temperature
+        return torch.softmax(scaled, dim=-1, dtype=torch.float32)
+
+    return _accept_loop(row, tokens, parents, uniform)
 
 
 def _accept_loop(

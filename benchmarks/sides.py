@@ -157,10 +157,12 @@ def verify_tree(
     case = verify_case(random_logits(batch_size, num_nodes, vocabulary, dtype), rows, sampling)
     tree, temperature = case.tree, float(case.sampling.temperature[0])
     tokens, parents = tree.tokens.tolist(), tree.parents[0].tolist()
+    buffer = torch.empty(num_nodes, vocabulary)
 
     def sampled() -> object:
         return [
-            method(case.logits[row], tokens[row], parents, temperature, case.uniforms()) for row in range(batch_size)
+            method(case.logits[row], tokens[row], parents, temperature, case.uniforms(), buffer)
+            for row in range(batch_size)
         ]
 
     return Sides(

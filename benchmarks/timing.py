@@ -99,16 +99,17 @@ def compare(
     )
 
 
-def memory_bandwidth(num_bytes: int = 256 * 2**20, rounds: int = 7) -> float:
+def memory_bandwidth(num_bytes: int = 256 * 2**20, rounds: int = 9, clock: str = "wall") -> float:
     """Bytes a second that this process moves with one thread: the better of a long read and a long copy.
 
     A floor is "bytes that must move / this"; taking the better of the two makes it the lower, stricter floor.
     """
     source = torch.ones(num_bytes // 4)
     target = torch.empty_like(source)
+    now = CLOCKS[clock]
     with one_thread(), no_garbage_collection():
-        read_us = min(_sample_us(source.sum, 1) for _ in range(rounds))
-        copy_us = min(_sample_us(lambda: target.copy_(source), 1) for _ in range(rounds + 1))
+        read_us = min(_sample_us(source.sum, 1, now) for _ in range(rounds))
+        copy_us = min(_sample_us(lambda: target.copy_(source), 1, now) for _ in range(rounds))
     return max(num_bytes / read_us, 2 * num_bytes / copy_us) * 1e6
 
 

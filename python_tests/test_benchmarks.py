@@ -40,7 +40,7 @@ def test_plain_pruning_keeps_the_same_tokens_and_parents(num_nodes: int, seed: i
     assert parents == expected.parents[0].tolist()
 
 
-@pytest.mark.parametrize("method", [plain.tree_work, plain.tree_work_lean])
+@pytest.mark.parametrize("method", [plain.tree_work, plain.tree_work_by_index, plain.tree_work_lean])
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("num_nodes", SIZES)
 def test_plain_tree_work_gives_the_same_mask_depths_and_paths(num_nodes: int, seed: int, method: object) -> None:
@@ -100,18 +100,22 @@ def test_both_sides_of_the_sampling_benchmark_visit_the_rows_that_it_names(rows:
         assert ours.path[row, :rows].tolist() == case.path
         assert int(ours.num_accepted[row]) == rows - 1
         tokens, parents = case.tree.tokens[row].tolist(), case.tree.parents[row].tolist()
-        path, _ = method(case.logits[row], tokens, parents, 1.0, case.uniforms())  # type: ignore[operator]
+        buffer = torch.empty_like(case.logits[row])
+        path, _ = method(case.logits[row], tokens, parents, 1.0, case.uniforms(), buffer)  # type: ignore[operator]
         assert path == case.path
 
 
-def test_plain_sampling_is_lossless() -> None:
+@pytest.mark.parametrize("method", [plain.verify_sampled, plain.verify_sampled_lazily])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_plain_sampling_is_lossless(method: object, dtype: torch.dtype, temperature: float) -> None:
     """The first emitted token follows the target's distribution: chi-square with 7 degrees of freedom."""
-    draws, logits = 8000, torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
-    expected = torch.softmax(logits[0], -1) * draws
+    draws, logits = 4000, torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = torch.softmax(logits[0].float() / temperature, -1) * draws
     tokens, parents = [0, 3, 5, 1], [-1, 0, 0, 1]
-    uniform, counts = random.Random(0).random, torch.zeros(8)
+    uniform, counts, buffer = random.Random(0).random, torch.zeros(8), torch.empty(4, 8)
     for _ in range(draws):
-        path, bonus = plain.verify_sampled(logits, tokens, parents, 1.0, uniform)
+        path, bonus = method(logits, tokens, parents, temperature, uniform, buffer)  # type: ignore[operator]
         counts[tokens[path[1]] if len(path) > 1 else bonus] += 1
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # exceeded once in a thousand seeds
 

@@ -156,6 +156,8 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(generate, tmp_pa
     "arguments, said",
     [
         (["--composition", "average"], "composition must be one of single, confidence, entropy, merged"),
+        (["--composition", "single"], "--single-drafter, one of math, chat"),
+        (["--drafter", "other=tiny/other"], "there is no embedded drafter tiny/other; there are math, chat"),
         (["--drafter", "nameless"], "NAME=FOLDER-OR-HUB-ID, got 'nameless'"),
         (["--drafter", "math=twice"], "'math' is given twice"),
         (["--prompt-file", "p"], "not both"),

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import taps_ext as taps
 from taps_ext import decoder as decoder_module
+from taps_ext.composition import COMPOSITIONS
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.kv_cache import FIRST_CAPACITY
 from taps_ext.verification import Acceptance, verify
 
 SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)
-COMPOSITIONS = ("single", "confidence", "entropy", "merged")
 SAMPLINGS = {
     f"T={temperature} {name}": taps.SamplingParams(temperature=temperature, seed=11, **filters)
     for temperature in (0.7, 1.0)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,8 @@ from torch import Tensor
 
 from taps_ext import native, ops
 from taps_ext.tree import DraftTree
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +138,20 @@ def test_verifying_and_committing_compile_into_one_graph() -> None:
     assert equal(actual, expected)
     assert torch.equal(compiled_kv, eager_kv)
     assert not torch.equal(compiled_kv, kv)
+
+
+def test_a_compiled_function_may_be_the_first_caller() -> None:
+    """In a process of its own, where nothing has loaded the native module yet."""
+    script = (
+        "import torch; from taps_ext import ops\n"
+        "run = torch.compile(lambda p, n: ops.tree_depths(p, n) + 1, fullgraph=True, backend='eager')\n"
+        "print(run(torch.tensor([[-1, 0, 1]]), torch.tensor([3])).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.stdout.strip() == "[[1, 2, 3]]", done.stderr
+
+
+def test_the_examples_in_the_docstrings_are_true() -> None:
+    result = doctest.testmod(ops)
+    assert result.attempted > 15
+    assert result.failed == 0

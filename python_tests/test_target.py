@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5
 
 import taps_ext as taps
 from taps_ext import ops
+from taps_ext.drafters import save_drafter
 from taps_ext.kv_cache import FIRST_CAPACITY
 from taps_ext.tree import DraftTree
 
@@ -174,6 +178,22 @@ def test_a_dispatched_target_gives_the_same_text() -> None:
     dispatched = accelerate.dispatch_model(model, {**device_map, **rest}, force_hooks=True)
     decoder = taps.SpeculativeDecoder(dispatched, {"math": trained_drafters()["math"]}, "single")
     assert torch.equal(decoder.generate(ids, mask, max_new_tokens=16).sequences, stock)
+
+
+def test_a_quantised_target_gives_its_own_text_and_takes_drafters(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates this quantiser; it is the one that needs nothing installed
+        quantised = torch.ao.quantization.quantize_dynamic(deepcopy(trained_target()), {torch.nn.Linear})
+    drafter = trained_drafters()["math"]
+    save_drafter(
+        drafter.network, tmp_path / "math", embedding=drafter.embedding.weight, target_config=trained_target().config
+    )
+    drafters = taps.load_drafters({"math": str(tmp_path / "math")}, quantised)
+    ids, mask = prompts(2)
+    stock = quantised.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=16)
+    result = taps.SpeculativeDecoder(quantised, drafters).generate(ids, mask, max_new_tokens=16)
+    assert torch.equal(result.sequences, stock)
+    assert result.stats.acceptance_length > 1.5
 
 
 def test_ops_see_the_same_tree_that_the_target_attends_with() -> None:

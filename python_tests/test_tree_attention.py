@@ -5,6 +5,7 @@ Bug checklist items are named in the docstrings ("checklist: ...").
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -147,6 +148,18 @@ def test_trees_of_4096_nodes_work() -> None:
     depths = ops.tree_depths(parents, num_nodes)
     assert depths[0].tolist() == [(i + 1).bit_length() - 1 for i in range(4096)]
     assert torch.equal(bits_as_bools(ops.ancestor_bits(parents, num_nodes), 4096).sum(-1) - 1, depths)
+
+
+@pytest.mark.long
+def test_masks_of_more_than_2_to_the_31_elements_are_right_at_their_end() -> None:
+    """Checklist: more than 2^31 element offsets (SGLang's `int` offset of the full mask)."""
+    if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * 2**30:
+        pytest.skip("the mask takes 2.2 GB of memory")
+    tree, kv_length = chain(1024), 2**21 + 7
+    mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, torch.tensor([kv_length - 5]), kv_length)
+    assert mask.numel() > 2**31
+    assert mask[0, 0, -1, -1030:].tolist() == [True] + [False] * 5 + [True] * 1024
+    assert mask[0, 0, 1000, : kv_length - 5].all()
 
 
 def test_an_empty_batch_gives_empty_results() -> None:

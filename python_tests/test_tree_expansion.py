@@ -113,9 +113,9 @@ def test_a_row_without_a_finite_logit_gives_children_that_are_not_there(fill: fl
     assert (expanded.scores[0, 1] == -math.inf).all() and expanded.entropies[0, 1] == 0
     assert ((expanded.tokens >= 0) & (expanded.tokens < 40)).all()
     assert not ((expanded.frontier[0] >= 4) & (expanded.frontier[0] < 8)).any()
+    assert torch.equal(expanded.scores[0, [0, 2]], clean.scores[0, [0, 2]])
     for actual, expected in zip(expanded, clean, strict=True):
         assert torch.equal(actual[1], expected[1])
-        assert torch.equal(actual[0, 0], expected[0, 0]) or actual is expanded.frontier
 
 
 def test_an_infinite_logit_gives_children_that_are_not_there() -> None:
@@ -158,6 +158,20 @@ def test_branching_may_be_the_whole_vocabulary() -> None:
     expanded = ops.expand_frontier(logits, torch.zeros(1, 2), 33)
     assert torch.equal(expanded.tokens, logits.argsort(-1, descending=True))
     torch.testing.assert_close(expanded.scores.exp().sum(-1), torch.ones(1, 2))
+
+
+@pytest.mark.long
+def test_offsets_beyond_32_bits_work() -> None:
+    """Checklist: more than 2^31 elements. The logits are virtual: only the last row is ever written."""
+    try:
+        logits = torch.empty(1, 8_200, 262_144, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no room for virtual logits of 4.3 GB: {error}")
+    assert logits.numel() > 2**31
+    logits[0, -1] = 0.0
+    logits[0, -1, -1] = 5.0
+    expanded = ops.expand_frontier(logits, torch.zeros(1, 8_200), 2)
+    assert expanded.tokens[0, -1].tolist() == [262_143, 0]
 
 
 # ---- prune_tree
@@ -211,9 +225,7 @@ def test_a_pruned_tree_is_closed_under_ancestors(num_cases: int) -> None:
         tree = random_tree(seed, vocabulary=10**9)  # distinct tokens, so that a path names its node
         pruned = ops.prune_tree(tree, max(1, tree.capacity // 2))
         for b in range(tree.batch_size):
-            assert set(paths(pruned, b)) <= set(paths(tree, b)), f"seed {seed}"
-            for path, score in paths(pruned, b).items():
-                assert paths(tree, b)[path] == score if tree.capacity < 100 else True, f"seed {seed}"
+            assert paths(pruned, b).items() <= paths(tree, b).items(), f"seed {seed}"
 
 
 def paths(tree: DraftTree, b: int) -> dict[tuple[int, ...], float]:

@@ -173,12 +173,7 @@ def test_duplicate_siblings_within_one_tree_become_one_node() -> None:
     """Checklist: duplicate siblings, with a subtree under each."""
     tree = batch([row([-1, 0, 0, 1, 2], tokens=[9, 1, 1, 3, 4], scores=[0.0, -2.0, -1.0, -3.0, -4.0])])
     merged, node_map = ops.merge_trees(*proposals([tree]))
-    assert token_paths(merged.tree if isinstance(merged, ops.MergedTrees) else merged, 0) == [
-        (9,),
-        (9, 1),
-        (9, 1, 3),
-        (9, 1, 4),
-    ]
+    assert token_paths(merged, 0) == [(9,), (9, 1), (9, 1, 3), (9, 1, 4)]
     assert merged.scores[0].tolist() == [0.0, -1.0, -3.0, -4.0, -math.inf]
     assert node_map.tolist() == [[[0, 1, 1, 2, 3]]]
 

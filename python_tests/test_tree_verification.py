@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -36,9 +37,9 @@ class Verification(NamedTuple):
 
     def rows(self, chosen: list[int]) -> Verification:
         """The chosen rows of the batch, in that order."""
-        tree = DraftTree(self.tree.tokens, self.tree.parents, self.tree.scores, self.tree.num_nodes)
-        parts = DraftTree(*(field[chosen] for field in (tree.tokens, tree.parents, tree.scores, tree.num_nodes)))
-        return Verification(self.logits[chosen], parts, *(field[chosen] for field in self[2:]))
+        tree = self.tree
+        fields = (field[chosen] for field in (tree.tokens, tree.parents, tree.scores, tree.num_nodes))
+        return Verification(self.logits[chosen], DraftTree(*fields), *(field[chosen] for field in self[2:]))
 
 
 def verification(
@@ -294,6 +295,15 @@ def test_threads_do_not_change_a_bit() -> None:
         for actual, expected in zip(ops.verify_tree(*case), one, strict=True):
             assert_same(actual, expected, f"seed {seed}")
         torch.set_num_threads(1)
+
+
+def test_calls_from_several_python_threads_do_not_meet() -> None:
+    """The ops keep no state and release the GIL."""
+    cases = [random_case(seed) for seed in range(24)]
+    alone = [ops.verify_tree(*case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for together in pool.map(lambda _: [ops.verify_tree(*case) for case in cases], range(4)):
+            assert all(_all_equal(*pair) for pair in zip(together, alone, strict=True))
 
 
 # ---- trees

@@ -65,6 +65,7 @@ def demo(
     from . import demo as demonstration
     from . import demo_report, terminal
 
+    _keep_logs_clean()
     settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed)
     with _progress() as progress:
         bar = progress.add_task("loading", total=demonstration.count_reports(settings))
@@ -93,7 +94,7 @@ def generate(
         str | None, typer.Option(help="The prompt; without it and --prompt-file: standard input.")
     ] = None,
     prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
-    raw: Annotated[bool, typer.Option(help="Leave the tokenizer's chat template out.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Leave the tokenizer's chat template out.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
@@ -122,6 +123,9 @@ def generate(
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
     shape = TreeShape(depth, branching, max_nodes)
     paths = _drafter_paths(target, drafter or [])
+    if composition == "single" and len(paths) > 1 and single_drafter not in paths:
+        raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
+    _keep_logs_clean()
     model, tokenizer = _load_target(target, dtype, device)
     decoder = SpeculativeDecoder(
         model, load_drafters(paths, model), composition, drafter=single_drafter, shape=shape, max_nodes=merged_nodes
@@ -152,6 +156,14 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
+def _keep_logs_clean() -> None:
+    """Leave transformers' own progress bars to terminals."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
@@ -177,8 +189,14 @@ def _drafter_paths(target: str, drafters: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"a drafter is given as NAME=FOLDER-OR-HUB-ID, got {entry!r}")
         if name in paths:
             raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
-        paths[name] = _tiny_drafters().get(path.removeprefix(f"{TINY}/"), path) if path.startswith(f"{TINY}/") else path
+        paths[name] = _tiny_drafter(path.removeprefix(f"{TINY}/")) if path.startswith(f"{TINY}/") else path
     return paths
+
+
+def _tiny_drafter(name: str) -> str:
+    if name not in _tiny_drafters():
+        raise ValueError(f"there is no embedded drafter {TINY}/{name}; there are {', '.join(_tiny_drafters())}")
+    return _tiny_drafters()[name]
 
 
 def _tiny_drafters() -> dict[str, str]:
@@ -191,8 +209,6 @@ def _load_target(target: str, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("bright_cyan", "bright_magenta", "bright_yellow", "bright_blue", "bright_red")
 SEVERAL = "bright_green"
-HEADINGS = ("acceptance\nlength", "forwards\nper token", "tokens\na second", "nodes\na step", "text\nas plain")
+HEADINGS = ("acceptance\nlength", "forwards\nper token", "tokens/s\nto plain's", "nodes\na step", "text\nas plain")
 
 
 class Palette:
@@ -114,14 +114,14 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _plain_figures(cell: Cell) -> list[str]:
-    return ["1   ", "1   ", f"{cell.plain_tokens_per_second:.0f}", "1", ""]
+    return ["1   ", "1   ", f"{cell.plain_tokens_per_second:.0f}/s", "1", ""]
 
 
 def _figures(cell: Cell) -> list[str]:
     return [
         _number(cell.acceptance_length),
         f"{cell.target_forwards_per_token:.2f}",
-        f"{cell.tokens_per_second:.0f}",
+        f"{cell.tokens_per_second / cell.plain_tokens_per_second:.2f}x",
         f"{cell.nodes_per_step:.0f}",
         f"{cell.num_identical}/{cell.num_prompts}",
     ]

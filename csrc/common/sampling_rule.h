@@ -91,15 +91,15 @@ TAPS_HD inline uint64_t token_weight(double z) {
   power = power * r + 0.5;
   power = power * r + 1.0;
   power = power * r + 1.0;
-  int64_t bits;
+  uint64_t bits;
   memcpy(&bits, &shifted, sizeof(bits));
-  const int64_t scale_bits = (bits << 52) + (static_cast<int64_t>(1023 + 44) << 52);  // 2^(exponent + 44)
+  const uint64_t scale_bits = (bits << 52) + (uint64_t{1023 + 44} << 52);  // 2^(exponent + 44)
   double scale;
   memcpy(&scale, &scale_bits, sizeof(scale));
   const double rounded = power * scale + 0x1p52;
   memcpy(&bits, &rounded, sizeof(bits));
   const uint64_t is_heavy = 0 - static_cast<uint64_t>(z > kWeightless);  // a mask, not a branch: loops vectorise
-  return static_cast<uint64_t>(bits) & ((uint64_t{1} << 52) - 1) & is_heavy;
+  return bits & ((uint64_t{1} << 52) - 1) & is_heavy;
 }
 
 // Whether top-p has kept enough, once tokens of this weight are in.

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/ScalarType.h>
 
 #include <cmath>
 
@@ -23,12 +24,12 @@ Tensor checked_column(const Tensor& tensor, const char* name, at::ScalarType dty
   return tensor.contiguous();
 }
 
-// float32 [B]; `expected` says what `is_allowed` wants.
-template <typename IsAllowed>
+// The same; `expected` says which values `is_allowed` lets pass.
+template <typename Value>
 Tensor checked_column(const Tensor& tensor, const char* name, int64_t rows, const char* expected,
-                      IsAllowed is_allowed) {
-  Tensor column = checked_column(tensor, name, at::kFloat, rows);
-  const float* values = column.const_data_ptr<float>();
+                      bool (*is_allowed)(Value)) {
+  Tensor column = checked_column(tensor, name, c10::CppTypeToScalarType<Value>::value, rows);
+  const Value* values = column.const_data_ptr<Value>();
   for (int64_t b = 0; b < rows; ++b) {
     TORCH_CHECK_VALUE(is_allowed(values[b]), name, " must be ", expected, ", row ", b, " has ", values[b]);
   }
@@ -37,6 +38,14 @@ Tensor checked_column(const Tensor& tensor, const char* name, int64_t rows, cons
 
 bool is_temperature(float value) {
   return std::isfinite(value) && value >= 0;
+}
+
+bool is_count(int64_t value) {
+  return value >= 0;
+}
+
+bool is_position(int64_t value) {  // with room for the depth
+  return value >= 0 && value <= int64_t{1} << 62;
 }
 
 bool is_probability(float value) {
@@ -61,13 +70,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
   const int64_t nodes = parents.size(1);
   const Tensor temperature =
       checked_column(temperature_in, "temperature", rows, "finite and at least 0", is_temperature);
-  const Tensor top_k = checked_column(top_k_in, "top_k", at::kLong, rows);
-  check_values(top_k, "top_k", 0, INT64_MAX);
+  const Tensor top_k = checked_column(top_k_in, "top_k", rows, "at least 0", is_count);
   const Tensor top_p = checked_column(top_p_in, "top_p", rows, "between 0 and 1", is_probability);
   const Tensor min_p = checked_column(min_p_in, "min_p", rows, "between 0 and 1", is_probability);
   const Tensor seeds = checked_column(seeds_in, "seeds", at::kLong, rows);
-  const Tensor positions = checked_column(positions_in, "positions", at::kLong, rows);
-  check_values(positions, "positions", 0, INT64_MAX - nodes);
+  const Tensor positions = checked_column(positions_in, "positions", rows, "between 0 and 2^62", is_position);
 
   Tensor path = at::empty({rows, nodes}, parents.options());
   Tensor num_accepted = at::empty({rows}, parents.options());

@@ -194,10 +194,11 @@ def _own(state: DrafterState) -> EagleState:
 
 
 def compute_dtype_and_device(lm_head: nn.Module, embedding: nn.Module) -> tuple[torch.dtype, torch.device]:
-    """The lm_head's; a quantised lm_head has no dtype to compute in, then the embedding's."""
-    weight = next(lm_head.parameters())
+    """The lm_head's; a quantised lm_head has no dtype to compute in (or no parameter at all), then the embedding's."""
+    embedded = next(embedding.parameters())
+    weight = next(lm_head.parameters(), embedded)
     computes = weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    return (weight if computes else next(embedding.parameters())).dtype, weight.device
+    return (weight if computes else embedded).dtype, weight.device
 
 
 def _reserve(state: EagleState, num_slots: int) -> None:

@@ -32,13 +32,13 @@ MAX_LENGTH = 512  # tokens of a training text
 class Recipe:
     """Everything the assets depend on, besides the code and the versions."""
 
-    num_conversations: int = 10_000  # of each domain, for the tokenizer and the target
-    num_own_texts: int = 2_400  # for a drafter: written by the target, of the drafter's own domain
+    num_conversations: int = 8_000  # of each domain, for the tokenizer and the target
+    num_own_texts: int = 1_200  # for a drafter: written by the target, of the drafter's own domain
     other_share: float = 0.1  # of a drafter's texts that are of the other domain
-    max_new_tokens: int = 160  # of a text that the target writes
+    max_new_tokens: int = 128  # of a text that the target writes
     threads: int = 2
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
-    drafter: TrainingConfig = field(default_factory=lambda: TrainingConfig(objective="hass"))
+    drafter: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=500, batch_size=8, learning_rate=4e-3))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for target/, drafters/ and recipe.json")
     parser.add_argument("--threads", type=int, default=Recipe.threads)
     parser.add_argument("--target-steps", type=int, default=PretrainingConfig.steps)
-    parser.add_argument("--drafter-steps", type=int, default=TrainingConfig.steps)
+    parser.add_argument("--drafter-steps", type=int, default=Recipe().drafter.steps)
     parser.add_argument(
         "--keep-target", action="store_true", help="train only the drafters, for the target found there"
     )
