@@ -40,7 +40,7 @@ LARGE = LlamaConfig(
     vocab_size=32000,
     hidden_size=1024,
     intermediate_size=2816,
-    num_hidden_layers=12,
+    num_hidden_layers=8,
     num_attention_heads=16,
     num_key_value_heads=4,
     max_position_embeddings=4096,
@@ -142,7 +142,7 @@ def random_world(num_prompts: int, config: LlamaConfig = LARGE) -> World:
     }
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     prompts = [torch.randint(0, config.vocab_size, (1, 128)) for _ in range(num_prompts)]
-    return World(f"random Llama, {size:.0f} M", target, drafters, prompts, 12)
+    return World(f"random Llama, {size:.0f} M", target, drafters, prompts, 10)
 
 
 def measure(world: World, composition: str) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     makers: dict[str, Callable[[], World]] = {
         "tiny": lambda: tiny_world(options.prompts),
-        "random": lambda: random_world(2),
+        "random": lambda: random_world(1),
     }
     rows = []
     for name in options.worlds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Generator
 from copy import deepcopy
 from typing import Any
 
@@ -115,6 +116,13 @@ def test_the_text_arrives_before_the_last_step() -> None:
         assert [token for event in events for token in event.new_tokens[row]] == whole.new_tokens[row]
         steps = [event.num_accepted[row] for event in events if event.num_accepted[row] is not None]
         assert steps == whole.stats.num_accepted[row]
+
+    def drain() -> Generator[Any, None, None]:
+        result = yield from decoder.stream(ids, mask, max_new_tokens=30, eos_token_id=())
+        assert torch.equal(result.sequences, whole.sequences)
+        assert result.stats.to_dict() == whole.stats.to_dict()
+
+    assert len(list(drain())) == len(events)
 
 
 def test_a_streamer_receives_prompt_and_text() -> None:
@@ -262,7 +270,7 @@ def test_bad_decoders_get_one_sentence() -> None:
     target, drafters = trained_target(), trained_drafters()
     with pytest.raises(ValueError, match="one of single, confidence"):
         taps.SpeculativeDecoder(target, drafters, "average")
-    with pytest.raises(ValueError, match="needs drafter=.*, one of math, chat"):
+    with pytest.raises(ValueError, match=r"needs drafter=\.\.\., one of math, chat"):
         taps.SpeculativeDecoder(target, drafters, "single")
     with pytest.raises(ValueError, match="drafter must be one of math, chat"):
         taps.SpeculativeDecoder(target, drafters, "single", drafter="code")

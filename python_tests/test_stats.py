@@ -42,3 +42,11 @@ def test_no_step_is_no_number_and_everything_is_json() -> None:
     assert math.isnan(empty.acceptance_length)
     assert empty.acceptance_by_depth == []
     assert json.loads(json.dumps(counted().to_dict()))["num_steps"] == 4
+
+
+def test_joined_runs_count_as_the_rows_of_one() -> None:
+    both = DecodeStats.joined([counted(), counted()])
+    assert both.batch_size == 4
+    assert both.num_target_forwards == 8
+    assert both.acceptance_length == pytest.approx(counted().acceptance_length)
+    assert both.num_accepted == counted().num_accepted * 2

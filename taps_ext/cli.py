@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,9 +20,9 @@ except ModuleNotFoundError as missing:
 from .native import NativeModuleError
 
 if TYPE_CHECKING:
-    from .decoder import SpeculativeDecoder
+    from .decoder import GenerationResult, SpeculativeDecoder
     from .state import StepEvent
-    from .stats import DecodeStats
+    from .terminal import Palette
 
 TINY = "tiny"  # as a target, and before a slash in a drafter: the embedded models
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
@@ -257,30 +257,30 @@ def _print_json(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs
 
 def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> None:
     from . import terminal
-    from .stats import DecodeStats
-    from .transcript import Transcript
 
     console = Console(highlight=False, soft_wrap=True)
-    palette, transcript = terminal.Palette(list(decoder.drafters)), Transcript(tokenizer)
-    stats = DecodeStats(tuple(decoder.drafters), batch_size=1)
+    palette = terminal.Palette(list(decoder.drafters))
     started = time.perf_counter()
-    for event in decoder.stream(**inputs):
-        console.print(palette.text(transcript.add(event.new_tokens[0], event.accepted_proposers[0])), end="")
-        _count(stats, event)
+    result = _print_steps(decoder.stream(**inputs), tokenizer, palette, console)
     seconds = time.perf_counter() - started
-    console.print(palette.text(transcript.finish()))
-    console.print()
     if terminal.has_colours(console):
         console.print(palette.legend())
-    console.print(terminal.stats_table(stats, seconds))
+    console.print(terminal.stats_table(result.stats, seconds))
 
 
-def _count(stats: DecodeStats, event: StepEvent) -> None:
-    """Add a streamed step of the only row; a stream brings no stats of its own, nor the number of nodes scored."""
-    stats.num_tokens[0] += len(event.new_tokens[0])
-    stats.num_target_forwards += 1
-    if event.num_accepted[0] is None:
-        return
-    choice = event.choices[0]
-    masks = [sum(1 << stats.drafters.index(name) for name in names) for names in event.accepted_proposers[0]]
-    stats.record(0, 0, stats.drafters.index(choice) if isinstance(choice, str) else None, masks)
+def _print_steps(
+    events: Generator[StepEvent, None, GenerationResult], tokenizer: Any, palette: Palette, console: Console
+) -> GenerationResult:
+    """Print each step's text as it comes; what is left is the generator's result."""
+    from .transcript import Transcript
+
+    transcript = Transcript(tokenizer)
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            console.print(palette.text(transcript.finish()))
+            console.print()
+            result: GenerationResult = end.value
+            return result
+        console.print(palette.text(transcript.add(event.new_tokens[0], event.accepted_proposers[0])), end="")

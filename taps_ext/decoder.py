@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,8 +108,13 @@ class SpeculativeDecoder:
         )
         return self._run(request, streamer)
 
-    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Iterator[StepEvent]:
-        """`generate`, step by step (its arguments but `streamer`): the first event brings each row's first token."""
+    def stream(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Generator[StepEvent, None, GenerationResult]:
+        """`generate`, step by step (its arguments but `streamer`): the first event brings each row's first token.
+
+        The generator's return value (`result = yield from decoder.stream(...)`) is what `generate` returns.
+        """
         request = Request.build(self.target.model, input_ids, attention_mask, **kwargs)
         return self._events(request, self._begin(request))
 
@@ -136,18 +141,13 @@ class SpeculativeDecoder:
                 streamer.put(torch.tensor(event.new_tokens[0]))
         if streamer is not None:
             streamer.end()
-        return GenerationResult(
-            sequences=request.sequences(state.rows),
-            new_tokens=[row.new_tokens for row in state.rows],
-            finish_reasons=[row.finish_reason or "" for row in state.rows],
-            stats=state.stats,
-            log_probs=[row.log_probs for row in state.rows] if request.return_log_probs else None,
-        )
+        return _result(request, state)
 
-    def _events(self, request: Request, state: DecodeState) -> Iterator[StepEvent]:
+    def _events(self, request: Request, state: DecodeState) -> Generator[StepEvent, None, GenerationResult]:
         yield self._prefill(request, state)
         while not state.is_finished:
             yield self._step(request, state)
+        return _result(request, state)
 
     def _begin(self, request: Request) -> DecodeState:
         """A call's own state; the last checks before any work."""
@@ -232,6 +232,16 @@ class SpeculativeDecoder:
         num_tokens = torch.where(state.active, num_tokens, 0)
         for drafter, own_state in zip(self.drafters.values(), state.drafter_states, strict=True):
             drafter.observe(own_state, features, next_tokens, num_tokens)
+
+
+def _result(request: Request, state: DecodeState) -> GenerationResult:
+    return GenerationResult(
+        sequences=request.sequences(state.rows),
+        new_tokens=[row.new_tokens for row in state.rows],
+        finish_reasons=[row.finish_reason or "" for row in state.rows],
+        stats=state.stats,
+        log_probs=[row.log_probs for row in state.rows] if request.return_log_probs else None,
+    )
 
 
 def _root_only(tokens: Tensor) -> DraftTree:

@@ -261,7 +261,7 @@ def _warm_up(model: Any, prompts: _Prompts, variants: Mapping[str, SpeculativeDe
 
 
 def _cell(variant: str, domain: str, tally: _Tally, plain_tokens_per_second: float) -> Cell:
-    stats = _in_sum(tally.runs)
+    stats = DecodeStats.joined(tally.runs)
     num_tokens = sum(stats.num_tokens)
     return Cell(
         variant=variant,
@@ -278,16 +278,6 @@ def _cell(variant: str, domain: str, tally: _Tally, plain_tokens_per_second: flo
         acceptance_by_depth=stats.acceptance_by_depth,
         proposer_share=stats.proposer_share,
     )
-
-
-def _in_sum(runs: Sequence[DecodeStats]) -> DecodeStats:
-    """The stats of single-row runs as the rows of one, so that `stats.py` stays the only place that counts."""
-    total = DecodeStats(runs[0].drafters, batch_size=0)
-    for one in runs:
-        for name in ("num_accepted", "choices", "accepted_proposers", "num_nodes", "num_tokens"):
-            getattr(total, name).extend(getattr(one, name))
-        total.num_target_forwards += one.num_target_forwards
-    return total
 
 
 def _sample(decoder: SpeculativeDecoder, tokenizer: Any, domain: str, settings: DemoSettings) -> Sample:

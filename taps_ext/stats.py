@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -32,6 +33,20 @@ class DecodeStats:
         self.accepted_proposers = [[] for _ in range(self.batch_size)]
         self.num_nodes = [[] for _ in range(self.batch_size)]
         self.num_tokens = [0] * self.batch_size
+
+    @classmethod
+    def joined(cls, parts: Sequence[DecodeStats]) -> DecodeStats:
+        """The rows of several runs with the same drafters as those of one."""
+        total = cls(parts[0].drafters, batch_size=0)
+        total.batch_size = sum(part.batch_size for part in parts)
+        for part in parts:
+            total.num_accepted += part.num_accepted
+            total.choices += part.choices
+            total.accepted_proposers += part.accepted_proposers
+            total.num_nodes += part.num_nodes
+            total.num_tokens += part.num_tokens
+            total.num_target_forwards += part.num_target_forwards
+        return total
 
     def record(self, row: int, num_nodes: int, choice: int | None, proposer_masks: list[int]) -> None:
         """Count one decode step of a row: `proposer_masks` holds the bit mask of each accepted node, in order."""
