@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -146,7 +147,10 @@ def random_world(num_prompts: int, config: LlamaConfig = LARGE) -> World:
 
 
 def measure(world: World, composition: str) -> dict[str, Any]:
-    """One row of the results: the parts in percent of a step and in milliseconds, and each op's share."""
+    """One row of the results: the parts in percent of a step and in milliseconds, and each op's microseconds.
+
+    Each is the median over the steps, which a step that a busy machine interrupts does not move.
+    """
     drafter = next(iter(world.drafters)) if composition == "single" else None
     decoder = taps_ext.SpeculativeDecoder(world.target, world.drafters, composition, drafter=drafter)
     steps: list[dict[str, float]] = []
@@ -154,17 +158,20 @@ def measure(world: World, composition: str) -> dict[str, Any]:
         _decode(decoder, world.prompts[0], world.max_new_tokens)  # warm-up
         for prompt in world.prompts:
             steps += _decode(decoder, prompt, world.max_new_tokens)
-    total = sum(sum(step.values()) for step in steps)
-    by_section = {name: sum(step.get(name, 0.0) for step in steps) for name in ("target", "drafter", "rest", *OPS)}
-    parts = {**by_section, "tree work": sum(by_section[name] for name in OPS)}
+    for step in steps:
+        step["tree work"] = sum(step.get(name, 0.0) for name in OPS)
+    median_us = {
+        name: 1e6 * statistics.median(step.get(name, 0.0) for step in steps) for name in dict.fromkeys([*PARTS, *OPS])
+    }
+    total_us = sum(median_us[part] for part in PARTS)
     return {
         "world": world.name,
         "composition": composition,
         "num_steps": len(steps),
-        "step_ms": spread([1000 * sum(step.values()) for step in steps]).as_json(),
-        "percent": {part: _short(100 * parts[part] / total) for part in PARTS},
-        "mean_ms": {part: _short(1000 * parts[part] / len(steps)) for part in PARTS},
-        "tree_work_us": {name: _short(1e6 * by_section[name] / len(steps)) for name in OPS if by_section[name]},
+        "step_ms": spread([1000 * sum(step.get(part, 0.0) for part in PARTS) for step in steps]).as_json(),
+        "percent": {part: _short(100 * median_us[part] / total_us) for part in PARTS},
+        "median_ms": {part: _short(median_us[part] / 1000) for part in PARTS},
+        "tree_work_us": {name: _short(median_us[name]) for name in OPS if median_us[name]},
     }
 
 

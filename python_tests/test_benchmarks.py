@@ -6,6 +6,7 @@ import json
 import platform
 import random
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import bench_decode
 import cases
 import plain
 import provenance
 import timing
 
-from taps_ext import reference
+from taps_ext import ops, reference
 from taps_ext.sampling import SamplingParams
 from taps_ext.tree import DraftTree
 
@@ -141,6 +143,25 @@ def test_comparison_alternates_its_sides_on_one_thread() -> None:
     assert runs == ["ours 1", "plain 1"] * 4  # the warm-up, then three pairs
     assert comparison.ratio.count == 3
     assert torch.get_num_threads() == threads
+
+
+def test_section_time_excludes_the_sections_inside_it() -> None:
+    clock = bench_decode.SectionClock()
+    with clock.section("outer"):
+        time.sleep(0.01)
+        clock.timed("inner", time.sleep)(0.03)
+        time.sleep(0.01)
+    taken = clock.take()
+    assert 0.03 <= taken["inner"] < 0.2  # a sleep may be long on a busy machine, but never short
+    assert 0.02 <= taken["outer"] < 0.2
+    assert clock.take() == {}
+
+
+def test_instrumenting_a_decode_step_leaves_the_library_as_it_was() -> None:
+    before = [getattr(ops, name) for name in bench_decode.OPS]
+    with bench_decode.instrumented(bench_decode.SectionClock(), bench_decode.EagleDrafter):
+        assert all(getattr(ops, name) is not op for name, op in zip(bench_decode.OPS, before, strict=True))
+    assert [getattr(ops, name) for name in bench_decode.OPS] == before
 
 
 def test_spread_gives_median_and_quartiles() -> None:

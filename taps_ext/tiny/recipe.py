@@ -23,7 +23,7 @@ from ..training import Example, TokenDataset, TrainingConfig, chat_sequence, tra
 from .corpus import DOMAINS, conversations, training_prompts
 from .pretraining import PretrainingConfig, new_target, pretrain
 from .regeneration import regenerate
-from .tokenizer import train_tokenizer
+from .tokenizer import save_tokenizer, train_tokenizer
 
 MAX_LENGTH = 512  # tokens of a training text
 
@@ -38,7 +38,7 @@ class Recipe:
     max_new_tokens: int = 128  # of a text that the target writes
     threads: int = 2
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
-    drafter: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=500, batch_size=8, learning_rate=4e-3))
+    drafter: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=150, batch_size=8, learning_rate=4e-3))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -89,7 +89,7 @@ def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     loss = pretrain(model, dataset, recipe.pretraining, report)
     seconds = time.monotonic() - start
     model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     return {
         "config": asdict(recipe.pretraining),
         "final_loss": round(loss, 4),
