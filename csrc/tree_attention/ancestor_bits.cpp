@@ -1,8 +1,8 @@
 #include "tree_attention/ancestor_bits.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -14,7 +14,7 @@ Tensor ancestor_bits(const Tensor& parents_in, const Tensor& num_nodes_in) {
   const int64_t nodes = parents.size(1);
   const int64_t words = (nodes + 63) / 64;
 
-  Tensor bits = at::empty({rows, nodes, words}, parents.options());
+  Tensor bits = empty({rows, nodes, words}, parents);
   const AncestorBitsParams params{
       .parents = parents.const_data_ptr<int64_t>(),
       .num_nodes = num_nodes.const_data_ptr<int64_t>(),

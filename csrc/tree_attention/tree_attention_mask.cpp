@@ -1,8 +1,8 @@
 #include "tree_attention/tree_attention_mask.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -41,7 +41,7 @@ Tensor tree_attention_mask(const Tensor& parents_in, const Tensor& num_nodes_in,
   const Tensor prefix_lengths = checked_prefix_lengths(prefix_lengths_in, rows, kv_length);
   const MaskBits bits = mask_bits(dtype);
 
-  Tensor mask = at::empty({rows, 1, nodes, kv_length + nodes}, parents.options().dtype(dtype));
+  Tensor mask = empty({rows, 1, nodes, kv_length + nodes}, parents, dtype);
   const TreeAttentionMaskParams params{
       .parents = parents.const_data_ptr<int64_t>(),
       .num_nodes = num_nodes.const_data_ptr<int64_t>(),

@@ -1,8 +1,8 @@
 #include "tree_attention/tree_depths.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -11,7 +11,7 @@ namespace taps {
 Tensor tree_depths(const Tensor& parents_in, const Tensor& num_nodes_in) {
   const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
 
-  Tensor depths = at::empty(parents.sizes(), parents.options());
+  Tensor depths = empty(parents.sizes(), parents);
   const TreeDepthsParams params{
       .parents = parents.const_data_ptr<int64_t>(),
       .num_nodes = num_nodes.const_data_ptr<int64_t>(),

@@ -1,8 +1,8 @@
 #include "tree_attention/tree_paths.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -29,7 +29,7 @@ Tensor checked_nodes(const Tensor& nodes_in, const Tensor& num_nodes) {
 }
 
 Tensor leaves_of(const Tensor& parents, const Tensor& num_nodes) {
-  Tensor leaves = at::empty(parents.sizes(), parents.options());
+  Tensor leaves = empty(parents.sizes(), parents);
   const TreeLeavesParams params{
       .parents = parents.const_data_ptr<int64_t>(),
       .num_nodes = num_nodes.const_data_ptr<int64_t>(),
@@ -62,7 +62,7 @@ Tensor tree_paths(const Tensor& parents_in, const Tensor& num_nodes_in, const st
   const Tensor depths = tree_depths(parents, num_nodes);
   check_max_depth(ends, depths, max_depth);
 
-  Tensor paths = at::empty({ends.size(0), ends.size(1), max_depth + 1}, parents.options());
+  Tensor paths = empty({ends.size(0), ends.size(1), max_depth + 1}, parents);
   const TreePathsParams params{
       .parents = parents.const_data_ptr<int64_t>(),
       .depths = depths.const_data_ptr<int64_t>(),

@@ -1,8 +1,8 @@
 #include "tree_expansion/expand_frontier.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "common/device.h"
 #include "common/logits_tensor.h"
@@ -23,10 +23,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits,
                     ", the vocabulary, got ", branching);
 
   const Tensor parent_scores = scores.contiguous();
-  Tensor child_tokens = at::empty({batch, frontier_length, branching}, scores.options().dtype(at::kLong));
-  Tensor child_scores = at::empty({batch, frontier_length, branching}, scores.options());
-  Tensor frontier = at::empty({batch, branching}, child_tokens.options());
-  Tensor entropies = at::empty({batch, frontier_length}, scores.options());
+  Tensor child_tokens = empty({batch, frontier_length, branching}, scores, at::kLong);
+  Tensor child_scores = empty({batch, frontier_length, branching}, scores);
+  Tensor frontier = empty({batch, branching}, child_tokens);
+  Tensor entropies = empty({batch, frontier_length}, scores);
   const ExpandFrontierParams params{
       .logits = logits.const_data_ptr(),
       .logits_type = logits_type_of(logits),

@@ -1,10 +1,10 @@
 #include "tree_expansion/prune_tree.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -23,12 +23,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prune_tree(const Tensor& toke
   const int64_t rows = parents.size(0);
   const int64_t nodes = parents.size(1);
   const int64_t capacity = std::min(max_nodes, nodes);
-  Tensor kept_tokens = at::empty({rows, capacity}, tokens.options());
-  Tensor kept_parents = at::empty({rows, capacity}, tokens.options());
-  Tensor kept_scores = at::empty({rows, capacity}, scores.options());
-  Tensor num_kept = at::empty({rows}, tokens.options());
-  Tensor kept_entropies = at::empty({rows, capacity}, scores.options());
-  Tensor workspace = at::empty({rows, 2, nodes}, tokens.options());
+  Tensor kept_tokens = empty({rows, capacity}, tokens);
+  Tensor kept_parents = empty({rows, capacity}, tokens);
+  Tensor kept_scores = empty({rows, capacity}, scores);
+  Tensor num_kept = empty({rows}, tokens);
+  Tensor kept_entropies = empty({rows, capacity}, scores);
+  Tensor workspace = empty({rows, 2, nodes}, tokens);
   const PruneTreeParams params{
       .tokens = tokens.const_data_ptr<int64_t>(),
       .parents = parents.const_data_ptr<int64_t>(),

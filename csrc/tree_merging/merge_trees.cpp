@@ -1,10 +1,10 @@
 #include "tree_merging/merge_trees.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "ops.h"
 
@@ -45,13 +45,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_trees(const Ten
 
   const MergeWorkspace layout = merge_workspace(drafters, nodes);
   const int64_t capacity = std::min(max_nodes.value_or(layout.union_length), layout.union_length);
-  Tensor merged_tokens = at::empty({rows, capacity}, tokens.options());
-  Tensor merged_parents = at::empty({rows, capacity}, tokens.options());
-  Tensor merged_scores = at::empty({rows, capacity}, scores.options());
-  Tensor num_merged = at::empty({rows}, tokens.options());
-  Tensor proposers = at::empty({rows, capacity}, tokens.options());
-  Tensor node_map = at::empty({rows, drafters, nodes}, tokens.options());
-  Tensor workspace = at::empty({rows, layout.length()}, tokens.options());
+  Tensor merged_tokens = empty({rows, capacity}, tokens);
+  Tensor merged_parents = empty({rows, capacity}, tokens);
+  Tensor merged_scores = empty({rows, capacity}, scores);
+  Tensor num_merged = empty({rows}, tokens);
+  Tensor proposers = empty({rows, capacity}, tokens);
+  Tensor node_map = empty({rows, drafters, nodes}, tokens);
+  Tensor workspace = empty({rows, layout.length()}, tokens);
   const MergeTreesParams params{
       .tokens = tokens.const_data_ptr<int64_t>(),
       .parents = parents.const_data_ptr<int64_t>(),

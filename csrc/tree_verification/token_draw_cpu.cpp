@@ -6,6 +6,7 @@
 
 #include "common/philox.h"
 #include "common/sampling_rule.h"
+#include "tree_verification/noise_block.h"
 
 namespace taps::cpu {
 
@@ -176,16 +177,6 @@ struct Noise {
   double at(int64_t token) const {
     return gumbel(noise_words(seed, position, static_cast<uint32_t>(token / 4)).word[token % 4]);
   }
-
-  TAPS_INLINE void write_block(int64_t first_token, uint32_t* words) const {
-    for (int quad = 0; quad < kBlock / 4; ++quad) {
-      const PhiloxWords four = noise_words(seed, position, static_cast<uint32_t>(first_token / 4) + quad);
-      words[4 * quad] = four.word[0];
-      words[4 * quad + 1] = four.word[1];
-      words[4 * quad + 2] = four.word[2];
-      words[4 * quad + 3] = four.word[3];
-    }
-  }
 };
 
 // The argmax of z + gumbel over the tokens of at least `least`, given one of them. In float32 until a token could win.
@@ -194,6 +185,7 @@ TAPS_EACH_CPU Best best_token(const LogitsRow& row, const float* block_maxima, f
   alignas(64) float buffer[kBlock];
   alignas(64) uint32_t words[kBlock];
   alignas(64) float bounds[kBlock];
+  const NoiseBlock write_words = noise_block();
   const float scale = scale_of_bound(temperature);
   float needed = static_cast<float>(best.value) - kBoundSlack;
   const int64_t blocks = num_blocks(row.vocabulary);
@@ -203,7 +195,7 @@ TAPS_EACH_CPU Best best_token(const LogitsRow& row, const float* block_maxima, f
       continue;
     }
     const int64_t first = index * kBlock;
-    noise.write_block(first, words);
+    write_words(noise.seed, noise.position, first, words);
     const float* block = row.block(index, buffer);
     int32_t candidates = 0;
     for (int j = 0; j < kBlock; ++j) {

@@ -1,11 +1,11 @@
 #include "tree_verification/verify_tree.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/ScalarType.h>
 
 #include <cmath>
 
+#include "common/allocate.h"
 #include "common/check.h"
 #include "common/device.h"
 #include "common/logits_tensor.h"
@@ -76,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
   const Tensor seeds = checked_column(seeds_in, "seeds", at::kLong, rows);
   const Tensor positions = checked_column(positions_in, "positions", rows, "between 0 and 2^62", is_position);
 
-  Tensor path = at::empty({rows, nodes}, parents.options());
-  Tensor num_accepted = at::empty({rows}, parents.options());
-  Tensor bonus_tokens = at::empty({rows}, parents.options());
-  Tensor status = at::empty({rows}, parents.options());
+  Tensor path = empty({rows, nodes}, parents);
+  Tensor num_accepted = empty({rows}, parents);
+  Tensor bonus_tokens = empty({rows}, parents);
+  Tensor status = empty({rows}, parents);
   const VerifyTreeParams params{
       .logits = logits.const_data_ptr(),
       .logits_type = logits_type_of(logits),
