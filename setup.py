@@ -34,8 +34,9 @@ def cuda_decision(version: str | None, home: str | None, has_sources: bool) -> t
     if switched_on("TAPS_NO_CUDA"):
         return False, "TAPS_NO_CUDA=1"
     if not has_sources:
-        wanted = " although TAPS_FORCE_CUDA=1" if switched_on("TAPS_FORCE_CUDA") else ""
-        return False, f"this version has no CUDA ops{wanted}"
+        if switched_on("TAPS_FORCE_CUDA"):
+            raise SystemExit("TAPS_FORCE_CUDA=1, but this version has no CUDA ops; unset it")
+        return False, "this version has no CUDA ops"
     if switched_on("TAPS_FORCE_CUDA"):
         return True, "TAPS_FORCE_CUDA=1"
     if version is None:

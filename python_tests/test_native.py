@@ -69,7 +69,7 @@ def test_the_package_imports_without_the_native_module_and_without_extras_and_th
     """)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
-    assert "taps_ext._C was not built; run: pip install" in done.stdout
+    assert "taps_ext._C was not built; run: make build" in done.stdout
     assert "make build" in done.stdout
 
 
@@ -105,7 +105,7 @@ def test_a_module_that_does_not_load_is_named_with_its_error(
 
     monkeypatch.delitem(sys.modules, "taps_ext._C", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(ImportError, match=r"does not load with torch .*undefined symbol.*rebuild it: pip install"):
+    with pytest.raises(ImportError, match=r"does not load with torch .*undefined symbol.*rebuild it: make build"):
         ops.tree_depths(torch.tensor([[-1]]), torch.tensor([1]))
 
 

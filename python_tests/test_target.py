@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import FAMILIES, VOCAB, new_target, prompts, trained_drafters, trained_target
+from small_models import EOS, FAMILIES, HIDDEN, PAD, VOCAB, new_target, prompts, trained_drafters, trained_target
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import taps_ext as taps
 from taps_ext import ops
@@ -135,8 +143,41 @@ def test_a_sliding_window_is_refused_only_when_it_can_be_exceeded() -> None:
     ids, mask = prompts(2)
     stock = windowed.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=30)
     assert torch.equal(decoder.generate(ids, mask, max_new_tokens=30).sequences, stock)
-    with pytest.raises(ValueError, match="see 64 tokens only, but prompt, new tokens and tree can reach 82"):
+    with pytest.raises(ValueError, match="see 64 tokens only, but prompt and new tokens can reach 72"):
         decoder.generate(ids, mask, max_new_tokens=60)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_length_dependent_rope_is_refused_where_a_tree_would_change_it_too_early(temperature: float) -> None:
+    torch.manual_seed(3)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    target = new_target(max_position_embeddings=40, rope_scaling=rope)
+    decoder = taps.SpeculativeDecoder(target, {"math": trained_drafters()["math"]}, shape=taps.TreeShape(6, 3, 20))
+    ids, mask = prompts(2)
+    sampling = taps.SamplingParams(temperature, seed=3)
+    plain = taps.plain_generate(target, ids, mask, sampling=sampling, max_new_tokens=28)
+    result = decoder.generate(ids, mask, sampling=sampling, max_new_tokens=28)
+    assert torch.equal(result.sequences, plain.sequences)
+    with pytest.raises(ValueError, match=r"changes its rotary frequencies beyond 40 tokens, but .* can reach 41"):
+        decoder.generate(ids, mask, sampling=sampling, max_new_tokens=29)
+
+
+def test_a_text_may_fill_the_context_of_a_target_with_learned_positions() -> None:
+    torch.manual_seed(3)
+    config = GPT2Config(vocab_size=VOCAB, n_positions=32, n_embd=HIDDEN, n_layer=2, n_head=4, eos_token_id=EOS)
+    target = GPT2LMHeadModel(config).eval()
+    ids, mask = prompts(3)
+    stock = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, pad_token_id=PAD)
+    decoder = taps.SpeculativeDecoder(target, trained_drafters(), shape=taps.TreeShape(6, 4, 30))
+    assert torch.equal(decoder.generate(ids, mask, max_new_tokens=20).sequences, stock)
+
+
+def test_attention_that_was_changed_behind_the_decoders_back_is_noticed() -> None:
+    target = deepcopy(trained_target())
+    decoder = taps.SpeculativeDecoder(target, trained_drafters())
+    target.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attention was set to 'eager'"):
+        decoder.generate(torch.tensor([[5, 6]]), max_new_tokens=4)
 
 
 def test_targets_that_cannot_be_verified_on_a_tree_are_refused_with_the_reason() -> None:
@@ -146,6 +187,12 @@ def test_targets_that_cannot_be_verified_on_a_tree_are_refused_with_the_reason()
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="encoder-decoder"):
         taps.TargetModel(t5)
+    with torch.device("meta"):
+        unloaded = new_target()
+    with pytest.raises(ValueError, match="not in memory"):
+        taps.TargetModel(unloaded)
+    with pytest.raises(ValueError, match=r"got torch\.float64"):
+        taps.TargetModel(new_target().double())
     with pytest.raises(ValueError, match="no LM head"):
         taps.TargetModel(trained_target().get_decoder())
     with pytest.raises(ValueError, match="changes the LM head's output"):

@@ -63,11 +63,7 @@ class SpeculativeDecoder:
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
         for name, one in self.drafters.items():
-            if one.vocab_size != self.target.vocab_size:
-                raise ValueError(
-                    f"drafter {name!r} has vocabulary {one.vocab_size}, the target {self.target.vocab_size}; "
-                    "use a drafter trained on this target's tokenizer"
-                )
+            _refuse_other_sizes(name, one, self.target)
 
     def generate(
         self,
@@ -77,7 +73,7 @@ class SpeculativeDecoder:
         sampling: SamplingParams | None = None,
         max_new_tokens: int | Sequence[int] = 128,
         eos_token_id: int | Collection[int] | None = None,
-        stop_strings: Sequence[str] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         logits_processor: Any = None,
         streamer: Any = None,
@@ -151,10 +147,9 @@ class SpeculativeDecoder:
 
     def _begin(self, request: Request) -> DecodeState:
         """A call's own state; the last checks before any work."""
-        longest_prompt = int(request.attention_mask.sum(dim=1).max())
-        tree_nodes = 1 + len(self.drafters) * (self.shape.max_nodes - 1)
-        self.target.refuse_beyond_window(longest_prompt + max(request.rules.max_new_tokens) + tree_nodes)
         batch_size, device = len(request.input_ids), self.target.device
+        longest = request.attention_mask.sum(dim=1) + torch.tensor(request.rules.max_new_tokens)
+        self.target.refuse_longer_than_exact(int(longest.max()))
         return DecodeState(
             kv=self.target.new_cache(batch_size),
             drafter_states=[drafter.reset(batch_size) for drafter in self.drafters.values()],
@@ -163,6 +158,7 @@ class SpeculativeDecoder:
             rows=[RowText(prompt) for prompt in request.input_ids.tolist()],
             stats=DecodeStats(tuple(self.drafters), batch_size),
             prefix_lengths=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            last_positions=(longest - 2).to(device),
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
             active=torch.ones(batch_size, dtype=torch.bool, device=device),
         )
@@ -186,7 +182,7 @@ class SpeculativeDecoder:
     def _step(self, request: Request, state: DecodeState) -> StepEvent:
         """One decode step of every row that still decodes; the others ride along as padding."""
         composed = self._propose(state)
-        scored = self.target.score(composed.tree, state.prefix_lengths, state.kv)
+        scored = self.target.score(composed.tree, state.prefix_lengths, state.kv, state.last_positions)
         positions = state.prefix_lengths + 1
         acceptance, log_probs = self._verify(request, state, composed.tree, scored.logits, positions)
         num_committed = torch.where(state.active, acceptance.num_accepted + 1, 0)
@@ -214,7 +210,7 @@ class SpeculativeDecoder:
     def _verify(
         self, request: Request, state: DecodeState, tree: DraftTree, logits: Tensor, positions: Tensor
     ) -> tuple[Acceptance, Tensor | None]:
-        """The acceptance, and on request the raw log-probabilities [B, N] of its tokens."""
+        """The acceptance, and on request the raw log-probabilities [B, most accepted + 1] of its tokens."""
         processed = logits
         if request.processors:
             prefixes = [row.prompt + row.new_tokens for row in state.rows]
@@ -222,9 +218,10 @@ class SpeculativeDecoder:
         acceptance = verify(processed, tree, state.sampling, positions)
         if not request.return_log_probs:
             return acceptance, None
+        width = int(acceptance.num_accepted.max()) + 1
         rows = torch.arange(len(logits), device=logits.device)[:, None]
-        log_probs = logits[rows, acceptance.path.clamp_min(0)].float().log_softmax(dim=-1)
-        return acceptance, log_probs.gather(2, acceptance.tokens.clamp_min(0)[:, :, None])[:, :, 0]
+        log_probs = logits[rows, acceptance.path[:, :width].clamp_min(0)].float().log_softmax(dim=-1)
+        return acceptance, log_probs.gather(2, acceptance.tokens[:, :width].clamp_min(0)[:, :, None])[:, :, 0]
 
     def _observe(self, state: DecodeState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor) -> None:
         if state.is_finished:
@@ -250,7 +247,22 @@ def _root_only(tokens: Tensor) -> DraftTree:
     return DraftTree(tokens, torch.full_like(tokens, -1), torch.zeros_like(tokens, dtype=torch.float32), count)
 
 
+def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> None:
+    if drafter.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"drafter {name!r} has vocabulary {drafter.vocab_size}, the target {target.vocab_size}; "
+            "use a drafter trained on this target's tokenizer"
+        )
+    if drafter.hidden_size != target.config.hidden_size:
+        raise ValueError(
+            f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
+            f"{target.config.hidden_size}; use a drafter trained for this target"
+        )
+
+
 def _used_drafters(drafters: Mapping[str, Drafter], composition: str, name: str | None) -> dict[str, Drafter]:
+    if not isinstance(drafters, Mapping):
+        raise ValueError(f"drafters must be a dict from name to drafter, got {type(drafters).__name__}")
     if not 1 <= len(drafters) <= 63:
         raise ValueError(f"give 1 to 63 drafters, got {len(drafters)}")
     if composition != "single":

@@ -11,7 +11,7 @@ import torch
 
 from . import fakes
 
-MEND = "pip install --no-build-isolation --force-reinstall --no-deps taps_ext   (in a checkout: make build)"
+MEND = "make build, or pip install --no-build-isolation --force-reinstall --no-deps . (in the source folder)"
 
 
 class NativeModuleError(ImportError):

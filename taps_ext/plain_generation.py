@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,35 +37,53 @@ def plain_generate(
     sampling: SamplingParams | None = None,
     max_new_tokens: int | Sequence[int] = 128,
     eos_token_id: int | Collection[int] | None = None,
-    stop_strings: Sequence[str] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
     tokenizer: Any = None,
+    logits_processor: Any = None,
 ) -> PlainResult:
     """The target's own text: stock forwards with transformers' cache, each token drawn as `ops.verify_tree` draws.
 
     Takes left-padded prompts [B, P] and the arguments of `SpeculativeDecoder.generate`, and returns the same text.
     """
-    model = target.model if isinstance(target, TargetModel) else target
+    model: Any = target.model if isinstance(target, TargetModel) else target
     request = Request.build(
-        model, input_ids, attention_mask, sampling, max_new_tokens, eos_token_id, stop_strings, tokenizer
+        model,
+        input_ids,
+        attention_mask,
+        sampling,
+        max_new_tokens,
+        eos_token_id,
+        stop_strings,
+        tokenizer,
+        logits_processor,
     )
     if bool((request.attention_mask.diff(dim=1) < 0).any()):
         raise ValueError("plain_generate takes left-padded prompts, got padding behind a prompt; pad on the left")
     sampling_rows = request.sampling.rows(len(input_ids), input_ids.device)
     rows = [RowText(prompt) for prompt in input_ids.tolist()]
-    mask, tokens, cache = request.attention_mask, input_ids, DynamicCache()
+    mask, tokens, cache = request.attention_mask, input_ids, DynamicCache(config=model.config)
+    text, last_only = input_ids, {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     num_forwards = 0
     while any(row.finish_reason is None for row in rows):
         positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
         logits = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **last_only,
         ).logits[:, -1:]
         num_forwards += 1
+        if request.processors:
+            logits = request.processors(cast(Any, text), logits[:, 0].float())[:, None]
         drawn = _draw(logits, sampling_rows, mask.sum(dim=1))
-        for row, (text, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-            if token < 0 and text.finish_reason is None:
-                text.finish_reason = "invalid_logits"
-            text.extend([token], row, request.rules)
+        for b, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
+            if token < 0 and row.finish_reason is None:
+                row.finish_reason = "invalid_logits"
+            row.extend([token], b, request.rules)
         tokens = drawn.clamp_min(0)[:, None]
+        text = torch.cat([text, tokens], dim=1)
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
     reasons = [row.finish_reason or "" for row in rows]
     return PlainResult(request.sequences(rows), [row.new_tokens for row in rows], reasons, num_forwards)

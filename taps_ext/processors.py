@@ -24,21 +24,28 @@ WARPERS_WITHOUT_OP = (
     "EpsilonLogitsWarper",
     "EtaLogitsWarper",
     "TopHLogitsWarper",
-    "LogitNormalization",
 )
-WARPERS_WITH_OP = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+WARPER_PARAMETERS: dict[Any, str] = {
+    logits_process.TemperatureLogitsWarper: "temperature",
+    logits_process.TopKLogitsWarper: "top_k",
+    logits_process.TopPLogitsWarper: "top_p",
+    logits_process.MinPLogitsWarper: "min_p",
+}
+WARPERS_WITH_OP = tuple(warper.__name__ for warper in WARPER_PARAMETERS)
 
 
 def refuse_unsupported(processors: LogitsProcessorList) -> None:
     """Raise for a processor that would not mean on a tree what it means on a text."""
     for processor in processors:
-        name = type(processor).__name__
-        if name in WARPERS_WITH_OP:
-            raise ValueError(f"{name} is a sampling parameter; set it in SamplingParams")
-        if name in WARPERS_WITHOUT_OP:
-            raise ValueError(f"{name} works behind the temperature, where only top-k, top-p and min-p are supported")
-        if name in UNSUPPORTED:
-            raise ValueError(f"{name} cannot run on a tree: {UNSUPPORTED[name]}; decode plainly with it")
+        for name in (one.__name__ for one in type(processor).__mro__):
+            if name in WARPERS_WITH_OP:
+                raise ValueError(f"{name} is a sampling parameter; set it in SamplingParams")
+            if name in WARPERS_WITHOUT_OP:
+                raise ValueError(
+                    f"{name} works behind the temperature, where only top-k, top-p and min-p are supported"
+                )
+            if name in UNSUPPORTED:
+                raise ValueError(f"{name} cannot run on a tree: {UNSUPPORTED[name]}; decode plainly with it")
 
 
 def process(processors: LogitsProcessorList, logits: Tensor, tree: DraftTree, prefixes: Sequence[list[int]]) -> Tensor:
@@ -63,17 +70,15 @@ def process(processors: LogitsProcessorList, logits: Tensor, tree: DraftTree, pr
 
 def split_warpers(processors: LogitsProcessorList) -> tuple[dict[str, float], LogitsProcessorList]:
     """transformers' prepared list as (temperature, top_k, top_p, min_p) and the processors before them."""
-    parameters: dict[str, float] = {"temperature": 1.0}
+    parameters: dict[str, float] = {}
     rest = LogitsProcessorList()
     for processor in processors:
-        if isinstance(processor, logits_process.TemperatureLogitsWarper):
-            parameters["temperature"] = float(processor.temperature)
-        elif isinstance(processor, logits_process.TopKLogitsWarper):
-            parameters["top_k"] = int(processor.top_k)
-        elif isinstance(processor, logits_process.TopPLogitsWarper):
-            parameters["top_p"] = float(processor.top_p)
-        elif isinstance(processor, logits_process.MinPLogitsWarper):
-            parameters["min_p"] = float(processor.min_p)
+        for warper, name in WARPER_PARAMETERS.items():
+            if isinstance(processor, warper):
+                if name in parameters:
+                    raise ValueError(f"{warper.__name__} is given twice; {name} can be set once")
+                parameters[name] = getattr(processor, name)
+                break
         else:
             rest.append(processor)
-    return parameters, rest
+    return {"temperature": 1.0, **parameters}, rest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class Request:
         sampling: SamplingParams | None = None,
         max_new_tokens: int | Sequence[int] = 128,
         eos_token_id: int | Collection[int] | None = None,
-        stop_strings: Sequence[str] | None = None,
+        stop_strings: str | Sequence[str] | None = None,
         tokenizer: Any = None,
         logits_processor: Any = None,
         return_log_probs: bool = False,
@@ -49,11 +50,12 @@ class Request:
         sampling = sampling or SamplingParams()
         sampling.rows(batch_size)
         eos = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
-        eos_tokens = frozenset([eos] if isinstance(eos, int) else eos or ())
+        eos_tokens = _token_set(eos)
         if stop_strings:
+            stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
             if tokenizer is None:
                 raise ValueError("stop_strings need the tokenizer to find them in the text; pass tokenizer=...")
-            criteria = [*criteria, ("stop_string", StopStringCriteria(tokenizer, list(stop_strings)))]
+            criteria = [*criteria, ("stop_string", StopStringCriteria(tokenizer, stop_strings))]
         processors = LogitsProcessorList(logits_processor or ())
         refuse_unsupported(processors)
         pad = model.generation_config.pad_token_id if pad_token_id is None else pad_token_id
@@ -79,6 +81,11 @@ class Request:
 
 def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
     """The attention mask as int64 [B, P]; raises for prompts that cannot be decoded."""
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(
+            f"input_ids must be a tensor, got {type(input_ids).__name__}; tokenize with return_tensors='pt' and give "
+            "generate(**inputs)"
+        )
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids must be int64 [B, P] with at least one row and token, got {input_ids.dtype} "
@@ -98,7 +105,10 @@ def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size:
 
 
 def _lengths(max_new_tokens: int | Sequence[int], batch_size: int) -> tuple[int, ...]:
-    lengths = tuple([max_new_tokens] * batch_size if isinstance(max_new_tokens, int) else max_new_tokens)
+    given = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * batch_size
+    if not all(isinstance(length, Integral) for length in given):
+        raise ValueError(f"max_new_tokens must be an integer, or one a row, got {max_new_tokens!r}")
+    lengths = tuple(int(length) for length in given)
     if len(lengths) != batch_size:
         raise ValueError(
             f"max_new_tokens has {len(lengths)} values for a batch of {batch_size}; give one, or one a row"
@@ -106,3 +116,10 @@ def _lengths(max_new_tokens: int | Sequence[int], batch_size: int) -> tuple[int,
     if any(length < 1 for length in lengths):
         raise ValueError(f"max_new_tokens must be at least 1, got {min(lengths)}")
     return lengths
+
+
+def _token_set(tokens: int | Collection[int] | Tensor | None) -> frozenset[int]:
+    if tokens is None:
+        return frozenset()
+    flat = tokens.flatten().tolist() if isinstance(tokens, Tensor) else tokens
+    return frozenset([int(flat)] if isinstance(flat, Integral) else (int(token) for token in flat))  # type: ignore[union-attr]

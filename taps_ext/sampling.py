@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+
+INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -25,28 +28,31 @@ class SamplingParams:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, lambda v: math.isfinite(v) and v >= 0, "finite and at least 0")
-        _check("top_k", self.top_k, lambda v: v >= 0 and int(v) == v, "an integer of at least 0 (0: off)")
-        _check("top_p", self.top_p, lambda v: 0 <= v <= 1, "between 0 and 1 (1: off)")
-        _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "between 0 and 1 (0: off)")
-        _check("seed", self.seed, lambda v: -(2**63) <= v < 2**63 and int(v) == v, "a 64-bit integer")
+        _check("temperature", self.temperature, Real, 0, sys.float_info.max, "finite and at least 0")
+        _check("top_k", self.top_k, Integral, 0, INT64_MAX, "an integer of at least 0 (0: off)")
+        _check("top_p", self.top_p, Real, 0, 1, "between 0 and 1 (1: off)")
+        _check("min_p", self.min_p, Real, 0, 1, "between 0 and 1 (0: off)")
+        _check("seed", self.seed, Integral, -INT64_MAX - 1, INT64_MAX, "a 64-bit integer")
 
     def rows(self, batch_size: int, device: torch.device | str = "cpu") -> SamplingRows:
         """The parameters as tensors, one value a row."""
 
-        def tensor(name: str, dtype: torch.dtype, step: int = 0) -> Tensor:
+        def tensor(name: str, dtype: torch.dtype) -> Tensor:
             value = getattr(self, name)
-            values = list(value) if isinstance(value, Sequence) else [value + step * b for b in range(batch_size)]
+            values = list(value) if isinstance(value, Sequence) else [value] * batch_size
             if len(values) != batch_size:
                 raise ValueError(f"{name} has {len(values)} values for a batch of {batch_size}; give one, or one a row")
             return torch.tensor(values, dtype=dtype, device=device)
 
+        seeds = tensor("seed", torch.int64)
+        if not isinstance(self.seed, Sequence):
+            seeds = seeds + torch.arange(batch_size, device=device)  # int64 wraps around
         return SamplingRows(
             temperature=tensor("temperature", torch.float32),
             top_k=tensor("top_k", torch.int64),
             top_p=tensor("top_p", torch.float32),
             min_p=tensor("min_p", torch.float32),
-            seeds=tensor("seed", torch.int64, step=1),
+            seeds=seeds,
         )
 
 
@@ -61,7 +67,7 @@ class SamplingRows:
     seeds: Tensor  # int64 [B]
 
 
-def _check(name: str, value: object, is_allowed: object, allowed: str) -> None:
+def _check(name: str, value: object, kind: type, lowest: float, highest: float, allowed: str) -> None:
     for one in value if isinstance(value, Sequence) else [value]:
-        if not isinstance(one, (int, float)) or one != one or not is_allowed(one):  # type: ignore[operator]
+        if not isinstance(one, kind) or not lowest <= one <= highest:  # type: ignore[operator]
             raise ValueError(f"{name} must be {allowed}, got {one!r}")

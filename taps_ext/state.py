@@ -51,7 +51,7 @@ class RowText:
         if rules.criteria:
             ids = torch.tensor([self.prompt + self.new_tokens])
             for reason, criterion in rules.criteria:
-                if bool(criterion(ids, None).all()):
+                if bool(torch.as_tensor(criterion(ids, None)).all()):
                     return reason
         return "length" if len(self.new_tokens) >= rules.max_new_tokens[row] else None
 
@@ -125,6 +125,7 @@ class DecodeState:
     rows: list[RowText]
     stats: DecodeStats
     prefix_lengths: Tensor  # int64 [B], tokens of each row whose keys and values are committed
+    last_positions: Tensor  # int64 [B], the last position whose logits can matter: the text is full behind it
     root_tokens: Tensor  # int64 [B], the last committed token, not yet in the cache
     active: Tensor  # bool [B], rows that still decode
 

@@ -37,8 +37,8 @@ class ScoredTree:
 class TargetModel:
     """A causal LM with full attention, from transformers, unchanged but for its attention function's name.
 
-    Refused, each with the reason: encoder-decoders, recurrent layers, models without SDPA support, models that
-    post-process the LM head's output.
+    Refused, each with the reason: encoder-decoders, recurrent layers, models without SDPA support or whose weights are
+    not in memory, models that post-process the LM head's output, and devices that the ops are not built for.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -69,13 +69,22 @@ class TargetModel:
     def new_cache(self, batch_size: int) -> TreeKVCache:
         return TreeKVCache(self._kv_specs, batch_size)
 
-    def refuse_beyond_window(self, longest: int) -> None:
-        """Raise when `longest` tokens (prompt + new tokens + tree) exceed a window that some layers attend within."""
-        window = _attention_window(self.config)
+    def refuse_longer_than_exact(self, longest: int) -> None:
+        """Raise when a text of `longest` tokens (prompt and new tokens) leaves the range in which a tree is exact.
+
+        A tree attends to everything, so a window must hold the text; and rotary frequencies that change with the
+        length (`dynamic`, `longrope`) would change a tree too early.
+        """
+        window, rope_length = _attention_window(self.config), _changing_rope_length(self.config)
         if window is not None and longest > window:
             raise ValueError(
-                f"target {_name(self.model)} has layers that see {window} tokens only, but prompt, new tokens and tree "
-                f"can reach {longest}; shorten the prompt, max_new_tokens or max_nodes"
+                f"target {_name(self.model)} has layers that see {window} tokens only, but prompt and new tokens can "
+                f"reach {longest}; shorten the prompt or max_new_tokens"
+            )
+        if rope_length is not None and longest > rope_length:
+            raise ValueError(
+                f"target {_name(self.model)} changes its rotary frequencies beyond {rope_length} tokens, but prompt "
+                f"and new tokens can reach {longest}; shorten the prompt or max_new_tokens"
             )
 
     @torch.inference_mode()
@@ -92,10 +101,18 @@ class TargetModel:
         return ScoredTree(self._logits(last[:, None]), features.to(self.device))
 
     @torch.inference_mode()
-    def score(self, tree: DraftTree, prefix_lengths: Tensor, kv: TreeKVCache) -> ScoredTree:
-        """One forward over every node of the trees, each seeing its row's prefix and its own ancestors."""
+    def score(
+        self, tree: DraftTree, prefix_lengths: Tensor, kv: TreeKVCache, last_positions: Tensor | None = None
+    ) -> ScoredTree:
+        """One forward over every node of the trees, each seeing its row's prefix and its own ancestors.
+
+        `last_positions` int64 [B]: nodes beyond stay there. The text ends before they could be emitted, and the
+        target may have no such position.
+        """
         kv.reserve(tree.capacity)
         positions = prefix_lengths[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
+        if last_positions is not None:
+            positions = positions.minimum(last_positions[:, None])
         mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix_lengths, kv.kv_length)
         features = self._forward(tree.tokens, positions, kv, attention_mask=mask, taps_tree=True)
         return ScoredTree(self._logits(features), features.to(self.device))
@@ -111,6 +128,11 @@ class TargetModel:
         kv.kv_length = kv_length
 
     def _forward(self, tokens: Tensor, positions: Tensor, kv: TreeKVCache, **kwargs: Any) -> Tensor:
+        if self.config._attn_implementation != ATTENTION:
+            raise ValueError(
+                f"the target's attention was set to {self.config._attn_implementation!r} after it was taken for "
+                "speculation; make a new TargetModel or SpeculativeDecoder"
+            )
         output = self.decoder_stack(
             input_ids=tokens, position_ids=positions, past_key_values=kv.cache, use_cache=True, **kwargs
         )
@@ -126,8 +148,15 @@ class TargetModel:
         """Run one token: each layer's KV shape and place, and the proof that logits are lm_head(features)."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         cache = DynamicCache()
-        features = self.decoder_stack(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
+        output = self.decoder_stack(input_ids=token, past_key_values=cache, use_cache=True)
+        features = getattr(output, "last_hidden_state", None)
+        if features is None:
+            raise ValueError(f"target {_name(self.model)} has no decoder stack that returns its last hidden state")
         stock = self.model(input_ids=token, use_cache=False).logits
+        if stock.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"target logits must be float32, bfloat16 or float16, got {stock.dtype}; convert the model"
+            )
         if not torch.allclose(self._logits(features).float(), stock.to(self.device).float(), rtol=1e-2, atol=1e-3):
             raise ValueError(
                 f"target {_name(self.model)} changes the LM head's output (scaling, soft-capping), which tree scoring "
@@ -188,6 +217,15 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
             f"target {_name(model)} has {kinds}: a recurrent state cannot go back to an accepted branch of a tree; "
             "use a model with attention layers only"
         )
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if "meta" in devices:
+        raise ValueError(
+            f"target {_name(model)} has weights that are not in memory (offloaded or not loaded); load all"
+        )
+    if devices != {"cpu"}:
+        raise ValueError(
+            f"target {_name(model)} is on {', '.join(sorted(devices))}; the ops of this version are CPU ops"
+        )
     if not getattr(model, "_supports_sdpa", False):
         raise ValueError(f"target {_name(model)} does not support SDPA attention, which tree scoring stands on")
     if model.get_output_embeddings() is None:
@@ -207,3 +245,12 @@ def _attention_window(config: Any) -> int | None:
     if "chunked_attention" in kinds:
         windows.append(getattr(config, "attention_chunk_size", None))
     return min((int(window) for window in windows if window), default=None)
+
+
+def _changing_rope_length(config: Any) -> int | None:
+    """The length up to which the rotary frequencies stay the same; None when they never change."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("dynamic", "longrope"):
+        return None
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(original or config.max_position_embeddings)

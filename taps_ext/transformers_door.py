@@ -42,6 +42,12 @@ def request_from_generate(
     """What `generate` prepared, checked. With `do_sample` the seed is drawn once from torch's global generator."""
     if generation_config.num_beams > 1:
         raise ValueError(f"speculative decoding draws one text a row, got num_beams={generation_config.num_beams}")
+    for wanted in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
+        if getattr(generation_config, wanted, False):
+            raise ValueError(f"{wanted} is not available from speculative decoding; leave it out, or decode plainly")
+    past = model_kwargs.get("past_key_values")
+    if past is not None and past.get_seq_length() > 0:
+        raise ValueError("speculative decoding keeps its own cache, got past_key_values that hold tokens; leave it out")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("speculative decoding needs input_ids, got inputs_embeds")
     parameters, processors = split_warpers(logits_processor)

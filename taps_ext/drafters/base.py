@@ -24,6 +24,10 @@ class Drafter(Protocol):
     def vocab_size(self) -> int:
         """V, the tokens it can propose: the target's."""
 
+    @property
+    def hidden_size(self) -> int:
+        """H, the size of the target's features that it takes."""
+
     def reset(self, batch_size: int) -> DrafterState:
         """A fresh state for `batch_size` rows that have observed nothing."""
 

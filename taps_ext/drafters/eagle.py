@@ -64,6 +64,7 @@ class EagleDrafter:
         """`network` stays as it is: put it on the lm_head's device. A network still in training can be measured so."""
         self.name = name
         self.vocab_size = network.config.vocab_size
+        self.hidden_size = network.config.hidden_size
         self.network = network
         self.embedding = embedding
         self.lm_head = lm_head
