@@ -86,7 +86,7 @@ def demo(
 def generate(
     target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")] = TINY,
     drafter: Annotated[
-        list[str] | None, typer.Option(help="NAME=FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
+        list[str] | None, typer.Option(help="[NAME=]FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
     ] = None,
     composition: Annotated[str, typer.Option(help="single, confidence, entropy or merged.")] = "merged",
     single_drafter: Annotated[str | None, typer.Option(help="The drafter that 'single' uses.")] = None,
@@ -101,6 +101,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
     seed: Annotated[int, typer.Option(help="The text is a function of target, prompt and seed.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End with the token that completes this text; repeatable.")
+    ] = None,
     depth: Annotated[int, typer.Option(help="Levels that a drafter drafts.")] = 6,
     branching: Annotated[int, typer.Option(help="Children per expanded node.")] = 10,
     max_nodes: Annotated[int, typer.Option(help="Nodes of a drafter's tree, root included.")] = 60,
@@ -108,7 +111,6 @@ def generate(
         int | None, typer.Option(help="Node budget of the merged tree; default: the union.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Stream a text, each accepted run in the colour of the drafter that proposed it, then the figures."""
@@ -126,11 +128,12 @@ def generate(
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
     _keep_logs_clean()
-    model, tokenizer = _load_target(target, dtype, device)
+    model, tokenizer = _load_target(target, dtype)
     decoder = SpeculativeDecoder(
         model, load_drafters(paths, model), composition, drafter=single_drafter, shape=shape, max_nodes=merged_nodes
     )
-    inputs = {**_encode(tokenizer, text, raw, device), "sampling": sampling, "max_new_tokens": max_new_tokens}
+    inputs = {**_encode(tokenizer, text, raw), "sampling": sampling, "max_new_tokens": max_new_tokens}
+    inputs |= {"stop_strings": stop, "tokenizer": tokenizer}
     if as_json:
         _print_json(decoder, tokenizer, text, inputs)
     else:
@@ -184,8 +187,8 @@ def _drafter_paths(target: str, drafters: Sequence[str]) -> dict[str, str]:
         raise ValueError("give at least one drafter: --drafter NAME=FOLDER-OR-HUB-ID")
     paths: dict[str, str] = {}
     for entry in drafters or [f"{name}={TINY}/{name}" for name in _tiny_drafters()]:
-        name, equals, path = entry.partition("=")
-        if not (name and equals and path):
+        name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)
+        if not (name and path):
             raise ValueError(f"a drafter is given as NAME=FOLDER-OR-HUB-ID, got {entry!r}")
         if name in paths:
             raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
@@ -205,16 +208,12 @@ def _tiny_drafters() -> dict[str, str]:
     return {name: str(path) for name, path in tiny.drafter_paths().items()}
 
 
-def _load_target(target: str, dtype: str, device: str) -> tuple[Any, Any]:
+def _load_target(target: str, dtype: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"device {device!r} is not there: torch {torch.__version__} finds no CUDA device; use --device cpu"
-        )
     model: Any
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     if target == TINY:
@@ -224,10 +223,10 @@ def _load_target(target: str, dtype: str, device: str) -> tuple[Any, Any]:
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    return model.to(device=device, dtype=chosen).eval(), tokenizer
+    return model.to(dtype=chosen).eval(), tokenizer
 
 
-def _encode(tokenizer: Any, text: str, raw: bool, device: str) -> dict[str, Any]:
+def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:
     """The prompt as `input_ids` and `attention_mask`: a user's turn where the tokenizer knows chats, else as it is."""
     if not raw and getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": text.strip()}]
@@ -235,7 +234,7 @@ def _encode(tokenizer: Any, text: str, raw: bool, device: str) -> dict[str, Any]
         encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         encoded = tokenizer(text, return_tensors="pt")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def _print_json(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs: dict[str, Any]) -> None:

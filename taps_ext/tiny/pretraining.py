@@ -18,7 +18,7 @@ from ..training.dataset import TokenBatch, TokenDataset
 class PretrainingConfig:
     """How the target is trained. Matrices of the layers learn with Muon, the rest with AdamW."""
 
-    steps: int = 1600
+    steps: int = 3200
     batch_size: int = 8
     matrix_learning_rate: float = 0.01
     other_learning_rate: float = 0.01
