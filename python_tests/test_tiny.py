@@ -16,7 +16,7 @@ import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.drafters.checkpoint import average_drafters
 from taps_ext.tiny.arithmetic import Problem, generate_problem
-from taps_ext.tiny.corpus import training_prompts
+from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS, training_prompts
 from taps_ext.tiny.tokenizer import train_tokenizer
 from taps_ext.training import chat_sequence
 
@@ -86,10 +86,11 @@ def test_texts_are_a_function_of_the_seed_and_prompts_are_held_out(domain: str) 
     assert tiny.prompts(domain, 5, seed=1) == tiny.prompts(domain, 9, seed=1)[:5] != tiny.prompts(domain, 5, seed=2)
     assert tiny.conversations(domain, 5, seed=0) == tiny.conversations(domain, 9, seed=0)[:5]
     assert all(prompt[-1]["role"] == "user" for prompt in tiny.prompts(domain, 50))
-    trained = {repr(prompt) for seed in (0, 1) for prompt in training_prompts(domain, 2000, seed)}
-    held_out = [repr(prompt) for prompt in tiny.prompts(domain, 200)]
-    # Chance repeats of a short opening question are allowed, a shared stream would repeat nearly all.
-    assert sum(prompt in trained for prompt in held_out) < 0.5 * len(held_out)
+    for seed, count in TRAINING_CONVERSATIONS.items():
+        trained = tiny.conversations(domain, count, seed)
+        seen = {repr(text[: turn + 1]) for text in trained for turn in range(0, len(text), 2)}
+        assert all(repr(prompt) in seen for prompt in training_prompts(domain, 50, seed))
+        assert not any(repr(prompt) in seen for prompt in tiny.prompts(domain, 100))
 
 
 def test_an_unknown_domain_is_refused_by_name() -> None:

@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..training import Example, TokenDataset, TrainingConfig, chat_sequence, train_drafter
-from .corpus import DOMAINS, conversations, training_prompts
+from .corpus import DOMAINS, DRAFTER_SEED, TARGET_SEED, TRAINING_CONVERSATIONS, conversations, training_prompts
 from .pretraining import PretrainingConfig, new_target, pretrain
 from .regeneration import regenerate
 from .tokenizer import save_tokenizer, train_tokenizer
@@ -32,8 +32,10 @@ MAX_LENGTH = 512  # tokens of a training text
 class Recipe:
     """Everything the assets depend on, besides the code and the versions."""
 
-    num_conversations: int = 8_000  # of each domain, for the tokenizer and the target
-    num_own_texts: int = 1_200  # for a drafter: written by the target, of the drafter's own domain
+    num_conversations: int = TRAINING_CONVERSATIONS[TARGET_SEED]  # of each domain, for the tokenizer and the target
+    num_own_texts: int = TRAINING_CONVERSATIONS[
+        DRAFTER_SEED
+    ]  # for a drafter: written by the target, of the drafter's own domain
     other_share: float = 0.1  # of a drafter's texts that are of the other domain
     max_new_tokens: int = 128  # of a text that the target writes
     threads: int = 2
@@ -80,7 +82,7 @@ def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
 
 def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train tokenizer and target, save both (bfloat16); what there is to say about it."""
-    texts = [text for domain in DOMAINS for text in conversations(domain, recipe.num_conversations, seed=0)]
+    texts = [text for domain in DOMAINS for text in conversations(domain, recipe.num_conversations, TARGET_SEED)]
     tokenizer = train_tokenizer(message["content"] for text in texts for message in text)
     dataset = TokenDataset([chat_sequence(tokenizer, text) for text in texts], MAX_LENGTH)
     model = new_target(tokenizer, recipe.pretraining.seed)
@@ -125,7 +127,7 @@ def _own_texts(
     recipe: Recipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: str
 ) -> list[Example]:
     """Prompts of one domain with answers that the target wrote: what a drafter will have to foresee."""
-    starts = training_prompts(domain, recipe.num_own_texts, seed=1)
+    starts = training_prompts(domain, recipe.num_own_texts, DRAFTER_SEED)
     report = _progress_line(f"texts {domain}", len(starts))
     return regenerate(target, tokenizer, starts, recipe.max_new_tokens, recipe.drafter.seed, report)
 
