@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -28,7 +28,7 @@ class SamplingParams:
     seed: int | Sequence[int] = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, Real, 0, sys.float_info.max, "finite and at least 0")
+        _check("temperature", self.temperature, Real, 0, math.inf, "finite and at least 0")
         _check("top_k", self.top_k, Integral, 0, INT64_MAX, "an integer of at least 0 (0: off)")
         _check("top_p", self.top_p, Real, 0, 1, "between 0 and 1 (1: off)")
         _check("min_p", self.min_p, Real, 0, 1, "between 0 and 1 (0: off)")
@@ -69,5 +69,5 @@ class SamplingRows:
 
 def _check(name: str, value: object, kind: type, lowest: float, highest: float, allowed: str) -> None:
     for one in value if isinstance(value, Sequence) else [value]:
-        if not isinstance(one, kind) or not lowest <= one <= highest:  # type: ignore[operator]
+        if not (isinstance(one, kind) and math.isfinite(one) and lowest <= one <= highest):  # type: ignore[arg-type,operator]
             raise ValueError(f"{name} must be {allowed}, got {one!r}")
