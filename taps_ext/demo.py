@@ -288,5 +288,6 @@ def _sample(decoder: SpeculativeDecoder, tokenizer: Any, domain: str, settings: 
         prompts.input_ids[0], sampling=prompts.sampling[0], max_new_tokens=settings.max_new_tokens
     ):
         spans += transcript.add(event.new_tokens[0], event.accepted_proposers[0])
-    question = tokenizer.decode(prompts.input_ids[0][0], skip_special_tokens=True)
-    return Sample(domain, question.strip(), join_spans(spans + transcript.finish()))
+    turns = tiny.prompts(domain, 1, settings.seed)[0]
+    question = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    return Sample(domain, question, join_spans(spans + transcript.finish()))
