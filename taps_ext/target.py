@@ -49,7 +49,7 @@ class TargetModel:
             raise ValueError(f"target {_name(model)} does not use transformers' AttentionInterface; use one that does")
         model.eval()
         self.model = model
-        self.decoder_stack: Any = model.get_decoder()
+        self.decoder_stack: Any = _decoder_stack(model)
         self.embedding: Any = model.get_input_embeddings()
         self.lm_head: Any = model.get_output_embeddings()
         self.config: Any = model.config.get_text_config()
@@ -196,6 +196,12 @@ def tree_attention(
 def _register_attention() -> None:
     AttentionInterface.register(ATTENTION, tree_attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def _decoder_stack(model: PreTrainedModel) -> Any:
+    """The model without its LM head; some families' `get_decoder` returns the whole model."""
+    stack: Any = model.get_decoder()
+    return model.base_model if stack is model else stack
 
 
 def _kv_spec(states: Tensor) -> KVSpec:
