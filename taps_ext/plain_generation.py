@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,7 +28,6 @@ class PlainResult:
     num_target_forwards: int
 
 
-@torch.inference_mode()
 def plain_generate(
     target: PreTrainedModel | TargetModel,
     input_ids: Tensor,
@@ -59,34 +58,41 @@ def plain_generate(
     )
     if bool((request.attention_mask.diff(dim=1) < 0).any()):
         raise ValueError("plain_generate takes left-padded prompts, got padding behind a prompt; pad on the left")
-    sampling_rows = request.sampling.rows(len(input_ids), input_ids.device)
     rows = [RowText(prompt) for prompt in input_ids.tolist()]
-    mask, tokens, cache = request.attention_mask, input_ids, DynamicCache(config=model.config)
-    text, last_only = input_ids, {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    num_forwards = 0
+    draws, num_forwards = _draws(model, request), 0
     while any(row.finish_reason is None for row in rows):
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+        num_forwards += 1
+        for b, (row, token) in enumerate(zip(rows, next(draws).tolist(), strict=True)):
+            if token < 0 and row.finish_reason is None:
+                row.finish_reason = "invalid_logits"
+            row.extend([token], b, request.rules)
+    reasons = [row.finish_reason or "" for row in rows]
+    return PlainResult(request.sequences(rows), [row.new_tokens for row in rows], reasons, num_forwards)
+
+
+@torch.inference_mode()
+def _draws(model: Any, request: Request) -> Iterator[Tensor]:
+    """The tokens [B] that one forward after the other draws, without end; -1 where the logits were invalid."""
+    text, mask = request.input_ids, request.attention_mask
+    tokens, cache = text, DynamicCache(config=model.config)
+    sampling = request.sampling.rows(len(text), text.device)
+    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    while True:
         logits = model(
             input_ids=tokens,
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0)[:, -tokens.shape[1] :],
             past_key_values=cache,
             use_cache=True,
             **last_only,
         ).logits[:, -1:]
-        num_forwards += 1
         if request.processors:
             logits = request.processors(cast(Any, text), logits[:, 0].float())[:, None]
-        drawn = _draw(logits, sampling_rows, mask.sum(dim=1))
-        for b, (row, token) in enumerate(zip(rows, drawn.tolist(), strict=True)):
-            if token < 0 and row.finish_reason is None:
-                row.finish_reason = "invalid_logits"
-            row.extend([token], b, request.rules)
+        drawn = _draw(logits, sampling, positions=mask.sum(dim=1))
+        yield drawn
         tokens = drawn.clamp_min(0)[:, None]
         text = torch.cat([text, tokens], dim=1)
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-    reasons = [row.finish_reason or "" for row in rows]
-    return PlainResult(request.sequences(rows), [row.new_tokens for row in rows], reasons, num_forwards)
 
 
 def _draw(logits: Tensor, sampling: SamplingRows, positions: Tensor) -> Tensor:
