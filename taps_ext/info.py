@@ -13,7 +13,7 @@ import torch
 from . import __version__, native
 
 REQUIRED = ("torch", "transformers", "safetensors", "numpy")
-OPTIONAL = ("typer", "rich", "matplotlib", "accelerate", "datasets")
+OPTIONAL = ("typer", "rich", "matplotlib", "accelerate")
 
 
 @dataclass(frozen=True)

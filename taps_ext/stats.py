@@ -20,11 +20,11 @@ class DecodeStats:
 
     drafters: tuple[str, ...]
     batch_size: int
-    num_accepted: list[list[int]] = field(init=False)
-    choices: list[list[str | tuple[str, ...]]] = field(init=False)
-    accepted_proposers: list[list[tuple[tuple[str, ...], ...]]] = field(init=False)
-    num_nodes: list[list[int]] = field(init=False)
-    num_tokens: list[int] = field(init=False)  # emitted, after the cuts, per row
+    num_accepted: list[list[int]] = field(init=False, repr=False)
+    choices: list[list[str | tuple[str, ...]]] = field(init=False, repr=False)
+    accepted_proposers: list[list[tuple[tuple[str, ...], ...]]] = field(init=False, repr=False)
+    num_nodes: list[list[int]] = field(init=False, repr=False)
+    num_tokens: list[int] = field(init=False, repr=False)  # emitted, after the cuts, per row
     num_target_forwards: int = 0  # of the whole batch, prefill included
 
     def __post_init__(self) -> None:

@@ -75,6 +75,14 @@ inline void check_values(const at::Tensor& tensor, const char* name, int64_t low
   }
 }
 
+// Where the r-th tree of a batch stands: "row 3", or with several trees a row "row 1, tree 1".
+inline std::string place_of(int64_t r, const at::Tensor& num_nodes) {
+  if (num_nodes.dim() < 2) {
+    return "row " + std::to_string(r);
+  }
+  return "row " + std::to_string(r / num_nodes.size(1)) + ", tree " + std::to_string(r % num_nodes.size(1));
+}
+
 // A parent array that holds what it must: int64 [..., N] and num_nodes [...], both contiguous.
 inline void check_parents(const at::Tensor& parents, const at::Tensor& num_nodes) {
   const int64_t nodes = parents.size(-1);
@@ -82,12 +90,13 @@ inline void check_parents(const at::Tensor& parents, const at::Tensor& num_nodes
   const int64_t* counts = num_nodes.const_data_ptr<int64_t>();
   const int64_t* row = parents.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < num_nodes.numel(); ++r, row += nodes) {
-    TORCH_CHECK_VALUE(1 <= counts[r] && counts[r] <= nodes, "num_nodes must lie in 1..", nodes, ", row ", r, " has ",
-                      counts[r]);
-    TORCH_CHECK_VALUE(row[0] == -1, "node 0 must be the root with parent -1, row ", r, " has parent ", row[0]);
+    TORCH_CHECK_VALUE(1 <= counts[r] && counts[r] <= nodes, "num_nodes must lie in 1..", nodes, ", ",
+                      place_of(r, num_nodes), " has ", counts[r]);
+    TORCH_CHECK_VALUE(row[0] == -1, "node 0 must be the root with parent -1, ", place_of(r, num_nodes), " has parent ",
+                      row[0]);
     const int64_t bad = first_bad_parent(row, counts[r]);
-    TORCH_CHECK_VALUE(bad < 0, "parents must come before their children: row ", r, ", node ", bad, " has parent ",
-                      row[bad]);
+    TORCH_CHECK_VALUE(bad < 0, "parents must come before their children: ", place_of(r, num_nodes), ", node ", bad,
+                      " has parent ", row[bad]);
   }
 }
 
@@ -134,9 +143,10 @@ inline void check_tokens(const at::Tensor& tokens, const at::Tensor& num_nodes, 
     if (bad < 0) {
       continue;
     }
-    TORCH_CHECK_VALUE(num_tokens >= 0, "tokens must not be negative, row ", r, ", node ", bad, " has ", row[bad]);
-    TORCH_CHECK_VALUE(false, "tokens must lie in the vocabulary 0..", num_tokens - 1, ", row ", r, ", node ", bad,
-                      " has ", row[bad]);
+    TORCH_CHECK_VALUE(num_tokens >= 0, "tokens must not be negative, ", place_of(r, num_nodes), ", node ", bad, " has ",
+                      row[bad]);
+    TORCH_CHECK_VALUE(false, "tokens must lie in the vocabulary 0..", num_tokens - 1, ", ", place_of(r, num_nodes),
+                      ", node ", bad, " has ", row[bad]);
   }
 }
 
