@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import taps_ext as taps
+from taps_ext.composition.merging import Merging
 
 SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)
 
@@ -164,6 +165,29 @@ def test_invalid_logits_end_their_row_and_touch_no_other() -> None:
     plain = taps.plain_generate(poisoned, ids, mask, max_new_tokens=10)
     assert plain.new_tokens == result.new_tokens
     assert plain.finish_reasons == result.finish_reasons
+
+
+def test_a_drafted_token_that_overflows_the_target_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, mask = prompts(3)
+    drafted: set[int] = set()
+    compose = Merging.compose
+
+    def spy(self: Merging, trees: Any) -> Any:
+        composed = compose(self, trees)
+        drafted.update(composed.tree.tokens[:, 1:][composed.tree.is_node()[:, 1:]].tolist())
+        return composed
+
+    monkeypatch.setattr(Merging, "compose", spy)
+    clean = make_decoder().generate(ids, mask, max_new_tokens=30)
+    merely_drafted = drafted - set(clean.sequences.flatten().tolist())
+    assert len(merely_drafted) >= 3
+    overflowing = deepcopy(trained_target())
+    overflowing.get_input_embeddings().weight.data[list(merely_drafted)] = torch.nan
+    result = taps.SpeculativeDecoder(overflowing, trained_drafters(), shape=SHAPE).generate(
+        ids, mask, max_new_tokens=30
+    )
+    assert torch.equal(result.sequences, clean.sequences)
+    assert result.finish_reasons == clean.finish_reasons
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,8 @@ class _TreeKVLayer(CacheLayerMixin):
         start = self._owner.kv_length
         stop = start + key_states.shape[-2]
         keys, values = self._owner.layer(self._index)
+        if start > 0:  # a tree: a node that overflows must not reach, through its masked column, those it is no part of
+            key_states, value_states = _finite(key_states), _finite(value_states)
         keys[:, :, start:stop] = key_states
         values[:, :, start:stop] = value_states
         return keys[:, :, :stop], values[:, :, :stop]
@@ -115,3 +117,8 @@ class _TreeKVLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+def _finite(states: Tensor) -> Tensor:
+    """0 for NaN and infinities, which a mask does not stop: 0 times NaN is NaN."""
+    return states.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
