@@ -1,5 +1,6 @@
 // The one file that knows pybind11: every op of ops.h, once for eager calls (pybind11: the shortest way in) and once
-// for the dispatcher (torch.compile, opcheck); their fake implementations are in taps_ext/fakes.py.
+// for the dispatcher (torch.compile, opcheck); their fake implementations are in taps_ext/fakes.py. The module of the
+// host stand-in (TAPS_SIMT) has the eager calls only, and the stand-in's controls.
 #include <torch/extension.h>
 
 #include <map>
@@ -7,6 +8,10 @@
 
 #include "ops.h"
 #include "taps_build_info.h"
+
+#if defined(TAPS_SIMT)
+#include "simt/controls.h"
+#endif
 
 namespace py = pybind11;
 
@@ -60,7 +65,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
         arg("temperature"), arg("top_k"), arg("top_p"), arg("min_p"), arg("seeds"), arg("positions"));
   m.def("compact_kv", &taps::compact_kv, no_gil(), arg("kv"), arg("path"), arg("num_accepted"), arg("prefix_lengths"),
         arg("kv_length"));
+#if defined(TAPS_SIMT)
+  simt::bind_controls(m);
+#endif
 }
+
+#if !defined(TAPS_SIMT)
 
 TORCH_LIBRARY(taps_ext, m) {
   m.def(
@@ -85,7 +95,10 @@ TORCH_LIBRARY(taps_ext, m) {
   m.def("compact_kv(Tensor(a!) kv, Tensor path, Tensor num_accepted, Tensor prefix_lengths, int kv_length) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
+namespace {
+
+// One function per op for every backend: it looks at its tensors.
+void implement(torch::Library& m) {
   m.impl("expand_frontier", &taps::expand_frontier);
   m.impl("prune_tree", &taps::prune_tree);
   m.impl("merge_trees", &taps::merge_trees);
@@ -96,3 +109,17 @@ TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
   m.impl("verify_tree", &taps::verify_tree);
   m.impl("compact_kv", &taps::compact_kv);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(taps_ext, CPU, m) {
+  implement(m);
+}
+
+#if defined(TAPS_WITH_CUDA)
+TORCH_LIBRARY_IMPL(taps_ext, CUDA, m) {
+  implement(m);
+}
+#endif
+
+#endif  // TAPS_SIMT

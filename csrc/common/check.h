@@ -1,13 +1,17 @@
-// The checks of the ops: one sentence each (name, expectation, fact), a ValueError in Python, before any work.
+// The checks of the ops: one sentence each (name, expectation, fact), a ValueError in Python, before any work. Values
+// are checked where they can be read (run.h); on a device the kernels stay within their tensors whatever they are
+// given.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <utility>
 
+#include "common/run.h"
 #include "common/tree_rules.h"
 
 namespace taps {
@@ -26,12 +30,25 @@ inline std::string text_of(at::ScalarType dtype) {
   return std::string(c10::getDtypeNames(dtype).first);
 }
 
-// Only strided CPU tensors for now; every tensor of a call passes here, so mixed devices are refused too.
-inline void check_device(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK_VALUE(!tensor.is_cuda(), name, " must be a CPU tensor, got ", tensor.device().str(),
-                    ": the CUDA ops of taps_ext are not built");
-  TORCH_CHECK_VALUE(tensor.is_cpu() && tensor.layout() == at::kStrided, name, " must be a dense CPU tensor, got ",
-                    tensor.device().str(), ", ", tensor.layout());
+struct NamedTensor {
+  const char* name;
+  const at::Tensor& tensor;
+};
+
+// The tensors of a call: dense, on one device, and one that this build has ops for.
+inline void check_device(std::initializer_list<NamedTensor> tensors) {
+  const auto& [first_name, first] = *tensors.begin();
+#if !defined(TAPS_WITH_CUDA)
+  TORCH_CHECK_VALUE(!first.is_cuda(), first_name, " must be a CPU tensor, got ", first.device().str(),
+                    ": this taps_ext was built without CUDA ops (taps-ext info says why)");
+#endif
+  TORCH_CHECK_VALUE(first.is_cpu() || first.is_cuda(), first_name, " must be a CPU or CUDA tensor, got ",
+                    first.device().str());
+  for (const auto& [name, tensor] : tensors) {
+    TORCH_CHECK_VALUE(tensor.device() == first.device(), name, " must be on ", first.device().str(), ", like ",
+                      first_name, ", got ", tensor.device().str());
+    TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, name, " must be a dense tensor, got ", tensor.layout());
+  }
 }
 
 inline void check_dtype(const at::Tensor& tensor, const char* name, at::ScalarType dtype) {
@@ -66,6 +83,9 @@ inline void check_sizes(const at::Tensor& tensor, const char* name, at::IntArray
 
 // int64 [B], each value in lowest..highest. Takes any stride.
 inline void check_values(const at::Tensor& tensor, const char* name, int64_t lowest, int64_t highest) {
+  if (!can_read(tensor)) {
+    return;
+  }
   const int64_t stride = tensor.stride(0);
   const int64_t* values = tensor.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < tensor.size(0); ++b) {
@@ -87,6 +107,9 @@ inline std::string place_of(int64_t r, const at::Tensor& num_nodes) {
 inline void check_parents(const at::Tensor& parents, const at::Tensor& num_nodes) {
   const int64_t nodes = parents.size(-1);
   TORCH_CHECK_VALUE(nodes >= 1, "parents must hold at least the root, got ", text_of(parents.sizes()));
+  if (!can_read(parents)) {
+    return;
+  }
   const int64_t* counts = num_nodes.const_data_ptr<int64_t>();
   const int64_t* row = parents.const_data_ptr<int64_t>();
   for (int64_t r = 0; r < num_nodes.numel(); ++r, row += nodes) {
@@ -103,8 +126,6 @@ inline void check_parents(const at::Tensor& parents, const at::Tensor& num_nodes
 // The parent array that an op begins with, checked and contiguous: parents [B, N] and num_nodes [B], or as `dims` says.
 inline std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parents, const at::Tensor& num_nodes,
                                                       int64_t dim = 2, const char* dims = "[B, N]") {
-  check_device(parents, "parents");
-  check_device(num_nodes, "num_nodes");
   check_int64(parents, "parents");
   check_int64(num_nodes, "num_nodes");
   check_dim(parents, "parents", dim, dims);
@@ -117,7 +138,6 @@ inline std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parents,
 // A tensor with a value a node, contiguous.
 inline at::Tensor checked_like(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
                                const at::Tensor& parents) {
-  check_device(tensor, name);
   check_dtype(tensor, name, dtype);
   check_sizes(tensor, name, parents.sizes(), "like parents");
   return tensor.contiguous();
@@ -125,7 +145,6 @@ inline at::Tensor checked_like(const at::Tensor& tensor, const char* name, at::S
 
 // int64 [B], contiguous, each in 0..kv_length.
 inline at::Tensor checked_prefix_lengths(const at::Tensor& prefix_lengths, int64_t rows, int64_t kv_length) {
-  check_device(prefix_lengths, "prefix_lengths");
   check_int64(prefix_lengths, "prefix_lengths");
   check_sizes(prefix_lengths, "prefix_lengths", {rows}, "one a row");
   TORCH_CHECK_VALUE(kv_length >= 0, "kv_length must be at least 0, got ", kv_length);
@@ -135,6 +154,9 @@ inline at::Tensor checked_prefix_lengths(const at::Tensor& prefix_lengths, int64
 
 // Contiguous tokens int64 [rows, N]; only the first num_nodes of a row count. `num_tokens` is V, or -1 where unknown.
 inline void check_tokens(const at::Tensor& tokens, const at::Tensor& num_nodes, int64_t num_tokens = -1) {
+  if (!can_read(tokens)) {
+    return;
+  }
   const int64_t nodes = tokens.size(-1);
   const int64_t* counts = num_nodes.const_data_ptr<int64_t>();
   const int64_t* row = tokens.const_data_ptr<int64_t>();

@@ -3,14 +3,24 @@
 
 #include <cstdint>
 
-// Marks a rule: an inline function that the CPU loops and the CUDA kernels both call.
+// Marks a rule: an inline function that the CPU loops and the CUDA kernels both call. TAPS_INLINE is for those that a
+// loop compiled for several instruction sets calls: only what is inlined is compiled for each of them.
 #if defined(__CUDACC__)
 #define TAPS_HD __host__ __device__
+#define TAPS_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define TAPS_HD
+#define TAPS_INLINE inline __attribute__((always_inline))
 #else
 #define TAPS_HD
+#define TAPS_INLINE inline
 #endif
 
+struct CUstream_st;  // CUDA's own name of what a cudaStream_t points to
+
 namespace taps {
+
+using Stream = CUstream_st*;
 
 // The grain of at::parallel_for: as many rows as make a task worth waking a thread for, about 20 microseconds.
 // `work` is a row's cost in elementary steps of about a nanosecond.

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <functional>
-#include <limits>
 #include <vector>
+
+#include "common/logits_type.h"
 
 // One body, compiled for each of these instruction sets and chosen when the library loads: a wheel for any x86-64 runs
 // at the machine's width. Without contraction (-ffp-contract=off) all give the same bits. Sanitizers dislike ifuncs.
@@ -22,41 +22,12 @@
 #define TAPS_EACH_CPU
 #endif
 
-// Called from such a body, a function must be inlined to be compiled for its instruction set.
-#if defined(__GNUC__)
-#define TAPS_INLINE inline __attribute__((always_inline))
-#else
-#define TAPS_INLINE inline
-#endif
-
 namespace taps {
 
-enum class LogitsType { kFloat32, kBFloat16, kFloat16 };
-
 constexpr int kBlock = 64;  // tokens
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 inline int64_t num_blocks(int64_t vocabulary) {
   return (vocabulary + kBlock - 1) / kBlock;
-}
-
-TAPS_INLINE float float_from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// Without a branch, for the vectoriser, and without a subnormal float32, which could be flushed to 0: a subnormal half
-// is read as 2^-14 plus its value, and 2^-14 is taken off.
-TAPS_INLINE float float_from_half(uint16_t half) {
-  const uint32_t magnitude = half & 0x7FFFu;
-  const uint32_t is_full = 0u - (magnitude >= 0x7C00u);  // all ones for infinity and NaN, which keep a full exponent
-  const uint32_t is_subnormal = 0u - (magnitude < 0x0400u);
-  const uint32_t bits = (magnitude << 13) + 0x38000000u + (is_full & 0x38000000u) + (is_subnormal & 0x00800000u);
-  const float value = float_from_bits(bits) - float_from_bits(is_subnormal & 0x38800000u);
-  uint32_t signless;
-  std::memcpy(&signless, &value, sizeof(signless));
-  return float_from_bits(signless | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
 // One row of logits. The vocabulary is contiguous.

@@ -1,16 +1,15 @@
-// A tensor of logits at the ops' door: checks, and the dtype in the terms of common/logits.h.
+// A tensor of logits at the ops' door: checks, and the dtype in the terms of common/logits_type.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include "common/check.h"
-#include "common/logits.h"
+#include "common/logits_type.h"
 
 namespace taps {
 
 // Three axes, as `dims` names them, the last one the vocabulary: contiguous, and with at least one token.
 inline void check_logits(const at::Tensor& logits, const char* dims) {
-  check_device(logits, "logits");
   check_floating(logits, "logits");
   check_dim(logits, "logits", 3, dims);
   TORCH_CHECK_VALUE(logits.size(2) >= 1, "logits must be over at least one token, got ", text_of(logits.sizes()));

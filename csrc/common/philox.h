@@ -12,14 +12,25 @@ struct PhiloxWords {
   uint32_t word[4];
 };
 
+// The upper half of a product. (From a shifted 64-bit product nvcc makes a needless addition a time.)
+TAPS_HD inline uint32_t high_product(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umulhi(a, b);
+#else
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+#endif
+}
+
 TAPS_HD inline PhiloxWords philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-    const uint64_t product1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
+    const uint32_t high0 = high_product(c0, 0xD2511F53u);
+    const uint32_t low0 = c0 * 0xD2511F53u;
+    const uint32_t high1 = high_product(c2, 0xCD9E8D57u);
+    const uint32_t low1 = c2 * 0xCD9E8D57u;
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -15,6 +15,22 @@ TAPS_HD inline int64_t parent_of(const int64_t* parents, int64_t count, int64_t 
   return node < count ? parents[node] : 0;
 }
 
+// For kernels, whose input nobody has checked: the same values on a tree that holds what it must, and safe on any
+// other.
+TAPS_HD inline int64_t safe_count(int64_t count, int64_t nodes) {
+  return count < 1 ? 1 : count < nodes ? count : nodes;
+}
+
+// `entry` is parents[node], which may be read before the count has arrived: padding's is not used.
+TAPS_HD inline int64_t safe_parent_of(int64_t entry, int64_t count, int64_t node) {
+  const bool is_sound = node < count && static_cast<uint64_t>(entry) < static_cast<uint64_t>(node);
+  return node == 0 ? -1 : is_sound ? entry : 0;
+}
+
+TAPS_HD inline int64_t safe_parent(const int64_t* parents, int64_t count, int64_t node) {
+  return safe_parent_of(parent_of(parents, count, node), count, node);
+}
+
 // The first node whose parent does not come before it, or -1. (One unsigned comparison covers both ends.)
 TAPS_HD inline int64_t first_bad_parent(const int64_t* parents, int64_t count) {
   for (int64_t node = 1; node < count; ++node) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/check.h"
+#include "common/run.h"
 #include "ops.h"
 
 namespace taps {
@@ -12,7 +13,6 @@ namespace taps {
 namespace {
 
 void check_kv(const Tensor& kv) {
-  check_device(kv, "kv");
   check_dim(kv, "kv", 5, "[2 * layers, B, heads, capacity, head_dim]");
   TORCH_CHECK_VALUE(kv.is_contiguous(), "kv must be contiguous, since it changes in place, got strides ",
                     text_of(kv.strides()));
@@ -20,7 +20,6 @@ void check_kv(const Tensor& kv) {
 
 // int64 [B, N], contiguous. The i-th node of a path is at least i: in-place moves rest on it.
 Tensor checked_path(const Tensor& path_in, const Tensor& num_accepted, int64_t room) {
-  check_device(path_in, "path");
   check_int64(path_in, "path");
   check_dim(path_in, "path", 2, "[B, N]");
   check_sizes(path_in, "path", {num_accepted.size(0), path_in.size(1)}, "one a row of kv");
@@ -28,7 +27,7 @@ Tensor checked_path(const Tensor& path_in, const Tensor& num_accepted, int64_t r
   check_values(num_accepted, "num_accepted", -1, nodes - 1);
   const Tensor path = path_in.contiguous();
   const int64_t* row = path.const_data_ptr<int64_t>();
-  for (int64_t b = 0; b < path.size(0); ++b, row += nodes) {
+  for (int64_t b = 0; can_read(path) && b < path.size(0); ++b, row += nodes) {
     for (int64_t i = 0; i <= num_accepted.const_data_ptr<int64_t>()[b]; ++i) {
       TORCH_CHECK_VALUE(i <= row[i] && row[i] < nodes, "path must hold nodes in ", i, "..", nodes - 1, " at ", i,
                         ", row ", b, " has ", row[i]);
@@ -43,8 +42,9 @@ Tensor checked_path(const Tensor& path_in, const Tensor& num_accepted, int64_t r
 
 void compact_kv(const Tensor& kv, const Tensor& path_in, const Tensor& num_accepted_in, const Tensor& prefix_lengths_in,
                 int64_t kv_length) {
+  check_device(
+      {{"kv", kv}, {"path", path_in}, {"num_accepted", num_accepted_in}, {"prefix_lengths", prefix_lengths_in}});
   check_kv(kv);
-  check_device(num_accepted_in, "num_accepted");
   check_int64(num_accepted_in, "num_accepted");
   check_sizes(num_accepted_in, "num_accepted", {kv.size(1)}, "one a row of kv");
   const Tensor num_accepted = num_accepted_in.contiguous();
@@ -66,8 +66,13 @@ void compact_kv(const Tensor& kv, const Tensor& path_in, const Tensor& num_accep
       .kv_length = kv_length,
       .row_bytes = kv.size(4) * static_cast<int64_t>(kv.element_size()),
   };
-  at::parallel_for(0, kv.size(0) * params.rows * params.heads, rows_per_task(20 + params.row_bytes),
-                   [&](int64_t begin, int64_t end) { cpu::compact_kv(params, begin, end); });
+  const int64_t slabs = kv.size(0) * params.rows * params.heads;
+  run(
+      kv, [&](Stream stream) { cuda::compact_kv(params, slabs, stream); },
+      [&] {
+        at::parallel_for(0, slabs, rows_per_task(20 + params.row_bytes),
+                         [&](int64_t begin, int64_t end) { cpu::compact_kv(params, begin, end); });
+      });
 }
 
 }  // namespace taps

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace taps {
 
 struct CompactKvParams {
@@ -21,5 +23,9 @@ struct CompactKvParams {
 namespace cpu {
 void compact_kv(const CompactKvParams& params, int64_t begin, int64_t end);  // slabs of S * B * heads
 }  // namespace cpu
+
+namespace cuda {
+void compact_kv(const CompactKvParams& params, int64_t slabs, Stream stream);  // S * B * heads
+}  // namespace cuda
 
 }  // namespace taps

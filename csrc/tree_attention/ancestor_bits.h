@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace taps {
 
 struct AncestorBitsParams {
@@ -16,5 +18,9 @@ struct AncestorBitsParams {
 namespace cpu {
 void ancestor_bits(const AncestorBitsParams& params, int64_t begin, int64_t end);  // rows of B
 }  // namespace cpu
+
+namespace cuda {
+void ancestor_bits(const AncestorBitsParams& params, int64_t rows, Stream stream);
+}  // namespace cuda
 
 }  // namespace taps

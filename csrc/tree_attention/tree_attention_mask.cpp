@@ -4,6 +4,7 @@
 
 #include "common/allocate.h"
 #include "common/check.h"
+#include "common/run.h"
 #include "ops.h"
 
 namespace taps {
@@ -35,6 +36,7 @@ MaskBits mask_bits(at::ScalarType dtype) {
 
 Tensor tree_attention_mask(const Tensor& parents_in, const Tensor& num_nodes_in, const Tensor& prefix_lengths_in,
                            int64_t kv_length, at::ScalarType dtype) {
+  check_device({{"parents", parents_in}, {"num_nodes", num_nodes_in}, {"prefix_lengths", prefix_lengths_in}});
   const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
   const int64_t rows = parents.size(0);
   const int64_t nodes = parents.size(1);
@@ -54,8 +56,12 @@ Tensor tree_attention_mask(const Tensor& parents_in, const Tensor& num_nodes_in,
       .masked = bits.masked,
   };
   const int64_t row_bytes = (kv_length + nodes) * params.element_size;
-  at::parallel_for(0, rows * nodes, rows_per_task(20 + row_bytes / 16),
-                   [&](int64_t begin, int64_t end) { cpu::tree_attention_mask(params, begin, end); });
+  run(
+      parents, [&](Stream stream) { cuda::tree_attention_mask(params, rows, stream); },
+      [&] {
+        at::parallel_for(0, rows * nodes, rows_per_task(20 + row_bytes / 16),
+                         [&](int64_t begin, int64_t end) { cpu::tree_attention_mask(params, begin, end); });
+      });
   return mask;
 }
 

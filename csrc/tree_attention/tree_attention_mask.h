@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace taps {
 
 struct TreeAttentionMaskParams {
@@ -20,5 +22,9 @@ struct TreeAttentionMaskParams {
 namespace cpu {
 void tree_attention_mask(const TreeAttentionMaskParams& params, int64_t begin, int64_t end);  // rows of B * N
 }  // namespace cpu
+
+namespace cuda {
+void tree_attention_mask(const TreeAttentionMaskParams& params, int64_t rows, Stream stream);  // B
+}  // namespace cuda
 
 }  // namespace taps

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace taps {
 
 struct TreeDepthsParams {
@@ -15,5 +17,9 @@ struct TreeDepthsParams {
 namespace cpu {
 void tree_depths(const TreeDepthsParams& params, int64_t begin, int64_t end);  // rows of B
 }  // namespace cpu
+
+namespace cuda {
+void tree_depths(const TreeDepthsParams& params, int64_t rows, Stream stream);
+}  // namespace cuda
 
 }  // namespace taps

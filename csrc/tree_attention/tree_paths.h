@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace taps {
 
 struct TreePathsParams {
@@ -26,5 +28,10 @@ namespace cpu {
 void tree_leaves(const TreeLeavesParams& params, int64_t begin, int64_t end);  // rows of B
 void tree_paths(const TreePathsParams& params, int64_t begin, int64_t end);    // rows of B
 }  // namespace cpu
+
+namespace cuda {
+void tree_leaves(const TreeLeavesParams& params, int64_t rows, Stream stream);
+void tree_paths(const TreePathsParams& params, int64_t rows, Stream stream);
+}  // namespace cuda
 
 }  // namespace taps

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "common/logits.h"
+#include "common/device.h"
+#include "common/logits_type.h"
 
 namespace taps {
 
@@ -20,7 +21,44 @@ struct ExpandFrontierParams {
   float* scores;               // [B, F, K]
   int64_t* frontier;           // [B, K]
   float* entropies;            // [B, F]
+  int64_t* workspace;          // on a device [expansion_workspace_length(B, F, V, K)]
+  uint64_t nonce;              // on a device launch_nonce()
 };
+
+// What the kernel is made for. The loop on the CPU has no limits.
+constexpr int64_t kMostBranching = 256;
+constexpr int64_t kMostFrontierNodes = 65535;
+constexpr int64_t kMostVocabulary = int64_t{1} << 27;
+
+// A row is cut into tiles in the same way whatever the batch and the device: sums have one order.
+struct ExpansionTiles {
+  int threads;    // that share a tile
+  int num_tiles;  // of a row
+};
+
+constexpr int kTokensPerThread = 32;
+
+constexpr ExpansionTiles expansion_tiles(int64_t vocabulary) {
+  const int threads = vocabulary <= 32 * kTokensPerThread ? 32 : 128;
+  const int64_t tile_length = int64_t{threads} * kTokensPerThread;
+  return {threads, static_cast<int>((vocabulary + tile_length - 1) / tile_length)};
+}
+
+// In int64. Of a row: the best K keys of each tile, its three statistics, a ticket. Then a ticket a request.
+struct ExpansionWorkspace {
+  int64_t statistics;
+  int64_t ticket;
+  int64_t row_length;
+
+  TAPS_HD constexpr ExpansionWorkspace(int num_tiles, int64_t branching)
+      : statistics(num_tiles * branching), ticket(statistics + 3 * num_tiles), row_length(ticket + 1) {}
+};
+
+constexpr int64_t expansion_workspace_length(int64_t batch, int64_t frontier_length, int64_t vocabulary,
+                                             int64_t branching) {
+  const ExpansionWorkspace layout(expansion_tiles(vocabulary).num_tiles, branching);
+  return batch * frontier_length * layout.row_length + batch;
+}
 
 namespace cpu {
 
@@ -31,5 +69,9 @@ void expand_nodes(const ExpandFrontierParams& params, int64_t begin, int64_t end
 void choose_frontier(const ExpandFrontierParams& params, int64_t begin, int64_t end);
 
 }  // namespace cpu
+
+namespace cuda {
+void expand_frontier(const ExpandFrontierParams& params, int64_t batch, Stream stream);
+}  // namespace cuda
 
 }  // namespace taps

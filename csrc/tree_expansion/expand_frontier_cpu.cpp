@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <vector>
+
+#include "common/logits.h"
 
 namespace taps::cpu {
 

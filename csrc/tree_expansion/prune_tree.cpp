@@ -6,6 +6,7 @@
 
 #include "common/allocate.h"
 #include "common/check.h"
+#include "common/run.h"
 #include "ops.h"
 
 namespace taps {
@@ -13,6 +14,11 @@ namespace taps {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prune_tree(const Tensor& tokens_in, const Tensor& parents_in,
                                                               const Tensor& scores_in, const Tensor& num_nodes_in,
                                                               const Tensor& entropies_in, int64_t max_nodes) {
+  check_device({{"parents", parents_in},
+                {"num_nodes", num_nodes_in},
+                {"tokens", tokens_in},
+                {"scores", scores_in},
+                {"entropies", entropies_in}});
   const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
   const Tensor tokens = checked_like(tokens_in, "tokens", at::kLong, parents);
   const Tensor scores = checked_like(scores_in, "scores", at::kFloat, parents);
@@ -44,8 +50,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prune_tree(const Tensor& toke
       .nodes = nodes,
       .capacity = capacity,
   };
-  at::parallel_for(0, rows, rows_per_task(15 * nodes),
-                   [&](int64_t begin, int64_t end) { cpu::prune_tree(params, begin, end); });
+  run(
+      parents, [&](Stream stream) { cuda::prune_tree(params, rows, stream); },
+      [&] {
+        at::parallel_for(0, rows, rows_per_task(15 * nodes),
+                         [&](int64_t begin, int64_t end) { cpu::prune_tree(params, begin, end); });
+      });
   return {kept_tokens, kept_parents, kept_scores, num_kept, kept_entropies};
 }
 

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/device.h"
+
 namespace taps {
 
 struct PruneTreeParams {
@@ -24,5 +26,9 @@ struct PruneTreeParams {
 namespace cpu {
 void prune_tree(const PruneTreeParams& params, int64_t begin, int64_t end);  // rows of B
 }  // namespace cpu
+
+namespace cuda {
+void prune_tree(const PruneTreeParams& params, int64_t rows, Stream stream);
+}  // namespace cuda
 
 }  // namespace taps

@@ -9,7 +9,9 @@
 #include "common/check.h"
 #include "common/device.h"
 #include "common/logits_tensor.h"
+#include "common/run.h"
 #include "common/sampling_rule.h"
+#include "common/ticket.h"
 #include "ops.h"
 
 namespace taps {
@@ -18,7 +20,6 @@ namespace {
 
 // One value a row, contiguous.
 Tensor checked_column(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
-  check_device(tensor, name);
   check_dtype(tensor, name, dtype);
   check_sizes(tensor, name, {rows}, "one a row");
   return tensor.contiguous();
@@ -30,7 +31,7 @@ Tensor checked_column(const Tensor& tensor, const char* name, int64_t rows, cons
                       bool (*is_allowed)(Value)) {
   Tensor column = checked_column(tensor, name, c10::CppTypeToScalarType<Value>::value, rows);
   const Value* values = column.const_data_ptr<Value>();
-  for (int64_t b = 0; b < rows; ++b) {
+  for (int64_t b = 0; can_read(tensor) && b < rows; ++b) {
     TORCH_CHECK_VALUE(is_allowed(values[b]), name, " must be ", expected, ", row ", b, " has ", values[b]);
   }
   return column;
@@ -59,6 +60,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
                                                        const Tensor& temperature_in, const Tensor& top_k_in,
                                                        const Tensor& top_p_in, const Tensor& min_p_in,
                                                        const Tensor& seeds_in, const Tensor& positions_in) {
+  check_device({{"logits", logits},
+                {"tokens", tokens_in},
+                {"parents", parents_in},
+                {"num_nodes", num_nodes_in},
+                {"temperature", temperature_in},
+                {"top_k", top_k_in},
+                {"top_p", top_p_in},
+                {"min_p", min_p_in},
+                {"seeds", seeds_in},
+                {"positions", positions_in}});
   check_logits(logits, "[B, N, V]");
   TORCH_CHECK_VALUE(logits.size(2) <= kLargestVocabulary, "logits must be over at most ", kLargestVocabulary,
                     " tokens, got ", text_of(logits.sizes()));
@@ -80,6 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
   Tensor num_accepted = empty({rows}, parents);
   Tensor bonus_tokens = empty({rows}, parents);
   Tensor status = empty({rows}, parents);
+  Tensor workspace = empty({can_read(logits) ? 0 : verify_tree_workspace(rows, nodes)}, parents);
   const VerifyTreeParams params{
       .logits = logits.const_data_ptr(),
       .logits_type = logits_type_of(logits),
@@ -100,9 +112,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
       .num_accepted = num_accepted.mutable_data_ptr<int64_t>(),
       .bonus_tokens = bonus_tokens.mutable_data_ptr<int64_t>(),
       .status = status.mutable_data_ptr<int64_t>(),
+      .workspace = workspace.mutable_data_ptr<int64_t>(),
+      .nonce = launch_nonce(),
   };
-  at::parallel_for(0, rows, rows_per_task(params.vocabulary),
-                   [&](int64_t begin, int64_t end) { cpu::verify_tree(params, begin, end); });
+  run(
+      logits, [&](Stream stream) { cuda::verify_tree(params, rows, stream); },
+      [&] {
+        at::parallel_for(0, rows, rows_per_task(params.vocabulary),
+                         [&](int64_t begin, int64_t end) { cpu::verify_tree(params, begin, end); });
+      });
   return {path, num_accepted, bonus_tokens, status};
 }
 

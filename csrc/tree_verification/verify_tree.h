@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "common/logits.h"
+#include "common/device.h"
+#include "common/logits_type.h"
 
 namespace taps {
 
@@ -27,7 +28,17 @@ struct VerifyTreeParams {
   int64_t* num_accepted;     // [B]
   int64_t* bonus_tokens;     // [B]
   int64_t* status;           // [B]
+  int64_t* workspace;        // [verify_tree_workspace(B, N)], of the kernels
+  uint64_t nonce;            // of the launch (common/ticket.h)
 };
+
+// Where rows are few, the kernels draw all of them at once, each in parts: a ticket a request and a record a part.
+constexpr int64_t kMostRowParts = 512;
+constexpr int64_t kRowPartWords = 3;
+
+inline int64_t verify_tree_workspace(int64_t rows, int64_t nodes) {
+  return rows * nodes <= kMostRowParts ? rows + kMostRowParts * kRowPartWords : 0;
+}
 
 namespace cpu {
 
@@ -35,5 +46,11 @@ namespace cpu {
 void verify_tree(const VerifyTreeParams& params, int64_t begin, int64_t end);
 
 }  // namespace cpu
+
+namespace cuda {
+
+void verify_tree(const VerifyTreeParams& params, int64_t rows, Stream stream);
+
+}  // namespace cuda
 
 }  // namespace taps
