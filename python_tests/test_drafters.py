@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from taps_ext import native
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
+from taps_ext import native, ops
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters
 from taps_ext.tree import DraftTree, TreeShape
 
 V, H = 61, 32
@@ -64,7 +65,11 @@ class Text:
         self.fed = [0] * batch_size
 
     def feed(self, drafter: EagleDrafter, state: Any, counts: list[int], padding: int = 2) -> None:
-        """Observe the next counts[b] slots of each row, in a block with garbage behind each row's end."""
+        """Observe the next counts[b] slots of each row."""
+        drafter.observe(state, *self.block(counts, padding))
+
+    def block(self, counts: list[int], padding: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, next tokens and counts of the next counts[b] slots of each row; behind each row's end garbage."""
         size = max(counts) + padding
         features = torch.full((len(counts), size, H), math.nan)
         next_tokens = torch.full((len(counts), size), -7)
@@ -72,7 +77,7 @@ class Text:
             features[b, :count] = self.features[b, start : start + count]
             next_tokens[b, :count] = self.tokens[b, start + 1 : start + 1 + count]
             self.fed[b] += count
-        drafter.observe(state, features, next_tokens, torch.tensor(counts))
+        return features, next_tokens, torch.tensor(counts)
 
     def roots(self) -> Tensor:
         return torch.stack([self.tokens[b, fed] for b, fed in enumerate(self.fed)])
@@ -274,12 +279,14 @@ class NoHostRead(TorchDispatchMode):
 
 
 @needs_native
-def test_proposing_reads_nothing_on_the_host(target: LlamaForCausalLM) -> None:
+def test_drafting_reads_nothing_on_the_host(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = make_drafter(target)
     text, state = Text(target, 2, 20), drafter.reset(2)
     text.feed(drafter, state, [6, 9])
-    roots, active = text.roots(), torch.tensor([True, False])
+    block, roots, active = text.block([2, 3]), text.roots(), torch.tensor([True, False])
+    monkeypatch.setattr(Tensor, "tolist", None)  # goes past the dispatcher
     with NoHostRead():
+        drafter.observe(state, *block, counts=[2, 3])
         drafter.propose(state, roots, TreeShape(4, 3, 20), active)
 
 
@@ -331,6 +338,65 @@ def test_a_bfloat16_target_is_drafted_for_in_bfloat16(target: LlamaForCausalLM) 
     text.propose(drafter, state, TreeShape(3, 3, 10)).validate()
 
 
+# --- several drafters ----------------------------------------------------------------------------------------------
+
+
+class LoneDrafter(EagleDrafter):
+    """One that may draft otherwise than its class: it is left alone."""
+
+
+@needs_native
+@pytest.mark.parametrize("alike", [2, 3])
+def test_drafters_in_lockstep_propose_the_trees_of_each_alone(target: LlamaForCausalLM, alike: int) -> None:
+    """Among them one of another cache shape, one of another type: whatever does not fit drafts alone, in its place."""
+    drafters = [make_drafter(target, seed) for seed in range(alike)]
+    drafters.insert(1, make_drafter(target, seed=7, num_key_value_heads=4))
+    one = drafters[0]
+    drafters.append(LoneDrafter(make_drafter(target, seed=8).network, one.embedding, one.lm_head, "lone"))
+    grouped, shape = GroupedDrafters(drafters), TreeShape(4, 4, 22)
+    assert sorted(map(len, grouped.members)) == [1, 1, alike]
+    text, states = Text(target, 3, 40), [drafter.reset(3) for drafter in drafters]
+    group_states = grouped.reset(3)
+    active = torch.tensor([True, True, False])
+    for counts in ([9, 4, 14], [1, 3, 2], [0, 5, 1], [4, 1, 0]):
+        features, tokens, num_tokens = text.block(counts)
+        grouped.observe(group_states, features, tokens, num_tokens, counts)
+        for drafter, state in zip(drafters, states, strict=True):
+            drafter.observe(state, features, tokens, num_tokens)
+        trees = grouped.propose(group_states, text.roots(), shape, active)
+        for drafter, state, tree in zip(drafters, states, trees, strict=True):
+            alone = drafter.propose(state, text.roots(), shape, active)
+            for name in ("tokens", "parents", "num_nodes"):
+                assert getattr(tree, name).equal(getattr(alone, name))
+            torch.testing.assert_close(tree.scores, alone.scores, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(tree.entropies, alone.entropies, atol=1e-5, rtol=1e-5)
+
+
+@needs_native
+def test_drafters_in_lockstep_take_one_call_a_level(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    for name in ("expand_frontier", "prune_tree"):
+        monkeypatch.setattr(ops, name, counted(getattr(ops, name), name, calls))
+    drafters = [make_drafter(target, seed) for seed in range(3)]
+    head = counted(target.get_output_embeddings(), "lm_head", calls)
+    head.parameters = target.get_output_embeddings().parameters
+    for drafter in drafters:
+        drafter.lm_head = head
+    grouped, text = GroupedDrafters(drafters), Text(target, 2, 20)
+    states = grouped.reset(2)
+    grouped.observe(states, *text.block([5, 3]), [5, 3])
+    grouped.propose(states, text.roots(), TreeShape(5, 3, 20), torch.tensor([True, True]))
+    assert calls == {"expand_frontier": 5, "lm_head": 5, "prune_tree": 1}
+
+
+def counted(function: Any, name: str, calls: Counter[str]) -> Any:
+    def call(*arguments: Any) -> Any:
+        calls[name] += 1
+        return function(*arguments)
+
+    return call
+
+
 def test_zero_tokens_change_nothing(target: LlamaForCausalLM) -> None:
     drafter = make_drafter(target)
     text, state = Text(target, 2, 20), drafter.reset(2)
@@ -350,7 +416,7 @@ def test_observing_gives_what_the_training_forward_gives(target: LlamaForCausalL
         text.feed(drafter, state, [count])
     embeddings = drafter.embedding(text.tokens[:, 1:10])
     out = drafter.network(embeddings.double(), text.features[:, :9].double(), torch.arange(9)[None])
-    torch.testing.assert_close(state.last_output, out[:, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.last_output[0], out[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_training_forward_is_its_stages_and_reaches_every_parameter(target: LlamaForCausalLM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -22,11 +23,12 @@ from transformers import (
 )
 
 import taps_ext as taps
-from taps_ext import ops
+from taps_ext import ops, tree_attention
 from taps_ext.drafters import save_drafter
 from taps_ext.kv_cache import FIRST_CAPACITY
 from taps_ext.tree import DraftTree
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 TREE_PARENTS = [[-1, 0, 0, 1, 1, 2, 4, 6], [-1, 0, 1, 2, 0, 0, 0, 0]]
 TREE_COUNTS = [8, 4]
 
@@ -58,7 +60,7 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
     tokens = torch.tensor([prefixes[0], prefixes[1] + [0, 0, 0]])
     lengths = torch.tensor([5, 2])
     kv = target.new_cache(2)
-    prefill = target.prefill(tokens, lengths, kv)
+    prefill = target.prefill(tokens, lengths.tolist(), kv)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
     for row, prefix in enumerate(prefixes):
         stock = model(input_ids=torch.tensor([prefix]), output_hidden_states=True)
@@ -73,7 +75,7 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
                 torch.testing.assert_close(scored.logits[row, node], expected, **tolerance)
         path = torch.tensor([[0, 1, 4, 6, -1, -1, -1, -1], [0] + [-1] * 7])
         num_accepted = torch.tensor([3, 0])
-        target.commit(path, num_accepted, lengths, kv, int((lengths + num_accepted + 1).max()))
+        target.commit(path, num_accepted, lengths, kv, (lengths + num_accepted + 1).tolist())
         lengths = lengths + num_accepted + 1
         for row, count in enumerate((4, 1)):
             prefixes[row] = prefixes[row] + tree.tokens[row, path[row, :count]].tolist()
@@ -84,7 +86,7 @@ def test_the_cache_grows_and_keeps_what_it_holds() -> None:
     target = taps.TargetModel(trained_target())
     kv = target.new_cache(1)
     tokens = torch.randint(4, VOCAB, (1, FIRST_CAPACITY - 3))
-    target.prefill(tokens, torch.tensor([tokens.shape[1]]), kv)
+    target.prefill(tokens, [tokens.shape[1]], kv)
     before = [tuple(part[:, :, : kv.kv_length].clone() for part in kv.layer(index)) for index in range(2)]
     assert kv.capacity == FIRST_CAPACITY
     kv.reserve(8)
@@ -98,11 +100,11 @@ def test_nothing_is_allocated_between_growths() -> None:
     target = taps.TargetModel(trained_target())
     kv = target.new_cache(1)
     tree = DraftTree(*(value[:1] for value in (a_tree().tokens, a_tree().parents, a_tree().scores)), torch.tensor([8]))
-    target.prefill(torch.tensor([[5, 6, 7]]), torch.tensor([3]), kv)
+    target.prefill(torch.tensor([[5, 6, 7]]), [3], kv)
     address = [buffer.data_ptr() for buffer in kv.buffers.values()]
     for length in range(3, 40):
         target.score(tree, torch.tensor([length]), kv)
-        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), torch.tensor([length]), kv, length + 1)
+        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), torch.tensor([length]), kv, [length + 1])
     assert [buffer.data_ptr() for buffer in kv.buffers.values()] == address
 
 
@@ -119,20 +121,84 @@ def test_stock_generate_is_unchanged_bit_for_bit(family: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.logits, after.logits, strict=True))
 
 
-def test_grouped_key_value_heads_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[int, int]] = []
-    sdpa = torch.nn.functional.scaled_dot_product_attention
+def literal_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """[B, N, heads, D] in float64 on the CPU: keys repeated, one mask over everything, one softmax."""
+    query, key, value = (states.cpu().double() for states in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
-    def spy(query: Tensor, key: Tensor, *arguments: Any, **kwargs: Any) -> Tensor:
-        seen.append((query.shape[1], key.shape[1]))
-        return sdpa(query, key, *arguments, **kwargs)
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_attention_in_two_parts_is_attention_in_one(device: str, dtype: torch.dtype) -> None:
+    """Whatever the sizes: rows of one length or several, one prefix column or many, heads grouped or not, any width."""
+    torch.manual_seed(0)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[
+        dtype
+    ]  # of values in 0..1, per unit of score
+    for (heads, kv_heads), (length, num_nodes), (width, value_width), loudness in itertools.product(
+        [(8, 2), (3, 3), (4, 1)], [(0, 8), (1, 8), (37, 5), (130, 60)], [(16, 16), (64, 64), (24, 8), (5, 5)], [1, 30]
+    ):
+        tree = random_tree(num_nodes)
+        for lengths in ([length] * 2, [length, max(length - 7, 1)]):
+            if length == 0 and lengths[1]:
+                continue
+            query = loudness * torch.randn(2, heads, num_nodes, width)
+            key = torch.randn(2, kv_heads, length + num_nodes + 3, width)  # as in a cache, with room behind it
+            value = torch.rand(2, kv_heads, length + num_nodes + 3, value_width)
+            query, key, value = (states.to(device, dtype) for states in (query, key, value))
+            key, value = key[:, :, : length + num_nodes], value[:, :, : length + num_nodes]
+            ends = torch.tensor(lengths)
+            ancestors = ops.tree_attention_mask(tree.parents, tree.num_nodes, torch.zeros_like(ends), 0)
+            is_ragged = len(set(lengths)) > 1
+            view = tree_attention.TreeView(ancestors.to(device), length, ends.to(device) if is_ragged else None)
+            mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, ends, length)
+            read = view.attend(query, key, value, None)
+            assert read.dtype == dtype and read.is_contiguous()
+            error = (read.cpu().double() - literal_attention(query, key, value, mask)).abs().max()
+            assert error < tolerance * loudness, (heads, kv_heads, lengths, num_nodes, width, loudness)
+
+
+def test_a_node_that_is_not_a_number_reaches_no_other() -> None:
+    tree = random_tree(8)
+    query, key, value = torch.randn(2, 4, 8, 16), torch.randn(2, 2, 11, 16), torch.randn(2, 2, 11, 16)
+    ancestors = ops.tree_attention_mask(tree.parents, tree.num_nodes, torch.zeros(2, dtype=torch.int64), 0)
+    clean = tree_attention.TreeView(ancestors, 3, None).attend(query, key, value, None)
+    query[:, :, 5] = torch.nan
+    poisoned = tree_attention.TreeView(ancestors, 3, None).attend(query, key, value, None)
+    others = [0, 1, 2, 3, 4, 6, 7]
+    assert poisoned[:, 5].isnan().all()
+    assert torch.equal(poisoned[:, others], clean[:, others])
+
+
+def random_tree(num_nodes: int) -> DraftTree:
+    parents = [[-1] + [int(torch.randint(0, node, ())) for node in range(1, num_nodes)] for _ in range(2)]
+    shape = (2, num_nodes)
+    return DraftTree(
+        torch.zeros(shape, dtype=torch.int64), torch.tensor(parents), torch.zeros(shape), torch.full((2,), num_nodes)
+    )
+
+
+def test_keys_are_not_repeated_and_no_mask_spans_nodes_and_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a layer computes with has as many heads as the cache; only the tree's part has a mask a node."""
+    seen: list[tuple[list[int], list[int], list[int] | None]] = []
+    attend = tree_attention.attend
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Any:
+        seen.append((list(query.shape), list(key.shape), None if bias is None else list(bias.shape)))
+        return attend(query, key, value, bias, scale)
 
     target = taps.TargetModel(trained_target())
-    kv = target.new_cache(2)
-    target.prefill(torch.tensor([[5, 6], [7, 8]]), torch.tensor([2, 2]), kv)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    target.score(a_tree(), torch.tensor([2, 2]), kv)
-    assert seen == [(4, 2), (4, 2)]
+    monkeypatch.setattr(tree_attention, "attend", spy)
+    for lengths, prefix_bias in (([3, 3], None), ([3, 2], [2, 1, 1, 3])):
+        kv = target.new_cache(2)
+        target.prefill(torch.tensor([[5, 6, 4], [7, 8, 4]]), lengths, kv)
+        seen.clear()
+        target.score(a_tree(), torch.tensor(lengths), kv)
+        tree_part, prefix_part = ([2, 2, 16, 16], [2, 2, 8, 16], [2, 1, 16, 8]), ([2, 2, 16, 16], [2, 2, 3, 16])
+        assert seen == [tree_part, (*prefix_part, prefix_bias)] * 2
 
 
 def test_a_sliding_window_is_refused_only_when_it_can_be_exceeded() -> None:
@@ -197,6 +263,36 @@ def test_targets_that_cannot_be_verified_on_a_tree_are_refused_with_the_reason()
         taps.TargetModel(trained_target().get_decoder())
     with pytest.raises(ValueError, match="changes the LM head's output"):
         taps.TargetModel(new_scaled_target())
+
+
+class SinkAttention(torch.nn.Module):
+    """An attention that asks its function for more than keys and values, or does without the function."""
+
+    def __init__(self, attention: Any, **more: Any) -> None:
+        super().__init__()
+        self.attention, self.more = attention, more
+
+    def forward(self, *arguments: Any, **kwargs: Any) -> Any:
+        if not self.more:
+            kwargs.pop("taps_tree", None)
+            kwargs["attention_mask"] = None
+        return self.attention(*arguments, **kwargs, **self.more)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"s_aux": torch.zeros(4)}, "LlamaAttention asks for attention sinks, which tree attention does not have"),
+        ({"softcap": 30.0}, "does not support `softcap`"),
+        ({}, "2 layers with keys and values, but only 1 use transformers' AttentionInterface"),
+    ],
+)
+def test_attention_that_a_tree_cannot_give_is_refused_at_the_door(more: dict[str, Any], said: str) -> None:
+    torch.manual_seed(0)
+    model: Any = new_target()
+    model.model.layers[1].self_attn = SinkAttention(model.model.layers[1].self_attn, **more)
+    with pytest.raises(ValueError, match=said):
+        taps.TargetModel(model)
 
 
 def new_scaled_target() -> Any:

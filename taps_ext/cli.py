@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 TINY = "tiny"  # as a target, and before a slash in a drafter: the embedded models
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
 JSON_HELP = "Print one JSON object and nothing else."
+DEVICE_HELP = "cpu, cuda or cuda:1; default: a GPU where there is one and ops for it."
 
 app = typer.Typer(
     help="Lossless speculative decoding with several drafters.",
@@ -58,15 +59,17 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 96,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     output: Annotated[Path, typer.Option(help="Folder for demo.json and the picture.")] = Path("out/demo"),
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Two specialist drafters and their compositions on the embedded models, beside plain decoding."""
     from . import demo as demonstration
     from . import demo_report, terminal
+    from .device import choose
 
     _keep_logs_clean()
-    settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed)
+    settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed, str(choose(device)))
     with _progress() as progress:
         bar = progress.add_task("loading", total=demonstration.count_reports(settings))
         result = demonstration.run(
@@ -111,16 +114,19 @@ def generate(
         int | None, typer.Option(help="Node budget of the merged tree; default: the union.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Stream a text, each accepted run in the colour of the drafter that proposed it, then the figures."""
     text = _read_prompt(prompt, prompt_file)
     from .composition import make_composition
     from .decoder import SpeculativeDecoder
+    from .device import choose
     from .drafters import load_drafters
     from .sampling import SamplingParams
     from .tree import TreeShape
 
+    place = choose(device)
     make_composition(composition, merged_nodes)  # a wrong name should not wait for a large target to load
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
     shape = TreeShape(depth, branching, max_nodes)
@@ -128,7 +134,7 @@ def generate(
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
     _keep_logs_clean()
-    model, tokenizer = _load_target(target, dtype)
+    model, tokenizer = _load_target(target, dtype, place)
     decoder = SpeculativeDecoder(
         model, load_drafters(paths, model), composition, drafter=single_drafter, shape=shape, max_nodes=merged_nodes
     )
@@ -208,7 +214,7 @@ def _tiny_drafters() -> dict[str, str]:
     return {name: str(path) for name, path in tiny.drafter_paths().items()}
 
 
-def _load_target(target: str, dtype: str) -> tuple[Any, Any]:
+def _load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
     import torch
     import transformers
 
@@ -223,7 +229,7 @@ def _load_target(target: str, dtype: str) -> tuple[Any, Any]:
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    return model.to(dtype=chosen).eval(), tokenizer
+    return model.to(device=device, dtype=chosen).eval(), tokenizer
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from . import processors, transformers_door
 from .composition import Composed, make_composition
-from .drafters.base import Drafter
+from .drafters import Drafter, GroupedDrafters
 from .requests import Request
 from .sampling import SamplingParams
 from .state import DecodeState, RowText, StepEvent, StepRecord
@@ -64,6 +64,7 @@ class SpeculativeDecoder:
         self.shape = shape or TreeShape()
         for name, one in self.drafters.items():
             _refuse_other_sizes(name, one, self.target)
+        self.grouped_drafters = GroupedDrafters(list(self.drafters.values()))
 
     def generate(
         self,
@@ -148,17 +149,17 @@ class SpeculativeDecoder:
     def _begin(self, request: Request) -> DecodeState:
         """A call's own state; the last checks before any work."""
         batch_size, device = len(request.input_ids), self.target.device
-        longest = request.attention_mask.sum(dim=1) + torch.tensor(request.rules.max_new_tokens)
-        self.target.refuse_longer_than_exact(int(longest.max()))
+        longest = [a + b for a, b in zip(request.prompt_lengths, request.rules.max_new_tokens, strict=True)]
+        self.target.refuse_longer_than_exact(max(longest))
         return DecodeState(
             kv=self.target.new_cache(batch_size),
-            drafter_states=[drafter.reset(batch_size) for drafter in self.drafters.values()],
+            drafter_states=self.grouped_drafters.reset(batch_size),
             sampling=request.sampling.rows(batch_size, device),
             rules=request.rules,
             rows=[RowText(prompt) for prompt in request.input_ids.tolist()],
             stats=DecodeStats(tuple(self.drafters), batch_size),
             prefix_lengths=torch.zeros(batch_size, dtype=torch.int64, device=device),
-            last_positions=(longest - 2).to(device),
+            last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
             active=torch.ones(batch_size, dtype=torch.bool, device=device),
         )
@@ -166,8 +167,9 @@ class SpeculativeDecoder:
     @torch.inference_mode()
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
         """Commit the prompts, draw each row's first token, and show both to the drafters."""
-        tokens, lengths = request.packed(self.target.device)
-        scored = self.target.prefill(tokens, lengths, state.kv)
+        tokens = request.packed(self.target.device)
+        scored = self.target.prefill(tokens, request.prompt_lengths, state.kv)
+        lengths = torch.tensor(request.prompt_lengths, device=tokens.device)
         last = lengths[:, None] - 1
         root = _root_only(tokens.gather(1, last))
         acceptance, log_probs = self._verify(request, state, root, scored.logits, positions=lengths)
@@ -175,7 +177,7 @@ class SpeculativeDecoder:
         state.prefix_lengths = lengths
         state.root_tokens = acceptance.bonus_tokens.clamp_min(0)
         next_tokens = tokens.roll(-1, dims=1).scatter(1, last, state.root_tokens[:, None])
-        self._observe(state, scored.features, next_tokens, lengths)
+        self._observe(state, scored.features, next_tokens, lengths, request.prompt_lengths)
         return event
 
     @torch.inference_mode()
@@ -188,20 +190,18 @@ class SpeculativeDecoder:
         num_committed = torch.where(state.active, acceptance.num_accepted + 1, 0)
         lengths = state.prefix_lengths + num_committed
         record = StepRecord.fetch(composed.tree, acceptance, lengths, composed.choice, log_probs)
-        self.target.commit(acceptance.path, num_committed - 1, state.prefix_lengths, state.kv, max(record.lengths))
+        self.target.commit(acceptance.path, num_committed - 1, state.prefix_lengths, state.kv, record.lengths)
         state.prefix_lengths = lengths
         state.root_tokens = torch.where(state.active, acceptance.bonus_tokens.clamp_min(0), state.root_tokens)
         event = state.advance(record)
         path = acceptance.path[:, : max(record.num_accepted) + 1].clamp_min(0)
         features = scored.features.gather(1, path[:, :, None].expand(-1, -1, scored.features.shape[-1]))
-        self._observe(state, features, acceptance.tokens[:, : path.shape[1]].clamp_min(0), num_committed)
+        tokens = acceptance.tokens[:, : path.shape[1]].clamp_min(0)
+        self._observe(state, features, tokens, num_committed, [count + 1 for count in record.num_accepted])
         return event
 
     def _propose(self, state: DecodeState) -> Composed:
-        trees = [
-            drafter.propose(own_state, state.root_tokens, self.shape, state.active)
-            for drafter, own_state in zip(self.drafters.values(), state.drafter_states, strict=True)
-        ]
+        trees = self.grouped_drafters.propose(state.drafter_states, state.root_tokens, self.shape, state.active)
         composed = self.composition.compose(trees)
         if composed.tree.tokens.device.type != "cpu":
             return composed  # there the static capacity saves a host synchronisation
@@ -218,17 +218,20 @@ class SpeculativeDecoder:
         acceptance = verify(processed, tree, state.sampling, positions)
         if not request.return_log_probs:
             return acceptance, None
-        width = int(acceptance.num_accepted.max()) + 1
+        width = min(self.shape.depth + 1, tree.capacity)  # the longest path there can be: the host knows no more yet
         rows = torch.arange(len(logits), device=logits.device)[:, None]
         log_probs = logits[rows, acceptance.path[:, :width].clamp_min(0)].float().log_softmax(dim=-1)
         return acceptance, log_probs.gather(2, acceptance.tokens[:, :width].clamp_min(0)[:, :, None])[:, :, 0]
 
-    def _observe(self, state: DecodeState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor) -> None:
+    def _observe(
+        self, state: DecodeState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor, counts: Sequence[int]
+    ) -> None:
+        """Show the drafters what was committed; `counts` is `num_tokens` on the host. Finished rows see no more."""
         if state.is_finished:
             return
         num_tokens = torch.where(state.active, num_tokens, 0)
-        for drafter, own_state in zip(self.drafters.values(), state.drafter_states, strict=True):
-            drafter.observe(own_state, features, next_tokens, num_tokens)
+        counts = [0 if row.finish_reason else count for row, count in zip(state.rows, counts, strict=True)]
+        self.grouped_drafters.observe(state.drafter_states, features, next_tokens, num_tokens, counts)
 
 
 def _result(request: Request, state: DecodeState) -> GenerationResult:

@@ -34,6 +34,7 @@ class DemoSettings:
     max_new_tokens: int = 96
     temperature: float = 0.0
     seed: int = 0
+    device: str = "cpu"
     shape: TreeShape = field(default_factory=TreeShape)
 
     def __post_init__(self) -> None:
@@ -99,6 +100,10 @@ class DemoResult:
         """The cell of that row and column."""
         return next(cell for cell in self.cells if (cell.variant, cell.domain) == (variant, domain))
 
+    @property
+    def _place(self) -> str:
+        return "one torch thread" if self.settings.device == "cpu" else self.settings.device
+
     def conclusions(self) -> list[str]:
         """What the figures say, in sentences: first whether the text is the target's, then what it costs here."""
         num_texts = sum(cell.num_prompts for cell in self.cells)
@@ -110,10 +115,10 @@ class DemoResult:
         broken = f"{num_other} of {num_texts} texts differ from plain decoding's: a bug, please report it."
         cost = (
             f"The merged tree takes {forwards:.2f} target forwards a token where plain decoding takes 1, "
-            f"and runs at {speed:.2f} times its speed (one torch thread)."
+            f"and runs at {speed:.2f} times its speed ({self._place})."
         )
         why = (
-            f"A target of {self.num_target_parameters / 1e6:.1f} million parameters is too small to gain on a CPU: its "
+            f"A target of {self.num_target_parameters / 1e6:.1f} million parameters is too small to gain: its "
             "forward costs about as much as a drafter's, and a step drafts several levels. Forwards are what a large "
             "target saves."
         )
@@ -136,7 +141,9 @@ def run(settings: DemoSettings, report: Report) -> DemoResult:
 
 
 def _run(settings: DemoSettings, report: Report) -> DemoResult:
+    model: Any
     model, tokenizer = tiny.load_target()
+    model.to(settings.device)
     paths = {name: str(path) for name, path in tiny.drafter_paths().items()}
     drafters = load_drafters(paths, model)
     variants = _variants(model, drafters, _load_average(list(paths.values()), model), settings.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,13 +27,24 @@ class NativeModule:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """A device that torch sees."""
+
+    name: str
+    capability: str  # "9.0"
+    has_kernels: bool  # the CUDA ops were built for it
+
+
+@dataclass(frozen=True)
 class Cuda:
-    """Whether CUDA ops were built, why, and what torch finds on this machine."""
+    """Whether CUDA ops were built, why and for what, and what torch finds on this machine."""
 
     ops_built: bool
     reason: str
+    version: str | None  # of the CUDA that compiled the ops
+    architectures: list[str]  # that they were compiled for: "9.0"; "12.0+PTX" is for later ones too
     torch_cuda: str | None  # the CUDA version of this torch, None for a CPU build
-    num_devices: int
+    gpus: list[Gpu]
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,7 @@ def collect() -> Info:
     """The facts about this installation; never raises for a missing part."""
     module = _native_module()
     return Info(
-        taps_ext=__version__,
+        taps_ext=_own_version(),
         python=platform.python_version(),
         platform=platform.platform(),
         versions={name: _version(name) for name in (*REQUIRED, *OPTIONAL)},
@@ -76,12 +88,41 @@ def _native_module() -> NativeModule:
 
 def _cuda(module: NativeModule) -> Cuda:
     built = module.build or {}
+    version = built.get("cuda", "none")
+    architectures = built.get("cuda_architectures", "").replace(" ", ";").split(";")
     return Cuda(
-        ops_built=built.get("cuda", "none") != "none",
+        ops_built=version != "none",
         reason=built.get("cuda_reason", "the native module is not available"),
+        version=None if version == "none" else version,
+        architectures=[architecture for architecture in architectures if architecture],
         torch_cuda=torch.version.cuda,
-        num_devices=torch.cuda.device_count(),
+        gpus=[_gpu(index, architectures) for index in range(torch.cuda.device_count())],
     )
+
+
+def _gpu(index: int, architectures: list[str]) -> Gpu:
+    capability = torch.cuda.get_device_capability(index)
+    return Gpu(
+        name=torch.cuda.get_device_name(index),
+        capability=".".join(map(str, capability)),
+        has_kernels=any(runs_on(architecture, capability) for architecture in architectures),
+    )
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs what was compiled for an architecture: its own major version up to its minor, or older PTX."""
+    numbers = re.match(r"(\d+)\.(\d+)", architecture)
+    if numbers is None:  # a family's name, such as Hopper: not ours to judge
+        return bool(architecture)
+    major, minor = int(numbers[1]), int(numbers[2])
+    is_binary = capability[0] == major and capability[1] >= minor
+    return is_binary or (architecture.endswith("+PTX") and capability >= (major, minor))
+
+
+def _own_version() -> str:
+    """With the label of a wheel that was built for one torch and CUDA, when this code comes from one."""
+    installed = _version("taps_ext")
+    return installed if installed and installed.split("+")[0] == __version__ else __version__
 
 
 def _version(name: str) -> str | None:

@@ -32,11 +32,13 @@ class KVSpec:
 class TreeKVCache:
     """The keys and values of one call: `kv_length` committed columns, then room for the next tree.
 
-    Row b owns columns 0..prefix_lengths[b]-1; columns up to `kv_length`, the longest row's, are padding for it.
+    Row b owns columns 0..prefix_lengths[b]-1; columns up to `kv_length`, the longest row's, are padding for it. What
+    the host knows of the lengths is here, so that nobody asks the device: the longest, and whether any row is shorter.
     """
 
     def __init__(self, specs: Sequence[tuple[KVSpec, KVSpec]], batch_size: int) -> None:
         self.kv_length = 0
+        self.is_ragged = False
         self.capacity = 0
         self._batch_size = batch_size
         self._places: list[tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = []
@@ -65,6 +67,10 @@ class TreeKVCache:
                 grown[:, :, :, : self.kv_length] = self.buffers[spec][:, :, :, : self.kv_length]
             self.buffers[spec] = grown
         self.capacity = capacity
+
+    def hold(self, lengths: Sequence[int]) -> None:
+        """Row b now owns `lengths[b]` columns, at least 1; what lies behind them is free."""
+        self.kv_length, self.is_ragged = max(lengths), min(lengths) < max(lengths)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """The layer's key and value buffers, [B, heads, capacity, head_dim], as views."""
@@ -99,12 +105,13 @@ class _TreeKVLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start = self._owner.kv_length
         stop = start + key_states.shape[-2]
-        keys, values = self._owner.layer(self._index)
-        if start > 0:  # a tree: a node that overflows must not reach, through its masked column, those it is no part of
-            key_states, value_states = _finite(key_states), _finite(value_states)
-        keys[:, :, start:stop] = key_states
-        values[:, :, start:stop] = value_states
-        return keys[:, :, :stop], values[:, :, :stop]
+        keys, values = (buffer[:, :, :stop] for buffer in self._owner.layer(self._index))
+        # A tree stands behind a prefix: a node that overflows must not reach, through its masked column, those that it
+        # is no part of. A prompt's row is its own affair.
+        write = _write_finite if start > 0 else Tensor.copy_
+        write(keys[:, :, start:], key_states)
+        write(values[:, :, start:], value_states)
+        return keys, values
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         query_length = query if isinstance(query, int) else query.shape[0]
@@ -119,6 +126,6 @@ class _TreeKVLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-def _finite(states: Tensor) -> Tensor:
-    """0 for NaN and infinities, which a mask does not stop: 0 times NaN is NaN."""
-    return states.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+def _write_finite(columns: Tensor, states: Tensor) -> None:
+    """Write 0 for NaN and infinities, which a mask does not stop: 0 times NaN is NaN."""
+    torch.nan_to_num(states, nan=0.0, posinf=0.0, neginf=0.0, out=columns)

@@ -38,11 +38,13 @@ def load() -> Any:
         raise NativeModuleError(
             f"the native module taps_ext._C does not load with torch {torch.__version__} ({error}); rebuild it: {MEND}"
         ) from error
-    built_for = module.build_info()["torch"]
-    if _minor(built_for) != _minor(torch.__version__):
+    built = module.build_info()
+    if not _fits(built):
+        cuda = "" if torch.version.cuda is None else f" with CUDA {torch.version.cuda}"
+        built_cuda = "" if built.get("cuda", "none") == "none" else f" with CUDA {built['cuda']}"
         raise NativeModuleError(
-            f"the native module taps_ext._C was built for torch {built_for}, this is torch {torch.__version__}; "
-            f"rebuild it: {MEND}"
+            f"the native module taps_ext._C was built for torch {built['torch']}{built_cuda}, "
+            f"this is torch {torch.__version__}{cuda}; rebuild it: {MEND}"
         )
     with _REGISTRATION:
         fakes.register(module)
@@ -60,6 +62,13 @@ def load_for_tracing() -> bool:
 load_for_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _REGISTRATION = threading.Lock()  # `cache` lets two first callers in at once
+
+
+def _fits(built: dict[str, str]) -> bool:
+    """The same minor version of torch; and of CUDA, where there are CUDA ops, the same major version."""
+    cuda = built.get("cuda", "none")
+    same_cuda = cuda == "none" or cuda.split(".")[0] == (torch.version.cuda or "").split(".")[0]
+    return same_cuda and _minor(built["torch"]) == _minor(torch.__version__)
 
 
 def _minor(version: str) -> tuple[str, ...]:

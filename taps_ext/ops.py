@@ -3,6 +3,12 @@
 Every op is batch first and ragged by `num_nodes`. Integers are int64, scores float32, logits float32, bfloat16 or
 float16 (rows of any stride, the vocabulary contiguous). Bad input raises ValueError, one sentence, before any work.
 Eager calls go straight to the pybind11 functions; under `torch.compile` the same ops run through the dispatcher.
+
+On CUDA tensors an op launches its kernel on the current stream and returns; a CUDA graph may capture it. Dtypes and
+shapes are checked there as on the CPU, values are not, since reading them would wait for the device: on input that the
+CPU would refuse, results are unspecified (indices stay in range, and other rows of the batch are not affected).
+`DraftTree.validate()` checks a tree on any device. Results are the same bits from run to run, in any batch, and the
+CPU's, but for the sums of `expand_frontier`, which differ in the last digits.
 """
 
 from __future__ import annotations
@@ -70,7 +76,7 @@ def expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> ExpandedF
     Args:
         logits: [B, F, V], of the drafter.
         scores: float32 [B, F], cumulative log-probabilities of the frontier nodes, at most 0 (-inf: not there).
-        branching: K, at most V.
+        branching: K, at most V; on a CUDA device at most 256.
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.1.
 
@@ -114,7 +120,7 @@ def merge_trees(
     `prune_tree`, in the same order; the capacity is then min(max_nodes, D * (N - 1) + 1), else D * (N - 1) + 1.
 
     Args:
-        tokens, parents, scores: [B, D, N], D from 1 to 63.
+        tokens, parents, scores: [B, D, N], D from 1 to 63; on a CUDA device D * N is at most 65,536.
         num_nodes: [B, D]; a drafter without a proposal has 1.
 
     Source: TAPS (arXiv 2603.27027), merged-tree verification; the deduplication is ours.
@@ -143,7 +149,8 @@ def tree_paths(parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, 
     """The root-to-leaf paths of each tree, or the paths to the given nodes, as node indices padded with -1.
 
     Without `nodes`: int64 [B, N, max_depth + 1], one path a leaf in ascending leaf order, then rows of -1.
-    With `nodes` int64 [B, M] (-1 for none): [B, M, max_depth + 1]. `max_depth` defaults to N - 1; a deeper path raises.
+    With `nodes` int64 [B, M] (-1 for none): [B, M, max_depth + 1]. `max_depth` defaults to N - 1; a deeper path raises
+    on the CPU and is cut on a device.
 
     >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), torch.tensor([4]), max_depth=2)[0, :2]
     tensor([[ 0,  2, -1],

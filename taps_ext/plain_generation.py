@@ -73,9 +73,10 @@ def plain_generate(
 @torch.inference_mode()
 def _draws(model: Any, request: Request) -> Iterator[Tensor]:
     """The tokens [B] that one forward after the other draws, without end; -1 where the logits were invalid."""
-    text, mask = request.input_ids, request.attention_mask
+    device = model.get_input_embeddings().weight.device
+    text, mask = request.input_ids.to(device), request.attention_mask.to(device)
     tokens, cache = text, DynamicCache(config=model.config)
-    sampling = request.sampling.rows(len(text), text.device)
+    sampling = request.sampling.rows(len(text), device)
     last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
     while True:
         logits = model(

@@ -22,6 +22,7 @@ class Request:
 
     input_ids: Tensor  # int64 [B, P], as given
     attention_mask: Tensor  # int64 [B, P], 1 at real tokens
+    prompt_lengths: tuple[int, ...]  # real tokens of each row
     sampling: SamplingParams
     rules: StopRules
     pad_token: int
@@ -61,15 +62,15 @@ class Request:
         pad = model.generation_config.pad_token_id if pad_token_id is None else pad_token_id
         pad_token = pad if isinstance(pad, int) else min(eos_tokens, default=0)
         rules = StopRules(_lengths(max_new_tokens, batch_size), eos_tokens, tuple(criteria))
-        return cls(input_ids, mask, sampling, rules, pad_token, processors, return_log_probs)
+        prompt_lengths = tuple(mask.sum(dim=1).tolist())
+        return cls(input_ids, mask, prompt_lengths, sampling, rules, pad_token, processors, return_log_probs)
 
-    def packed(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The prompts moved to column 0, int64 [B, longest] with token 0 behind them, and their lengths [B]."""
-        lengths = self.attention_mask.sum(dim=1)
+    def packed(self, device: torch.device) -> Tensor:
+        """The prompts moved to column 0, int64 [B, longest] with token 0 behind them."""
         first_real = torch.argsort(self.attention_mask, dim=1, descending=True, stable=True)
-        tokens = self.input_ids.gather(1, first_real)[:, : int(lengths.max())]
-        is_real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        return torch.where(is_real, tokens, 0).to(device), lengths.to(device)
+        tokens = self.input_ids.gather(1, first_real)[:, : max(self.prompt_lengths)]
+        is_real = self.attention_mask.gather(1, first_real)[:, : tokens.shape[1]]
+        return (tokens * is_real).to(device)
 
     def sequences(self, rows: Sequence[RowText]) -> Tensor:
         """The prompts as given, each row's new tokens, padding: int64 [B, P + longest]."""

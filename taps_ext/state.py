@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,11 +86,14 @@ class StepRecord:
         scalars = [acceptance.num_accepted, acceptance.is_invalid, tree.num_nodes, lengths]
         scalars.append(no_choice if choice is None else choice)
         masks = torch.zeros_like(tree.tokens) if tree.proposers is None else tree.proposers
-        path_masks = masks.gather(1, acceptance.path.clamp_min(0))[:, 1:]
-        rows = torch.cat([torch.stack(scalars, dim=1), acceptance.tokens, path_masks], dim=1).tolist()
+        parts = [torch.stack(scalars, dim=1), acceptance.tokens, masks.gather(1, acceptance.path.clamp_min(0))[:, 1:]]
+        if log_probs is not None:
+            parts.append(log_probs.view(torch.int32).to(torch.int64))
+        rows = torch.cat(parts, dim=1).tolist()
         columns = zip(*(row[:5] for row in rows), strict=True)
         counts, invalid, num_nodes, host_lengths, choices = (list(column) for column in columns)
         first_mask = 5 + tree.capacity
+        first_bits = first_mask + tree.capacity - 1
         ends = [5 + count + (not bad) for count, bad in zip(counts, invalid, strict=True)]
         return cls(
             tokens=[row[5:end] for row, end in zip(rows, ends, strict=True)],
@@ -99,9 +103,14 @@ class StepRecord:
             lengths=host_lengths,
             proposers=[row[first_mask : first_mask + count] for row, count in zip(rows, counts, strict=True)],
             choice=[None if index < 0 else index for index in choices],
-            log_probs=None if log_probs is None else log_probs.tolist(),
+            log_probs=None if log_probs is None else [_floats(row[first_bits:]) for row in rows],
             is_prefill=is_prefill,
         )
+
+
+def _floats(bits: list[int]) -> list[float]:
+    """The float32 values of these bits."""
+    return list(struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits)))
 
 
 @dataclass(frozen=True)
@@ -119,7 +128,7 @@ class DecodeState:
     """One call's caches, lengths, seeds and text: two calls on one decoder share nothing that changes."""
 
     kv: TreeKVCache
-    drafter_states: list[DrafterState]
+    drafter_states: list[DrafterState]  # a group of drafters
     sampling: SamplingRows
     rules: StopRules
     rows: list[RowText]
@@ -147,8 +156,6 @@ class DecodeState:
                 event.choices[b] = self.stats.choices[b][-1]
                 event.accepted_proposers[b] = self.stats.accepted_proposers[b][-1]
         self.stats.num_target_forwards += 1
-        still = [row.finish_reason is None for row in self.rows]
-        self.active = torch.tensor(still, device=self.active.device)
         return event
 
     def _extend(self, b: int, row: RowText, record: StepRecord) -> list[int]:
@@ -158,4 +165,6 @@ class DecodeState:
         if record.log_probs is not None:
             row.log_probs += record.log_probs[b][: len(kept)]
         self.stats.num_tokens[b] += len(kept)
+        if row.finish_reason is not None:
+            self.active[b].fill_(False)  # where it lies: a new tensor would be copied there, and the host would wait
         return kept

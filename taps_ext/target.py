@@ -2,7 +2,8 @@
 
 This file and `kv_cache.py` are the only ones that know transformers' attention and cache conventions. The attention
 function `taps_tree` is registered once and set once per model; without a tree it is transformers' own SDPA attention,
-so that nothing is toggled between steps and plain `model.generate` stays what it was, in other threads too.
+so that nothing is toggled between steps and plain `model.generate` stays what it was, in other threads too. With one
+it is `tree_attention.py`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from . import ops
+from .device import refuse_without_ops
 from .kv_cache import KVSpec, TreeKVCache
 from .tree import DraftTree
+from .tree_attention import TreeView
 
 ATTENTION = "taps_tree"
 ATTENDING_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
+# What some models ask of their attention function beside query, key and value, and tree attention does not do.
+UNSUPPORTED_ATTENTION = {
+    "softcap": "soft-capped scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class TargetModel:
         self.lm_head: Any = model.get_output_embeddings()
         self.config: Any = model.config.get_text_config()
         self._kv_specs = self._probe()
+        self._probe_tree()
 
     @property
     def device(self) -> torch.device:
@@ -88,16 +98,17 @@ class TargetModel:
             )
 
     @torch.inference_mode()
-    def prefill(self, tokens: Tensor, lengths: Tensor, kv: TreeKVCache) -> ScoredTree:
-        """Commit prompts [B, P], row b's tokens in columns 0..lengths[b]-1, the rest padding.
+    def prefill(self, tokens: Tensor, lengths: Sequence[int], kv: TreeKVCache) -> ScoredTree:
+        """Commit prompts [B, P], row b's tokens in columns 0..lengths[b]-1, the rest padding; P is the longest.
 
         Returns logits [B, 1, V] of each row's last token and features [B, P, H] of all.
         """
         kv.reserve(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         features = self._forward(tokens, positions, kv)
-        kv.kv_length = tokens.shape[1]
-        last = features[torch.arange(len(tokens), device=features.device), lengths.to(features.device) - 1]
+        kv.hold(lengths)
+        rows = torch.arange(len(tokens), device=features.device)
+        last = features[rows, torch.tensor(lengths, device=features.device) - 1]
         return ScoredTree(self._logits(last[:, None]), features.to(self.device))
 
     @torch.inference_mode()
@@ -106,26 +117,24 @@ class TargetModel:
     ) -> ScoredTree:
         """One forward over every node of the trees, each seeing its row's prefix and its own ancestors.
 
-        `last_positions` int64 [B]: nodes beyond stay there. The text ends before they could be emitted, and the
-        target may have no such position.
+        `prefix_lengths` int64 [B]: the lengths that `kv` holds, on the device. `last_positions` int64 [B]: nodes beyond
+        stay there. The text ends before they could be emitted, and the target may have no such position.
         """
-        kv.reserve(tree.capacity)
         positions = prefix_lengths[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
-        mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix_lengths, kv.kv_length)
-        features = self._forward(tree.tokens, positions, kv, attention_mask=mask, taps_tree=True)
+        features = self._forward_tree(tree, positions, _view(tree, prefix_lengths, kv), kv)
         return ScoredTree(self._logits(features), features.to(self.device))
 
     def commit(
-        self, path: Tensor, num_accepted: Tensor, prefix_lengths: Tensor, kv: TreeKVCache, kv_length: int
+        self, path: Tensor, num_accepted: Tensor, prefix_lengths: Tensor, kv: TreeKVCache, lengths: Sequence[int]
     ) -> None:
         """Keep the KV rows of the accepted paths (num_accepted -1: of none), drop the rest.
 
-        `kv_length` is the longest row's new length: the caller has it on the host.
+        `lengths` are the rows' new lengths: the caller has them on the host.
         """
         kv.compact(path, num_accepted, prefix_lengths)
-        kv.kv_length = kv_length
+        kv.hold(lengths)
 
     def _forward(self, tokens: Tensor, positions: Tensor, kv: TreeKVCache, **kwargs: Any) -> Tensor:
         if self.config._attn_implementation != ATTENTION:
@@ -138,6 +147,11 @@ class TargetModel:
         )
         features: Tensor = output.last_hidden_state
         return features
+
+    def _forward_tree(self, tree: DraftTree, positions: Tensor, view: TreeView, kv: TreeKVCache) -> Tensor:
+        kv.reserve(tree.capacity)
+        # A mask of four axes is what keeps transformers from making one of its own.
+        return self._forward(tree.tokens, positions, kv, attention_mask=view.ancestors, taps_tree=view)
 
     def _logits(self, features: Tensor) -> Tensor:
         logits: Tensor = self.lm_head(features)
@@ -165,6 +179,21 @@ class TargetModel:
         layers: list[Any] = list(cache.layers)
         return [(_kv_spec(layer.keys), _kv_spec(layer.values)) for layer in layers]
 
+    @torch.inference_mode()
+    def _probe_tree(self) -> None:
+        """Score one small tree: what an attention asks for and a tree cannot give is refused now, not in mid-text."""
+        kv, tokens = self.new_cache(1), torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+        self.prefill(tokens[:, :1], [1], kv)
+        parents, one = torch.tensor([[-1, 0]], device=self.device), torch.ones_like(tokens[0, :1])
+        tree = DraftTree(tokens, parents, torch.zeros_like(tokens, dtype=torch.float32), num_nodes=one + 1)
+        view = _view(tree, prefix_lengths=one, kv=kv)
+        self._forward_tree(tree, parents + 2, view, kv)
+        if view.num_layers < len(self._kv_specs):
+            raise ValueError(
+                f"target {_name(self.model)} has {len(self._kv_specs)} layers with keys and values, but only "
+                f"{view.num_layers} use transformers' AttentionInterface; use a model whose layers all do"
+            )
+
 
 def tree_attention(
     module: torch.nn.Module,
@@ -175,22 +204,38 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    taps_tree: bool = False,
+    taps_tree: TreeView | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over prefix and tree with un-repeated key and value heads; transformers' SDPA when no tree is given.
+    """Attention over prefix and tree, as `taps_tree` says; transformers' SDPA when no tree is given.
 
-    Shapes: query [B, heads, N, head_dim], key and value [B, kv_heads, L + N, head_dim], mask [B, 1, N, L + N].
+    Shapes: query [B, heads, N, head_dim], key and value [B, kv_heads, L + N, head_dim], mask bool [B, 1, N, N].
     """
-    if not taps_tree:
+    if taps_tree is None:
         stock: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return stock
-    grouped = query.shape[1] != key.shape[1]
-    mask = None if attention_mask is None else attention_mask.to(query.device)
-    output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    return output.transpose(1, 2).contiguous(), None
+    _refuse_more_than_attention(module, attention_mask, taps_tree, kwargs)
+    return taps_tree.attend(query, key, value, scaling), None
+
+
+def _refuse_more_than_attention(
+    module: torch.nn.Module, mask: Tensor | None, view: TreeView, kwargs: dict[str, Any]
+) -> None:
+    asked = {what for name, what in UNSUPPORTED_ATTENTION.items() if kwargs.get(name) is not None}
+    if mask is None or mask.dtype != torch.bool or mask.shape != view.ancestors.shape:
+        asked.add("an attention mask of its own")
+    if asked:
+        raise ValueError(
+            f"the target's {type(module).__name__} asks for {', '.join(sorted(asked))}, which tree attention does not "
+            "have; decode it plainly"
+        )
+
+
+def _view(tree: DraftTree, prefix_lengths: Tensor, kv: TreeKVCache) -> TreeView:
+    ancestors = ops.tree_attention_mask(tree.parents, tree.num_nodes, torch.zeros_like(prefix_lengths), 0)
+    return TreeView(ancestors, kv.kv_length, prefix_lengths if kv.is_ragged else None)
 
 
 def _register_attention() -> None:
@@ -228,10 +273,12 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         raise ValueError(
             f"target {_name(model)} has weights that are not in memory (offloaded or not loaded); load all"
         )
-    if devices != {"cpu"}:
+    if devices - {"cpu", "cuda"} or len(devices) > 1:
         raise ValueError(
-            f"target {_name(model)} is on {', '.join(sorted(devices))}; the ops of this version are CPU ops"
+            f"target {_name(model)} is on {', '.join(sorted(devices))}; put all of it on the CPU, or on CUDA devices"
         )
+    if devices == {"cuda"}:
+        refuse_without_ops(f"target {_name(model)} on {next(model.parameters()).device}")
     if not getattr(model, "_supports_sdpa", False):
         raise ValueError(f"target {_name(model)} does not support SDPA attention, which tree scoring stands on")
     if model.get_output_embeddings() is None:

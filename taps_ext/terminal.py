@@ -13,7 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .demo import Cell, DemoResult
-    from .info import Info
+    from .info import Gpu, Info
     from .stats import DecodeStats
     from .transcript import Span
 
@@ -139,10 +139,14 @@ def info_table(facts: Info) -> Table:
         table.add_row(f"  built: {key}", value)
     decision = "built" if facts.cuda.ops_built else "not built"
     table.add_row("CUDA ops", f"{decision}: {facts.cuda.reason}")
-    torch_cuda = f"CUDA {facts.cuda.torch_cuda}" if facts.cuda.torch_cuda else "no CUDA"
-    table.add_row("CUDA in torch", f"{torch_cuda}, {facts.cuda.num_devices} devices visible")
+    table.add_row("CUDA in torch", facts.cuda.torch_cuda or "none")
+    table.add_row("GPUs", "\n".join(map(_gpu_text, facts.cuda.gpus)) or "none visible")
     table.add_row("threads", f"{facts.num_threads} of torch, {facts.num_cpus} CPUs")
     return table
+
+
+def _gpu_text(gpu: Gpu) -> str:
+    return f"{gpu.name} ({gpu.capability})" + ("" if gpu.has_kernels else ": no CUDA ops were built for it")
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -31,7 +32,14 @@ class Drafter(Protocol):
     def reset(self, batch_size: int) -> DrafterState:
         """A fresh state for `batch_size` rows that have observed nothing."""
 
-    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor) -> None:
+    def observe(
+        self,
+        state: DrafterState,
+        features: Tensor,
+        next_tokens: Tensor,
+        num_tokens: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> None:
         """Take in committed tokens with the target's true features; `state` is updated in place.
 
         Args:
@@ -39,6 +47,8 @@ class Drafter(Protocol):
             next_tokens: int64 [B, T], the token after that position (for the last slot: the new root).
             num_tokens: int64 [B], how many leading slots of the row count; the rest is padding of any content.
                 0: nothing happens to that row.
+            counts: `num_tokens` on the host, which the caller has from its one fetch of the step: a drafter takes its
+                sizes from here and reads nothing from the device. None: it may read `num_tokens`.
         """
 
     def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> DraftTree:
@@ -49,4 +59,26 @@ class Drafter(Protocol):
             shape: depth, branching and node budget. The capacity is min(max_nodes, 1 + K + (depth - 1) * K * K)
                 with K = min(branching, V).
             active: bool [B]; other rows get a tree that is only its root.
+
+        No node lies deeper than `shape.depth`. A drafter reads nothing from the device here.
         """
+
+
+class DrafterGroup(Protocol):
+    """Drafters that do together what each would do alone, in fewer calls: one state, and a tree each."""
+
+    def reset(self, batch_size: int) -> DrafterState:
+        """See `Drafter.reset`."""
+
+    def observe(
+        self,
+        state: DrafterState,
+        features: Tensor,
+        next_tokens: Tensor,
+        num_tokens: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        """See `Drafter.observe`: every drafter observes the same."""
+
+    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> list[DraftTree]:
+        """The trees that the drafters would propose one by one, in their order."""

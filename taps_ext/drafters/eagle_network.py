@@ -195,18 +195,18 @@ class EagleNetwork(nn.Module):
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """What each query reads, [B, T, heads * head_dim].
 
-        `mask` is bool, broadcastable to [B, heads, T, S] (True: attend); None is causal over T = S slots. Every
-        query must see at least one key.
+        `mask` is bool [T, S] or [B, 1, T, S] (True: attend); None is causal over T = S slots. Every query must see at
+        least one key.
         """
-        out = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.config.num_key_value_heads != self.config.num_attention_heads,
-        )
-        return out.transpose(1, 2).flatten(2)
+        groups = self.config.num_attention_heads // self.config.num_key_value_heads
+        if mask is None:
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
+            return out.transpose(1, 2).flatten(2)
+        # Masked attention of grouped heads has no fused kernel: the heads that share a key become rows of one head.
+        batch_size, _, num_slots, head_dim = query.shape
+        rows = query.view(batch_size, -1, groups, num_slots, head_dim).transpose(2, 3).flatten(2, 3)
+        out = scaled_dot_product_attention(rows, key, value, attn_mask=mask.repeat_interleave(groups, dim=-2))
+        return out.view(batch_size, -1, num_slots, groups, head_dim).transpose(1, 2).flatten(2)
 
     def finish(self, x: Tensor, attention_out: Tensor) -> Tensor:
         """The layer's output [B, T, H]: both residual branches, no final norm."""

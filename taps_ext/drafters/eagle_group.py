@@ -1,0 +1,302 @@
+"""EAGLE-2 drafters of one shape that draft in lockstep: one embedding look-up, one lm_head product, one
+expand_frontier a level and one prune_tree for all of them. What drafts alone is a group of one.
+
+Committed slots lie in row layout: row b owns columns 0 .. lengths[b] - 1 of the caches, and slot i has rotary position
+i. The trees' slots are transient: they lie at common columns from the longest row's end, are masked by row length and
+ancestry, and are overwritten by whatever comes next.
+
+Source: EAGLE-2 (arXiv 2406.16858), section 4. Dims: D drafters, B rows, R = D * B trees (drafter by drafter), T slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..tree import DraftTree, TreeShape
+from .base import DrafterState
+from .eagle_network import EagleNetwork
+
+MIN_CAPACITY = 256  # slots; capacities are powers of two, so a growth at least doubles
+
+
+@dataclass(eq=False)
+class EagleState(DrafterState):
+    """One call's caches. The rows' lengths are known on the host too, so that drafting reads no device value."""
+
+    lengths: Tensor  # int64 [B], observed slots
+    row_lengths: list[int]  # the same on the host
+    last_output: Tensor  # [D, B, H], the output of each row's last observed slot
+    keys: Tensor  # [D, B, kv_heads, capacity, head_dim]
+    values: Tensor  # [D, B, kv_heads, capacity, head_dim]
+
+    @property
+    def kv_length(self) -> int:
+        """The longest row's length."""
+        return max(self.row_lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row in the cache, committed and transient."""
+        return self.keys.shape[3]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """The nodes of one tree level, F * K of them, and the K of them that are expanded next."""
+
+    tokens: Tensor  # int64 [R, F * K]
+    parents: Tensor  # int64 [R, F * K], pool indices
+    scores: Tensor  # float32 [R, F * K]
+    entropies: Tensor  # float32 [R, F * K]
+    frontier: Tensor  # int64 [R, K], indices into this level
+    frontier_parents: Tensor  # int64 [R, K], the parents' rows in the expanded layer, 0..F-1
+
+
+class EagleGroup:
+    """Networks of one cache shape, dtype and device over one embedding and lm_head. See `DrafterGroup`."""
+
+    def __init__(self, networks: Sequence[EagleNetwork], embedding: nn.Module, lm_head: nn.Module) -> None:
+        self.networks = list(networks)
+        self.config = self.networks[0].config
+        self.embedding = embedding
+        self.lm_head = lm_head
+        weight = self.networks[0].fc.weight
+        self.dtype, self.device = weight.dtype, weight.device
+        self._lm_head_dtype, _ = compute_dtype_and_device(lm_head, embedding)
+
+    def reset(self, batch_size: int) -> EagleState:
+        """A state for `batch_size` rows; the caches are allocated by the first observe, when their size is known."""
+        config, rows = self.config, (len(self.networks), batch_size)
+        with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
+            empty = torch.zeros(
+                *rows, config.num_key_value_heads, 0, config.head_dim, dtype=self.dtype, device=self.device
+            )
+            return EagleState(
+                lengths=torch.zeros(batch_size, dtype=torch.int64, device=self.device),
+                row_lengths=[0] * batch_size,
+                last_output=torch.zeros(*rows, config.hidden_size, dtype=self.dtype, device=self.device),
+                keys=empty,
+                values=empty,
+            )
+
+    @torch.no_grad()
+    def observe(
+        self,
+        state: DrafterState,
+        features: Tensor,
+        next_tokens: Tensor,
+        num_tokens: Tensor,
+        counts: Sequence[int] | None = None,
+    ) -> None:
+        """See `Drafter.observe`."""
+        state = _own(state)
+        self._check_observed(state, features, next_tokens, num_tokens)
+        counts = num_tokens.tolist() if counts is None else counts
+        num_slots = max(counts)
+        if num_slots > next_tokens.shape[1]:
+            raise ValueError(f"num_tokens must lie in 0..{next_tokens.shape[1]} (the slots given), got {num_slots}")
+        if num_slots == 0:
+            return
+        num_tokens = num_tokens.to(self.device)
+        slots = torch.arange(num_slots, device=self.device)
+        is_slot = slots < num_tokens[:, None]
+        # Padding may hold anything, NaN included, and zero times NaN would reach a row through its masked columns.
+        tokens = torch.where(is_slot, next_tokens[:, :num_slots].to(self.device), 0)
+        features = torch.where(is_slot[..., None], features[:, :num_slots].to(self.device, self.dtype), 0)
+        out = self._forward_committed(state, self._embed(tokens), features, slots)
+        last = (num_tokens - 1).clamp(min=0)[None, :, None, None].expand(*out.shape[:2], 1, out.shape[-1])
+        state.last_output = torch.where((num_tokens > 0)[:, None], out.gather(2, last)[:, :, 0], state.last_output)
+        state.lengths = state.lengths + num_tokens
+        state.row_lengths = [length + count for length, count in zip(state.row_lengths, counts, strict=True)]
+
+    def _forward_committed(self, state: EagleState, embeddings: Tensor, features: Tensor, slots: Tensor) -> Tensor:
+        """The outputs [D, B, T, H] of new slots behind each row's own, of embeddings and features [B, T, H].
+
+        A row's padding lands past its length, where no mask lets anybody see it.
+        """
+        start, every = state.kv_length, (len(self.networks), -1, -1, -1)
+        end = start + len(slots)
+        _reserve(state, end)
+        columns = state.lengths[:, None] + slots
+        embeddings, features = embeddings.expand(every), features.expand(every)
+        if start == 0:  # nothing observed yet: plain causal attention among the new slots
+            return self._forward(state, embeddings, features, columns, slice(0, end), end, None)
+        visible = torch.arange(end, device=self.device) <= columns[..., None]
+        mask = visible[:, None].expand(len(self.networks), -1, -1, -1, -1)
+        return self._forward(state, embeddings, features, columns, columns, end, mask)
+
+    @torch.no_grad()
+    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> list[DraftTree]:
+        """A tree a drafter, see `Drafter.propose`. Reads nothing from the device."""
+        state, num_drafters = _own(state), len(self.networks)
+        branching = min(shape.branching, self.config.vocab_size)
+        _reserve(state, state.kv_length + (shape.depth - 1) * branching)
+        root_tokens, active = (values.to(self.device).repeat(num_drafters) for values in (root_tokens, active))
+        last_output = state.last_output.flatten(0, 1)[:, None]
+        root_scores = torch.zeros_like(root_tokens, dtype=torch.float32)[:, None]
+        root_scores.masked_fill_(~active[:, None], -torch.inf)  # -inf: no child survives pruning
+        expanded = ops.expand_frontier(self._logits(last_output), root_scores, branching)
+        levels = [_level(expanded, torch.zeros_like(expanded.frontier[:, :1]))]
+        mask = _prefix_mask(state, branching, shape.depth - 1)
+        features = last_output.expand(-1, branching, -1)
+        pool_start = 1
+        for depth in range(1, shape.depth):
+            level = levels[-1]
+            out = self._forward_frontier(state, level, features, mask, depth)
+            expanded = ops.expand_frontier(self._logits(out), level.scores.gather(1, level.frontier), branching)
+            levels.append(_level(expanded, pool_start + level.frontier))
+            pool_start += level.tokens.shape[1]
+            features = _gather_rows(out, levels[-1].frontier_parents)
+        return _split(ops.prune_tree(_pool(root_tokens, levels), shape.max_nodes), num_drafters)
+
+    def _forward_frontier(self, state: EagleState, level: _Level, features: Tensor, mask: Tensor, depth: int) -> Tensor:
+        """The outputs [R, K, H] of a level's frontier; its keys and values join the transient slots.
+
+        `features` are the outputs of the frontier's parents, `mask` [R, K, kv_length + all tree slots] is updated.
+        """
+        rows = (len(self.networks), len(state.row_lengths))
+        branching = level.frontier.shape[1]
+        start = state.kv_length + (depth - 1) * branching
+        end = start + branching
+        if depth > 1:  # a node sees what its parent saw, then itself
+            ancestors = mask[:, :, state.kv_length : start]
+            ancestors.copy_(_gather_rows(ancestors, level.frontier_parents))
+        mask[:, :, start:end] = torch.eye(branching, dtype=torch.bool, device=self.device)
+        embeddings = self._embed(level.tokens.gather(1, level.frontier)).unflatten(0, rows)
+        positions = (state.lengths + depth - 1)[:, None].expand(-1, branching)
+        visible = mask[:, None, :, :end].unflatten(0, rows)
+        out = self._forward(state, embeddings, features.unflatten(0, rows), positions, slice(start, end), end, visible)
+        return out.flatten(0, 1)
+
+    def _forward(
+        self,
+        state: EagleState,
+        embeddings: Tensor,
+        features: Tensor,
+        positions: Tensor,
+        columns: Tensor | slice,
+        end: int,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Every network over its own slots: outputs [D, B, T, H] of embeddings and features [D, B, T, H].
+
+        Keys and values go to `columns`, a slice or int64 [B, T], all below `end`; `mask` is bool [D, B, 1, T, end], or
+        None for a causal one. The one place where the networks run, one after the other: the rest is done once for all.
+        """
+        outs = []
+        for d, network in enumerate(self.networks):
+            x = network.project(embeddings[d], features[d])
+            query, key, value = network.qkv(x, positions)
+            _write(state.keys[d], columns, key)
+            _write(state.values[d], columns, value)
+            keys, values = state.keys[d][:, :, :end], state.values[d][:, :, :end]
+            outs.append(network.finish(x, network.attend(query, keys, values, None if mask is None else mask[d])))
+        return torch.stack(outs)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The target's embeddings [..., T, H] of the tokens; a target over several devices may hold them elsewhere."""
+        embeddings: Tensor = self.embedding(tokens.to(next(self.embedding.parameters()).device))
+        return embeddings.to(self.device, self.dtype)
+
+    def _logits(self, out: Tensor) -> Tensor:
+        """The target's lm_head [R, T, V] of the networks' outputs [R, T, H]."""
+        logits: Tensor = self.lm_head(out.to(self._lm_head_dtype))
+        return logits
+
+    def _check_observed(self, state: EagleState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor) -> None:
+        batch, hidden = len(state.row_lengths), self.config.hidden_size
+        if next_tokens.ndim != 2 or next_tokens.shape[0] != batch:
+            raise ValueError(f"next_tokens must be [{batch}, T], got {list(next_tokens.shape)}")
+        if features.shape != (*next_tokens.shape, hidden):
+            raise ValueError(f"features must be {[*next_tokens.shape, hidden]}, got {list(features.shape)}")
+        if num_tokens.shape != (batch,):
+            raise ValueError(f"num_tokens must be [{batch}], got {list(num_tokens.shape)}")
+
+
+def compute_dtype_and_device(lm_head: nn.Module, embedding: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """The lm_head's; a quantised lm_head has no dtype to compute in (or no parameter at all), then the embedding's."""
+    embedded = next(embedding.parameters())
+    weight = next(lm_head.parameters(), embedded)
+    computes = weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return (weight if computes else embedded).dtype, weight.device
+
+
+def _own(state: DrafterState) -> EagleState:
+    if not isinstance(state, EagleState):
+        raise TypeError(f"an EAGLE drafter needs the state that its reset() made, got {type(state).__name__}")
+    return state
+
+
+def _reserve(state: EagleState, num_slots: int) -> None:
+    """Grow the caches to at least `num_slots` a row: rare, by doubling, the committed slots kept."""
+    if num_slots <= state.capacity:
+        return
+    capacity = max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length())
+    *rows, held, head_dim = state.keys.shape
+    with torch.inference_mode(False):
+        grown = [state.keys.new_zeros(*rows, capacity, head_dim) for _ in range(2)]
+    for new, old in zip(grown, (state.keys, state.values), strict=True):
+        new[..., :held, :] = old
+    state.keys, state.values = grown
+
+
+def _write(cache: Tensor, columns: Tensor | slice, states: Tensor) -> None:
+    """Put states [B, heads, T, head_dim] into the columns of cache [B, heads, capacity, head_dim]."""
+    if isinstance(columns, slice):
+        cache[:, :, columns] = states
+    else:
+        rows = torch.arange(len(cache), device=cache.device)[:, None]
+        cache[rows, :, columns] = states.transpose(1, 2)
+
+
+def _prefix_mask(state: EagleState, branching: int, num_rounds: int) -> Tensor:
+    """bool [R, K, kv_length + rounds * K]: the row's own committed columns; the tree's columns are still closed."""
+    length = state.kv_length + num_rounds * branching
+    columns = torch.arange(length, device=state.lengths.device)
+    return (columns < state.lengths[:, None])[:, None].repeat(state.keys.shape[0], branching, 1)
+
+
+def _level(expanded: ops.ExpandedFrontier, parent_nodes: Tensor) -> _Level:
+    """The level below the nodes `parent_nodes` (int64 [R, F], pool indices), flattened."""
+    branching = expanded.tokens.shape[2]
+    return _Level(
+        tokens=expanded.tokens.flatten(1),
+        parents=parent_nodes.repeat_interleave(branching, dim=1),
+        scores=expanded.scores.flatten(1),
+        entropies=expanded.entropies.repeat_interleave(branching, dim=1),
+        frontier=expanded.frontier,
+        frontier_parents=expanded.frontier // branching,
+    )
+
+
+def _pool(root_tokens: Tensor, levels: list[_Level]) -> DraftTree:
+    """All nodes drafted, root first, level by level."""
+    root = torch.zeros_like(levels[0].scores[:, :1])
+    tokens = torch.cat([root_tokens[:, None], *(level.tokens for level in levels)], dim=1)
+    return DraftTree(
+        tokens=tokens,
+        parents=torch.cat([torch.full_like(root_tokens[:, None], -1), *(level.parents for level in levels)], dim=1),
+        scores=torch.cat([root, *(level.scores for level in levels)], dim=1),
+        num_nodes=torch.full_like(root_tokens, tokens.shape[1]),
+        entropies=torch.cat([root, *(level.entropies for level in levels)], dim=1),
+    )
+
+
+def _split(trees: DraftTree, num_drafters: int) -> list[DraftTree]:
+    """The trees of each drafter, of those of all, drafter by drafter."""
+    assert trees.entropies is not None
+    fields = (trees.tokens, trees.parents, trees.scores, trees.num_nodes, trees.entropies)
+    return [
+        DraftTree(tokens, parents, scores, num_nodes, entropies=entropies)
+        for tokens, parents, scores, num_nodes, entropies in zip(*(f.chunk(num_drafters) for f in fields), strict=True)
+    ]
+
+
+def _gather_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """source[r, rows[r, k]]: [R, K, X] of source [R, F, X] and rows int64 [R, K]."""
+    return source.gather(1, rows[..., None].expand(-1, -1, source.shape[-1]))
