@@ -8,17 +8,26 @@ BIN         := $(VENV)/bin
 STAMPS      := $(VENV)/.stamps
 ENVIRONMENT := $(STAMPS)/environment
 BUILT       := $(STAMPS)/built
-NATIVE      := $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE))
+STAND_IN    := $(STAMPS)/stand-in
+SANITIZED   := $(STAMPS)/sanitized
+TOOLKIT     := tools/cuda_toolkit.py
+SIMT        := $(shell find csrc/simt -type f 2>/dev/null)
+NATIVE      := $(filter-out $(SIMT),$(shell find csrc -type f 2>/dev/null))
+CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(SIMT))
 PYTEST      := $(BIN)/python -m pytest python_tests
+LIBRARY      = $(shell $${CXX:-c++} -print-file-name=$(1))
 
 .DEFAULT_GOAL := help
-.PHONY: help environment build demo test test-all bench lint lint-style lint-types lint-cxx format clean
+.PHONY: help environment build stand-in demo test test-all sanitize cuda-check wheel bench lint lint-style lint-types \
+        lint-cxx format clean
 
 help:
 	@echo 'make demo      build, then show two specialist drafters and their compositions on the embedded models'
 	@echo 'make test      build, then run the tests (at most 8 minutes on 2 cores)'
 	@echo 'make test-all  the same with the long property runs'
+	@echo 'make sanitize  the tests of the ops with every kernel on the host, under address and undefined-behaviour checks'
+	@echo 'make cuda-check  every kernel through nvcc, where there is one: no spills, stack frames or warnings'
+	@echo 'make wheel     a wheel for the torch of $(VENV), in dist'
 	@echo 'make bench     time the ops and a decode step; the figures go to out/bench'
 	@echo 'make lint      ruff, mypy and clang-format, changing nothing;  make format  lets them change files'
 	@echo 'make build     the environment ($(VENV)) and the native module;  make clean  removes what was built'
@@ -37,21 +46,51 @@ $(ENVIRONMENT): pyproject.toml
 	TAPS_NO_EXT=1 $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	@mkdir -p $(STAMPS) && rm -f $(BUILT) && touch $@
 
-$(BUILT): $(ENVIRONMENT) setup.py $(NATIVE)
+$(BUILT): $(ENVIRONMENT) setup.py $(TOOLKIT) $(NATIVE)
 	@command -v $${CXX:-c++} >/dev/null || { echo 'no C++ compiler found; on Debian or Ubuntu: apt install g++' >&2; exit 1; }
 	@$(BIN)/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h") and "the headers of this Python are missing; on Debian or Ubuntu: apt install python3-dev")'
 	@mkdir -p build && echo 'building the native module (log: build/build.log)'
 	@$(BIN)/python setup.py build_ext --inplace >build/build.log 2>&1 || { cat build/build.log; exit 1; }
 	@touch $@
 
+# taps_ext._simt: the kernels, compiled for the host stand-in for CUDA; for tests alone.
+stand-in: $(STAND_IN)
+
+$(STAND_IN): $(BUILT) $(SIMT)
+	@echo 'building the stand-in for CUDA (log: build/simt.log)'
+	@TAPS_SIMT=1 $(BIN)/python setup.py build_ext --inplace >build/simt.log 2>&1 || { cat build/simt.log; exit 1; }
+	@touch $@
+
+$(SANITIZED): $(BUILT) $(SIMT)
+	@echo 'building the stand-in for CUDA with sanitizers (log: build/sanitize.log)'
+	@TAPS_SIMT=1 TAPS_SANITIZE=1 $(BIN)/python setup.py build_ext >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
+	@touch $@
+
 demo: build
 	$(BIN)/taps-ext demo
 
-test: build
+test: build stand-in
 	$(PYTEST)
 
-test-all: build
+test-all: build stand-in
 	$(PYTEST) --long
+
+# Python itself is not instrumented: the sanitizers' libraries are loaded before it, and libstdc++, whose exceptions they
+# follow. Their reports go to stderr as the process ends, so pytest must not hold it back.
+sanitize: $(SANITIZED)
+	LD_PRELOAD='$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) $(call LIBRARY,libstdc++.so)' \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	TAPS_SIMT_LIBRARY="$(CURDIR)/build/sanitize/taps_ext/_simt$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')" \
+	$(PYTEST) --backend simt --cases 100 --capture sys
+
+cuda-check: environment
+	@$(BIN)/python tools/cuda_check.py
+
+wheel: environment
+	@mkdir -p build && rm -rf build/wheel/lib* && echo 'building the wheel (log: build/wheel.log)'
+	@TAPS_PIN_TORCH=1 $(BIN)/python -m pip wheel -v --no-deps --no-build-isolation --wheel-dir dist . >build/wheel.log 2>&1 \
+		|| { cat build/wheel.log; exit 1; }
+	@ls -l dist
 
 bench: build
 	@mkdir -p out/bench
@@ -65,7 +104,7 @@ lint-style: environment
 	$(BIN)/ruff format --check .
 
 lint-types: environment
-	$(BIN)/mypy taps_ext
+	$(BIN)/mypy
 
 lint-cxx: environment
 	$(if $(CXX_SOURCES),$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES))

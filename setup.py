@@ -1,97 +1,145 @@
 """Builds the native module `taps_ext._C` against the torch that is installed; everything else is in pyproject.toml.
 
 TAPS_NO_EXT=1      pure Python, no native module
-TAPS_NO_CUDA=1     CPU ops only                    TAPS_FORCE_CUDA=1  CUDA ops, or fail
-TAPS_DEBUG=1       -O0 -g                          MAX_JOBS           parallel compilers
-TORCH_CUDA_ARCH_LIST, CUDA_HOME, CC, CXX, CXXFLAGS as everywhere
+TAPS_NO_CUDA=1     CPU ops only                    TAPS_FORCE_CUDA=1, FORCE_CUDA=1   CUDA ops, or fail
+TAPS_DEBUG=1       -O0 -g, kernels -lineinfo       MAX_JOBS   compilers at once, by default as cores and memory allow
+TAPS_PIN_TORCH=1   a wheel to hand on (make wheel): version 0.1.0+cu130torch2.13, and that minor of torch required
+TAPS_SIMT=1        `taps_ext._simt` instead, for the tests; with TAPS_SANITIZE=1 under sanitizers (make sanitize)
+TORCH_CUDA_ARCH_LIST, CUDA_HOME, CC, CXX, CXXFLAGS as everywhere; docs/building.md says more
 """
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import setup
+from setuptools import Distribution, Extension, setup
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "tools"))
+
+import cuda_toolkit  # noqa: E402
+from cuda_toolkit import Toolkit, switched_on  # noqa: E402
+
 HINT = "taps_ext compiles against your installed torch: pip install torch, then pip install --no-build-isolation ."
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # when TORCH_CUDA_ARCH_LIST is unset, whatever the GPU here
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-def switched_on(name: str) -> bool:
-    return os.environ.get(name, "") not in ("", "0")
+def files(pattern: str) -> list[str]:
+    """The files of csrc/, so that a new op needs no edit here; csrc/simt/ is for the tests and is asked for by name."""
+    found = [path.relative_to(HERE) for path in (HERE / "csrc").glob(pattern)]
+    return sorted(str(path) for path in found if "simt" not in path.parts or pattern.startswith("simt/"))
 
 
-def sources(pattern: str) -> list[str]:
-    """The files of csrc/ and its op families, so that a new op needs no edit here; csrc/simt/ is for the tests."""
-    paths = [*HERE.glob(f"csrc/{pattern}"), *HERE.glob(f"csrc/*/{pattern}")]
-    return sorted(str(path.relative_to(HERE)) for path in paths if path.parent.name != "simt")
+def write(path: Path, text: str) -> Path:
+    """A generated file; untouched when nothing changed, so that nothing is compiled again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+    return path
 
 
-def cuda_decision(version: str | None, home: str | None, has_sources: bool) -> tuple[bool, str]:
-    """Whether to build the CUDA ops, and the reason; the machine's GPU plays no part."""
-    if switched_on("TAPS_NO_CUDA"):
-        return False, "TAPS_NO_CUDA=1"
-    if not has_sources:
-        if switched_on("TAPS_FORCE_CUDA"):
-            raise SystemExit("TAPS_FORCE_CUDA=1, but this version has no CUDA ops; unset it")
-        return False, "this version has no CUDA ops"
-    if switched_on("TAPS_FORCE_CUDA"):
-        return True, "TAPS_FORCE_CUDA=1"
-    if version is None:
-        return False, "this torch was built without CUDA"
-    if home is None:
-        return False, f"torch has CUDA {version}, but no CUDA toolkit was found (set CUDA_HOME)"
-    return True, f"torch has CUDA {version} and CUDA_HOME is set"
-
-
-def write_build_info(fields: dict[str, str]) -> Path:
-    """The include folder of the generated header that `build_info()` returns; untouched when nothing changed."""
-    folder = HERE / "build" / "include"
-    folder.mkdir(parents=True, exist_ok=True)
+def build_info_header(base: Path, fields: dict[str, str]) -> Path:
+    """The header that holds what `build_info()` returns."""
     lines = [f'    {{"{key}", R"taps({value})taps"}},' for key, value in fields.items()]
     text = "\n".join(["#define TAPS_BUILD_INFO \\", "  { \\", *(f"{line} \\" for line in lines), "  }", ""])
-    header = folder / "taps_build_info.h"
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
-    return folder
+    return write(base / "include" / "taps_build_info.h", text)
 
 
-def native_module() -> dict[str, Any]:
-    """`ext_modules` and `cmdclass`, or nothing with TAPS_NO_EXT=1."""
+def native_module(torch: Any, cpp_extension: Any, base: Path, cuda: Toolkit | None, reason: str) -> Extension:
+    """`taps_ext._C`: every op for the CPU, and for CUDA where there is a toolkit to build it with."""
+    debug = switched_on("TAPS_DEBUG")
+    optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
+    flags = ["-std=c++20", *optimise, "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp"]
+    build_info = {"torch": torch.__version__, "cuda": "none", "cuda_reason": reason}
+    if cuda:
+        flags.append("-DTAPS_WITH_CUDA")
+        capabilities = [torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_toolkit.architecture_list(cuda, capabilities)
+        build_info |= {"cuda": cuda.version, "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
+    header = build_info_header(base, {**build_info, "flags": " ".join(flags)})
+    cpp, cu = files("**/*.cpp"), files("*/*_cuda.cu")
+    return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
+        "taps_ext._C",
+        cpp + cu if cuda else cpp,
+        include_dirs=[str(HERE / "csrc"), str(header.parent)],
+        extra_compile_args={"cxx": flags, "nvcc": [*cuda_toolkit.NVCC_FLAGS, *(["-g", "-lineinfo"] if debug else [])]},
+        extra_link_args=["-fopenmp"],
+    )
+
+
+def stand_in_module(torch: Any, cpp_extension: Any, base: Path) -> Extension:
+    """`taps_ext._simt`: the same ops, with their kernels compiled as C++ for the host stand-in for CUDA (csrc/simt)."""
+    kernels = []
+    for kernel in map(Path, files("*/*_cuda.cu")):  # under names that mean C++
+        source = write(base / "source" / f"{kernel.stem}.cpp", f'#include "{kernel.relative_to("csrc")}"\n')
+        kernels.append(str(source.relative_to(HERE)))
+    build_info = {"torch": torch.__version__, "cuda": "none", "cuda_reason": "the host stand-in for CUDA"}
+    header = build_info_header(base, build_info)
+    flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fvisibility=hidden", "-DTAPS_SIMT"]
+    flags.append("-Wno-unknown-pragmas")  # of nvcc
+    sanitizers = SANITIZERS if switched_on("TAPS_SANITIZE") else []
+    if sanitizers:
+        flags += [*sanitizers, "-fno-wrapv"]  # Python's own flags define signed overflow, which would hide it
+    return cpp_extension.CppExtension(
+        "taps_ext._simt",
+        ["csrc/bindings.cpp", *files("*/*.cpp"), *files("simt/*.cpp"), *kernels],
+        include_dirs=[str(HERE / "csrc/simt/include"), str(HERE / "csrc"), str(header.parent)],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=sanitizers,
+    )
+
+
+def pinned_to(torch: Any, cuda: bool) -> type[Distribution]:
+    """The metadata of a wheel to hand on: a native module fits one minor version of torch, and one CUDA."""
+    minor = re.match(r"\d+\.\d+", torch.__version__)[0]  # type: ignore[index]
+    label = f"cu{torch.version.cuda.replace('.', '')}" if cuda else "cpu"
+
+    class Pinned(Distribution):
+        def parse_config_files(self, *args: Any, **kwargs: Any) -> None:
+            super().parse_config_files(*args, **kwargs)  # reads pyproject.toml
+            self.metadata.version += f"+{label}torch{minor}"
+            self.install_requires = self.metadata.install_requires = [
+                f"torch=={minor}.*" if re.match(r"torch\b", requirement) else requirement
+                for requirement in self.install_requires
+            ]
+
+    return Pinned
+
+
+def arguments() -> dict[str, Any]:
+    """What setup() is to know beside pyproject.toml; nothing with TAPS_NO_EXT=1."""
     if switched_on("TAPS_NO_EXT"):
         return {}
     try:
         import torch
-        from torch.utils import cpp_extension
     except ImportError as error:
         raise SystemExit(HINT) from error
+    toolkit = cuda_toolkit.find() if torch.version.cuda else None
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit.home)  # cpp_extension looks for it once, on import
+    os.environ["MAX_JOBS"] = str(cuda_toolkit.max_jobs())
+    from torch.utils import cpp_extension
 
-    cpp, cu, headers = sources("*.cpp"), sources("*_cuda.cu"), sources("*.h") + sources("*.cuh")
-    cuda, reason = cuda_decision(torch.version.cuda, cpp_extension.CUDA_HOME, bool(cu))
-    optimise = ["-O0", "-g"] if switched_on("TAPS_DEBUG") else ["-O3", "-g0"]
-    flags = ["-std=c++20", *optimise, "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp"]
-    if cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-        flags.append("-DTAPS_WITH_CUDA")
-    build_info = {
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "unknown" if cuda else "none",
-        "cuda_reason": reason,
-        "flags": " ".join(flags),
-    }
-    if cuda:
-        build_info["cuda_architectures"] = os.environ["TORCH_CUDA_ARCH_LIST"]
-    extension = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
-        "taps_ext._C",
-        cpp + cu if cuda else cpp,
-        depends=headers + cu,  # for the sdist too
-        include_dirs=[str(HERE / "csrc"), str(write_build_info(build_info))],
-        extra_compile_args={"cxx": flags, "nvcc": ["-std=c++20", *optimise, "-fmad=false"]},
-        extra_link_args=["-fopenmp"],
-    )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    known: dict[str, Any] = {"cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    if switched_on("TAPS_SIMT"):
+        if sys.argv[1:2] != ["build_ext"]:
+            raise SystemExit("TAPS_SIMT=1 is for python setup.py build_ext: the tests' module is never installed")
+        base = HERE / "build" / ("sanitize" if switched_on("TAPS_SANITIZE") else "simt")
+        # a build folder of its own: whatever lies in build/lib* would go into the next wheel
+        known["options"] = {"build": {"build_base": str(base), "build_platlib": str(base)}}
+        return known | {"ext_modules": [stand_in_module(torch, cpp_extension, base)]}
+    cuda, reason = cuda_toolkit.decision(torch.version.cuda, toolkit)
+    base = HERE / "build"
+    if switched_on("TAPS_PIN_TORCH"):
+        base = base / "wheel"
+        base.mkdir(parents=True, exist_ok=True)
+        known["options"] = {"build": {"build_base": str(base)}, "egg_info": {"egg_base": str(base)}}
+        known["distclass"] = pinned_to(torch, cuda)
+    return known | {"ext_modules": [native_module(torch, cpp_extension, base, toolkit if cuda else None, reason)]}
 
 
-setup(**native_module())
+setup(**arguments())

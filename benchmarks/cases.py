@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from plain import Pool
@@ -29,6 +30,7 @@ class VerifyCase:
     sampling: SamplingRows
     positions: Tensor  # int64 [B]
     path: list[int]  # the nodes visited, the root first
+    parents: list[int]  # of every tree
 
     def ours(self) -> ops.VerifiedPaths:
         s = self.sampling
@@ -42,11 +44,10 @@ class VerifyCase:
         return lambda: next(draws)
 
     def _draws(self) -> Iterator[float]:
-        parents = self.tree.parents[0].tolist()
         for step, node in enumerate(self.path):
             onward = self.path[step + 1] if step + 1 < len(self.path) else None
-            for child in range(1, len(parents)):
-                if parents[child] == node:
+            for child in range(1, len(self.parents)):
+                if self.parents[child] == node:
                     yield 0.0 if child == onward else 1.0 - 2**-24
                     if child == onward:
                         break
@@ -77,27 +78,33 @@ def grow_pool(seed: int, branching: int, vocabulary: int = 32000) -> Pool:
 
 def as_tree(pool: Pool, batch_size: int = 1) -> DraftTree:
     """The pool as `ops.prune_tree` takes it, `batch_size` times."""
-    tokens = torch.cat((torch.tensor([pool.root_token]), pool.tokens))
-    parents = torch.cat((torch.tensor([-1]), pool.group_parents.repeat_interleave(pool.branching)))
-    scores = torch.cat((torch.zeros(1), pool.scores))
+    tokens = torch.cat((pool.tokens.new_tensor([pool.root_token]), pool.tokens))
+    parents = torch.cat((tokens.new_tensor([-1]), pool.group_parents.repeat_interleave(pool.branching)))
+    scores = torch.cat((pool.scores.new_zeros(1), pool.scores))
     tokens, parents, scores = (field.expand(batch_size, -1).contiguous() for field in (tokens, parents, scores))
-    num_nodes = torch.full((batch_size,), tokens.shape[1])
+    num_nodes = tokens.new_full((batch_size,), tokens.shape[1])
     return DraftTree(tokens, parents, scores, num_nodes, entropies=torch.zeros_like(scores))
 
 
-def pruned_tree(num_nodes: int, batch_size: int = 1, seed: int = SEED) -> DraftTree:
+def pruned_tree(num_nodes: int, batch_size: int = 1, seed: int = SEED, device: str = "cpu") -> DraftTree:
     """A tree of exactly `num_nodes` nodes."""
-    return ops.prune_tree(as_tree(grow_pool(seed, branching_for(num_nodes)), batch_size), num_nodes)
+    pool = grow_pool(seed, branching_for(num_nodes)).to(device)
+    return ops.prune_tree(as_tree(pool, batch_size), num_nodes)
 
 
-def random_logits(batch_size: int, num_nodes: int, vocabulary: int, dtype: torch.dtype) -> Tensor:
+def random_logits(batch_size: int, num_nodes: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """[B, N, V]; rows repeat after the 61st, since drawing a gigabyte of normal numbers would take longest."""
-    rows = torch.randn(61, vocabulary, generator=torch.Generator().manual_seed(0)).mul_(LOGIT_SCALE).to(dtype)
-    logits = torch.empty(batch_size, num_nodes, vocabulary, dtype=dtype)
+    rows = _random_rows(vocabulary).to(device, dtype)
+    logits = torch.empty(batch_size, num_nodes, vocabulary, dtype=dtype, device=device)
     flat = logits.view(-1, vocabulary)
     for start in range(0, len(flat), 61):
         flat[start : start + 61] = rows[: len(flat) - start]
     return logits
+
+
+@cache
+def _random_rows(vocabulary: int) -> Tensor:
+    return torch.randn(61, vocabulary, generator=torch.Generator().manual_seed(0)).mul_(LOGIT_SCALE)
 
 
 def verify_case(
@@ -105,14 +112,20 @@ def verify_case(
 ) -> VerifyCase:
     """A case on these logits whose walk visits `rows` rows (1 to DEPTH + 1): path tokens are the target's own draws."""
     batch_size, num_nodes, _ = logits.shape
-    sampling = sampling or SamplingParams(temperature=1.0, seed=7)
-    tree = tree or pruned_tree(num_nodes, batch_size)
-    path = _path_of_length(tree.parents[0].tolist(), rows)
-    case = VerifyCase(logits, tree, sampling.rows(batch_size), torch.full((batch_size,), POSITION), path)
-    tokens = tree.tokens.clone()
-    for row in range(batch_size):
-        tokens[row] = _tokens_with_draws(case, row)
-    return replace(case, tree=replace(tree, tokens=tokens))
+    sampling_rows = (sampling or SamplingParams(temperature=1.0, seed=7)).rows(batch_size, logits.device)
+    tree = tree or pruned_tree(num_nodes, batch_size, device=str(logits.device))
+    positions = tree.num_nodes.new_full((batch_size,), POSITION)
+    parents = tree.parents[0].tolist()
+    case = VerifyCase(logits, tree, sampling_rows, positions, _path_of_length(parents, rows), parents)
+    draws = torch.stack([_draws(case, node, depth) for depth, node in enumerate(case.path)], dim=1).cpu()
+    tokens = torch.stack([_tokens_with_draws(num_nodes, case.path, row.tolist()) for row in draws])
+    return replace(case, tree=replace(tree, tokens=tokens.to(logits.device)))
+
+
+def longest_path(num_nodes: int) -> int:
+    """The most rows that a walk down a tree of this size can visit."""
+    tree = pruned_tree(num_nodes)
+    return int(ops.tree_depths(tree.parents, tree.num_nodes).max()) + 1
 
 
 def _path_of_length(parents: list[int], rows: int) -> list[int]:
@@ -123,30 +136,27 @@ def _path_of_length(parents: list[int], rows: int) -> list[int]:
     return next(path for path in paths if len(path) == rows)
 
 
-def _tokens_with_draws(case: VerifyCase, row: int) -> Tensor:
+def _tokens_with_draws(num_nodes: int, path: list[int], draws: list[int]) -> Tensor:
     """Tokens [N], distinct, of which only the path's carry the target's draws at their parents."""
-    draws = [_draw(case, row, node, depth) for depth, node in enumerate(case.path)]
-    others = torch.arange(case.tree.capacity + len(draws))
-    tokens = others[~torch.isin(others, torch.tensor(draws))][: case.tree.capacity].clone()
-    for node, drawn in zip(case.path[1:], draws, strict=False):
+    others = torch.arange(num_nodes + len(draws))
+    tokens = others[~torch.isin(others, torch.tensor(draws))][:num_nodes].clone()
+    for node, drawn in zip(path[1:], draws, strict=False):
         tokens[node] = drawn
     return tokens
 
 
-def _draw(case: VerifyCase, row: int, node: int, depth: int) -> int:
-    """The token that the target draws at this node: the bonus token of a tree that is only a root."""
-    one = torch.zeros(1, 1, dtype=torch.int64)
-    root = DraftTree(one, one - 1, torch.zeros(1, 1), torch.ones(1, dtype=torch.int64))
-    one_row = slice(row, row + 1)
+def _draws(case: VerifyCase, node: int, depth: int) -> Tensor:
+    """int64 [B]: the tokens that the target draws at this node: the bonus tokens of trees that are only a root."""
+    zero = torch.zeros_like(case.positions)[:, None]
+    roots = DraftTree(zero, zero - 1, zero.float(), case.positions.new_ones(len(zero)))
     s = case.sampling
-    drawn = ops.verify_tree(
-        case.logits[one_row, node : node + 1],
-        root,
-        s.temperature[one_row],
-        s.top_k[one_row],
-        s.top_p[one_row],
-        s.min_p[one_row],
-        s.seeds[one_row],
-        case.positions[one_row] + depth,
-    )
-    return int(drawn.bonus_tokens)
+    return ops.verify_tree(
+        case.logits[:, node : node + 1],
+        roots,
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        s.min_p,
+        s.seeds,
+        case.positions + depth,
+    ).bonus_tokens

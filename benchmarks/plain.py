@@ -1,16 +1,17 @@
-"""The decode step's tree work in plain PyTorch: what `taps_ext.ops` is measured against.
+"""The decode step's tree work in plain PyTorch, on any device: what `taps_ext.ops` is measured against.
 
 The methods are those of common Python implementations of EAGLE-2: one row at a time, tensor ops for the long
 vectors, a Python loop over the nodes for the mask, `.tolist()` where Python decides, walks for the leaf paths, a
 softmax over all rows and a loop over candidates that accepts, or zeroes and renormalises. Within these methods each
 function is as fast as we could make it; `tree_work_lean` and `verify_sampled_lazily` leave the methods for the best
-plain code we know.
+plain code we know. On a GPU, too, Python decides on the host: what it needs comes over by `.tolist()` or `.item()`, the
+loop over the nodes makes its mask there, and the result goes back in one copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,13 +28,17 @@ class Pool:
     group_parents: Tensor  # int64 [P / branching], 1 + the index of the group's parent in the pool, 0: the root
     branching: int
 
+    def to(self, device: torch.device | str) -> Pool:
+        fields = {name: getattr(self, name).to(device) for name in ("tokens", "scores", "group_parents")}
+        return replace(self, **fields)
+
 
 def expand(logits: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens [F, K], cumulative scores [F, K], the next frontier [K] and entropies [F] of logits [F, V]."""
+    """Tokens [..., F, K], scores [..., F, K], the next frontier [..., K], entropies [..., F] of logits [..., F, V]."""
     log_probabilities = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     best = torch.topk(log_probabilities, branching, dim=-1)
-    cumulative = best.values + scores[:, None]
-    frontier = torch.topk(cumulative.flatten(), branching).indices
+    cumulative = best.values + scores[..., None]
+    frontier = torch.topk(cumulative.flatten(-2), branching).indices
     entropies = torch.linalg.vecdot(log_probabilities.exp(), log_probabilities).neg()
     return best.indices, cumulative, frontier, entropies
 
@@ -42,7 +47,7 @@ def prune(pool: Pool, max_nodes: int) -> tuple[Tensor, list[int]]:
     """Tokens [N] and parents of the best nodes and the root, in pool order. Exact score ties may orphan a node."""
     top = torch.topk(pool.scores, min(max_nodes - 1, pool.scores.numel()), sorted=False).indices
     kept = torch.sort(top).values
-    tokens = torch.cat((torch.tensor([pool.root_token]), pool.tokens[kept]))
+    tokens = torch.cat((kept.new_tensor([pool.root_token]), pool.tokens[kept]))
     parents = pool.group_parents[kept // pool.branching]
     local = torch.searchsorted(kept, parents - 1) + 1  # the root's -1 is found at 0, and 0 + 1 must become 0
     return tokens, [-1, *local.masked_fill_(parents == 0, 0).tolist()]
@@ -68,7 +73,7 @@ def tree_mask_by_index(parents: Sequence[int]) -> Tensor:
 def attention_mask(ancestors: Tensor, prefix_length: int, kv_length: int) -> Tensor:
     """bool [1, 1, N, kv_length + N]: the committed prefix, then the tree."""
     nodes = ancestors.shape[0]
-    mask = torch.zeros(1, 1, nodes, kv_length + nodes, dtype=torch.bool)
+    mask = ancestors.new_zeros(1, 1, nodes, kv_length + nodes)
     mask[..., :prefix_length] = True
     mask[0, 0, :, kv_length:] = ancestors
     return mask
@@ -106,8 +111,9 @@ def tree_work(
     tokens, parents = prune(pool, max_nodes)
     ancestors = mask_of(parents)
     node_depths = depths(ancestors)
-    mask = attention_mask(ancestors, prefix_length, prefix_length)
-    return tokens, mask, node_depths, leaf_paths(parents, node_depths.tolist())
+    paths = leaf_paths(parents, node_depths.tolist())
+    mask = attention_mask(ancestors.to(tokens.device), prefix_length, prefix_length)
+    return tokens, mask, node_depths.to(tokens.device), paths.to(tokens.device)
 
 
 def tree_work_by_index(pool: Pool, max_nodes: int, prefix_length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,10 +131,10 @@ def tree_work_lean(pool: Pool, max_nodes: int, prefix_length: int) -> tuple[Tens
         node_depths.append(node_depths[parents[node]] + 1)
     packed = np.frombuffer(b"".join(b.to_bytes(num_bytes, "little") for b in bits), np.uint8)
     ancestors = np.unpackbits(packed.reshape(num_nodes, num_bytes), axis=1, count=num_nodes, bitorder="little")
-    mask = attention_mask(torch.from_numpy(ancestors).bool(), prefix_length, prefix_length)
+    mask = attention_mask(torch.from_numpy(ancestors).to(tokens.device).bool(), prefix_length, prefix_length)
     length = max(node_depths) + 1
-    paths = torch.from_numpy(np.array(_padded_leaf_paths(parents, length)).reshape(-1, length))
-    return tokens, mask, torch.from_numpy(np.array(node_depths)), paths
+    paths = torch.from_numpy(np.array(_padded_leaf_paths(parents, length)).reshape(-1, length)).to(tokens.device)
+    return tokens, mask, torch.from_numpy(np.array(node_depths)).to(tokens.device), paths
 
 
 def merge(tokens: Tensor, parents: Tensor) -> tuple[list[int], list[int], list[int]]:
@@ -167,16 +173,17 @@ def verify_sampled(
     temperature: float,
     uniform: Callable[[], float],
     buffer: Tensor,
+    top_p: float = 1.0,
 ) -> tuple[list[int], int]:
     """The accepted path and the bonus token; `uniform` draws from [0, 1), once a candidate and once for the bonus.
 
     `buffer`, float32 [N, V], is overwritten: allocating the probabilities would cost as much as computing them.
     """
-    if temperature == 1 and logits.dtype == torch.float32:
+    if temperature == 1 and logits.dtype == torch.float32 and top_p == 1:
         probabilities = torch.softmax(logits, dim=-1, out=buffer)
     else:
         scaled = buffer.copy_(logits) if temperature == 1 else buffer.copy_(logits).div_(temperature)
-        probabilities = torch.softmax(scaled, dim=-1, out=buffer)
+        probabilities = torch.softmax(_cut_top_p(scaled, top_p), dim=-1, out=buffer)
     return _accept_loop(probabilities.__getitem__, tokens, parents, uniform)
 
 
@@ -187,14 +194,25 @@ def verify_sampled_lazily(
     temperature: float,
     uniform: Callable[[], float],
     buffer: Tensor,
+    top_p: float = 1.0,
 ) -> tuple[list[int], int]:
     """As `verify_sampled`, with the softmax of the visited rows only."""
 
     def row(node: int) -> Tensor:
         scaled = logits[node] if temperature == 1 else logits[node].float() / temperature
-        return torch.softmax(scaled, dim=-1, dtype=torch.float32)
+        return torch.softmax(_cut_top_p(scaled, top_p), dim=-1, dtype=torch.float32)
 
     return _accept_loop(row, tokens, parents, uniform)
+
+
+def _cut_top_p(scaled: Tensor, top_p: float) -> Tensor:
+    """Logits [..., V] with -inf outside the likeliest tokens that hold `top_p`: by sorting, as transformers does it."""
+    if top_p == 1:
+        return scaled
+    ascending, order = torch.sort(scaled, dim=-1)
+    is_cut = ascending.softmax(dim=-1, dtype=torch.float32).cumsum(dim=-1) <= 1 - top_p
+    is_cut[..., -1] = False
+    return scaled.masked_fill(is_cut.scatter(-1, order, is_cut), -torch.inf)
 
 
 def _accept_loop(
@@ -231,5 +249,5 @@ def _draw(probabilities: Tensor, uniform: float) -> int:
 
 def compact(kv: Tensor, path: Sequence[int], prefix_length: int, kv_length: int, row: int = 0) -> None:
     """Gather the path's rows of kv [2 * layers, B, heads, capacity, head_dim] and copy them behind the prefix."""
-    slots = torch.tensor(path) + kv_length
+    slots = torch.tensor(path, device=kv.device) + kv_length
     kv[:, row, :, prefix_length : prefix_length + len(path)] = kv[:, row].index_select(2, slots)

@@ -29,6 +29,7 @@ def provenance() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": versions(),
         "device": device(),
+        **({"gpu": gpu()} if torch.cuda.is_available() else {}),
     }
 
 
@@ -55,7 +56,10 @@ def versions() -> dict[str, str | None]:
             found[package] = None
     reason = native.unavailable_reason()
     build = {} if reason else native.load().build_info()
-    return {**found, "compiler": build.get("compiler"), "cxx_flags": build.get("flags")}
+    of_build = {"compiler": build.get("compiler"), "cxx_flags": build.get("flags")}
+    if build.get("cuda", "none") != "none":
+        of_build |= {"cuda": build["cuda"], "cuda_architectures": build.get("cuda_architectures")}
+    return {**found, **of_build}
 
 
 def device() -> dict[str, Any]:
@@ -66,6 +70,20 @@ def device() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def gpu() -> dict[str, Any] | None:
+    """The GPU's kind and its driver's CUDA; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "name": properties.name,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "l2_cache_mib": round(properties.L2_cache_size / 2**20, 1),
+        "torch_cuda": torch.version.cuda,
     }
 
 

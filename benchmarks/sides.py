@@ -1,4 +1,4 @@
-"""Each op twice: through its public function, and the plain way, with the bytes that either must move."""
+"""Each op twice, on any device: its public function and the plain way, with the bytes that either must move."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Sides:
     num_bytes: int
 
 
-def prune_tree(num_nodes: int, batch_size: int) -> Sides:
-    pool = grow_pool(SEED, branching_for(num_nodes))
+def prune_tree(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
+    pool = grow_pool(SEED, branching_for(num_nodes)).to(device)
     candidates = as_tree(pool, batch_size)
     return Sides(
         lambda: ops.prune_tree(candidates, num_nodes),
@@ -39,30 +39,35 @@ def prune_tree(num_nodes: int, batch_size: int) -> Sides:
     )
 
 
-def tree_attention_mask(num_nodes: int, batch_size: int) -> Sides:
-    tree = pruned_tree(num_nodes, batch_size)
+def tree_attention_mask(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
+    tree = pruned_tree(num_nodes, batch_size, device=device)
     parents = tree.parents[0].tolist()
-    prefix = torch.full((batch_size,), PREFIX)
+    prefix = torch.full((batch_size,), PREFIX, device=device)
+
+    def one_row() -> torch.Tensor:
+        return plain.attention_mask(plain.tree_mask(parents).to(device), PREFIX, PREFIX)
+
     return Sides(
         lambda: ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix, PREFIX),
-        lambda: [plain.attention_mask(plain.tree_mask(parents), PREFIX, PREFIX) for _ in range(batch_size)],
+        lambda: [one_row() for _ in range(batch_size)],
         batch_size * num_nodes * (8 + PREFIX + num_nodes),
     )
 
 
-def ancestor_bits(num_nodes: int, batch_size: int) -> Sides:
-    tree = pruned_tree(num_nodes, batch_size)
+def ancestor_bits(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
+    tree = pruned_tree(num_nodes, batch_size, device=device)
     parents = tree.parents[0].tolist()
     return Sides(
         lambda: ops.ancestor_bits(tree.parents, tree.num_nodes),
-        lambda: [plain.tree_mask(parents) for _ in range(batch_size)],  # the same relation, a byte an entry
+        # the same relation, a byte an entry
+        lambda: [plain.tree_mask(parents).to(device) for _ in range(batch_size)],
         batch_size * num_nodes * 8 * (1 + -(-num_nodes // 64)),
     )
 
 
-def tree_depths(num_nodes: int, batch_size: int) -> Sides:
-    tree = pruned_tree(num_nodes, batch_size)
-    ancestors = plain.tree_mask(tree.parents[0].tolist())
+def tree_depths(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
+    tree = pruned_tree(num_nodes, batch_size, device=device)
+    ancestors = plain.tree_mask(tree.parents[0].tolist()).to(device)
     return Sides(
         lambda: ops.tree_depths(tree.parents, tree.num_nodes),
         lambda: [plain.depths(ancestors) for _ in range(batch_size)],  # given the mask, which it sums
@@ -70,56 +75,65 @@ def tree_depths(num_nodes: int, batch_size: int) -> Sides:
     )
 
 
-def tree_paths(num_nodes: int, batch_size: int) -> Sides:
-    tree = pruned_tree(num_nodes, batch_size)
+def tree_paths(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
+    tree = pruned_tree(num_nodes, batch_size, device=device)
     parents = tree.parents[0].tolist()
     node_depths = ops.tree_depths(tree.parents, tree.num_nodes)[0].tolist()
     return Sides(
         lambda: ops.tree_paths(tree.parents, tree.num_nodes, max_depth=DEPTH),
-        lambda: [plain.leaf_paths(parents, node_depths) for _ in range(batch_size)],
+        lambda: [plain.leaf_paths(parents, node_depths).to(device) for _ in range(batch_size)],
         batch_size * num_nodes * 8 * (DEPTH + 2),
     )
 
 
-def merge_trees(num_nodes: int, batch_size: int) -> Sides:
+def merge_trees(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
     """Two drafters' trees of `num_nodes` nodes that share about half of their nodes."""
-    first = pruned_tree(num_nodes)
+    first = pruned_tree(num_nodes, device=device)
     tokens = first.tokens.repeat(2, 1)
     tokens[1, num_nodes // 2 :] += 1000
     parents, scores, counts = first.parents.repeat(2, 1), first.scores.repeat(2, 1), first.num_nodes.repeat(2)
     rows = [field.expand(batch_size, *field.shape).contiguous() for field in (tokens, parents, scores, counts)]
+
+    def one_row() -> list[torch.Tensor]:
+        return [torch.tensor(column, device=device) for column in plain.merge(tokens, parents)]
+
     return Sides(
         lambda: ops.merge_trees(rows[0], rows[1], rows[2], rows[3]),
-        lambda: [plain.merge(tokens, parents) for _ in range(batch_size)],
+        lambda: [one_row() for _ in range(batch_size)],
         batch_size * num_nodes * 2 * (20 + 28 + 8),
     )
 
 
-def compact_kv(num_nodes: int, batch_size: int) -> Sides:
+def compact_kv(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
     """The path of one accepted node a level, in every layer of a bfloat16 cache."""
     capacity = PREFIX + num_nodes
-    kv = torch.zeros(2 * KV_LAYERS, batch_size, KV_HEADS, capacity, HEAD_DIM, dtype=torch.bfloat16)
+    pattern = torch.arange(capacity * HEAD_DIM, device=device).remainder_(251).bfloat16()  # zeros can move faster
+    size = (2 * KV_LAYERS, batch_size, KV_HEADS, capacity, HEAD_DIM)
+    kv = pattern.view(capacity, HEAD_DIM).expand(size).contiguous()
     nodes = torch.linspace(0, num_nodes - 1, DEPTH + 1).long()
-    path = torch.full((batch_size, num_nodes), -1)
+    path = torch.full((batch_size, num_nodes), -1, device=device)
     path[:, : DEPTH + 1] = nodes
-    accepted, prefix = torch.full((batch_size,), DEPTH), torch.full((batch_size,), PREFIX)
+    accepted, prefix = (torch.full((batch_size,), value, device=device) for value in (DEPTH, PREFIX))
+    slots = nodes.tolist()
+
+    def ours() -> torch.Tensor:
+        ops.compact_kv(kv, path, accepted, prefix, PREFIX)
+        return kv
 
     def one_row_after_the_other() -> None:
         for row in range(batch_size):
-            plain.compact(kv, nodes.tolist(), PREFIX, PREFIX, row)
+            plain.compact(kv, slots, PREFIX, PREFIX, row)
 
     moved = 2 * KV_LAYERS * batch_size * KV_HEADS * (DEPTH + 1) * HEAD_DIM * 2
-    return Sides(
-        lambda: ops.compact_kv(kv, path, accepted, prefix, PREFIX),
-        one_row_after_the_other,
-        2 * moved,
-    )
+    return Sides(ours, one_row_after_the_other, 2 * moved)
 
 
-def tree_work(num_nodes: int, batch_size: int = 1, method: Callable[..., object] = plain.tree_work) -> Sides:
+def tree_work(
+    num_nodes: int, batch_size: int = 1, device: str = "cpu", *, method: Callable[..., object] = plain.tree_work
+) -> Sides:
     """From the candidate pool to all that the models need: prune, mask, depths, paths."""
-    pool = grow_pool(SEED, branching_for(num_nodes))
-    candidates, prefix = as_tree(pool, batch_size), torch.full((batch_size,), PREFIX)
+    pool = grow_pool(SEED, branching_for(num_nodes)).to(device)
+    candidates, prefix = as_tree(pool, batch_size), torch.full((batch_size,), PREFIX, device=device)
 
     def ours() -> object:
         tree = ops.prune_tree(candidates, num_nodes)
@@ -132,13 +146,13 @@ def tree_work(num_nodes: int, batch_size: int = 1, method: Callable[..., object]
     return Sides(ours, lambda: [method(pool, num_nodes, PREFIX) for _ in range(batch_size)], num_bytes)
 
 
-def expand_frontier(vocabulary: int, dtype: torch.dtype, batch_size: int) -> Sides:
-    """One level of ten frontier nodes."""
-    logits = random_logits(batch_size, FRONTIER, vocabulary, dtype)
-    scores = torch.linspace(-0.1, -3.0, FRONTIER).repeat(batch_size, 1)
+def expand_frontier(vocabulary: int, dtype: torch.dtype, batch_size: int, device: str = "cpu") -> Sides:
+    """One level of ten frontier nodes; the plain way takes the whole batch at once."""
+    logits = random_logits(batch_size, FRONTIER, vocabulary, dtype, device)
+    scores = torch.linspace(-0.1, -3.0, FRONTIER).repeat(batch_size, 1).to(device)
     return Sides(
         lambda: ops.expand_frontier(logits, scores, FRONTIER),
-        lambda: [plain.expand(logits[row], scores[row], FRONTIER) for row in range(batch_size)],
+        lambda: plain.expand(logits, scores, FRONTIER),
         logits.numel() * logits.element_size(),
     )
 
@@ -148,20 +162,23 @@ def verify_tree(
     vocabulary: int,
     dtype: torch.dtype = torch.float32,
     batch_size: int = 1,
+    device: str = "cpu",
     *,
     rows: int = VISITED_ROWS,
     sampling: SamplingParams | None = None,
     method: Callable[..., object] = plain.verify_sampled,
 ) -> Sides:
     """A walk that visits `rows` rows of each tree, by sampling at temperature 1 or as `sampling` says."""
-    case = verify_case(random_logits(batch_size, num_nodes, vocabulary, dtype), rows, sampling)
-    tree, temperature = case.tree, float(case.sampling.temperature[0])
-    tokens, parents = tree.tokens.tolist(), tree.parents[0].tolist()
-    buffer = torch.empty(num_nodes, vocabulary)
+    case = verify_case(random_logits(batch_size, num_nodes, vocabulary, dtype, device), rows, sampling)
+    tree, temperature, top_p = case.tree, float(case.sampling.temperature[0]), float(case.sampling.top_p[0])
+    tokens = tree.tokens.tolist()
+    buffer: list[torch.Tensor] = []  # made when the plain way first runs
 
     def sampled() -> object:
+        if not buffer:
+            buffer.append(torch.empty(num_nodes, vocabulary, device=device))
         return [
-            method(case.logits[row], tokens[row], parents, temperature, case.uniforms(), buffer)
+            method(case.logits[row], tokens[row], case.parents, temperature, case.uniforms(), buffer[0], top_p)
             for row in range(batch_size)
         ]
 
@@ -174,11 +191,11 @@ def verify_tree(
 
 def _greedy(logits: torch.Tensor, tree: DraftTree) -> Callable[[], object]:
     parents = tree.parents[0].tolist()
-    paths = plain.leaf_paths(parents, plain.depths(plain.tree_mask(parents)).tolist())
+    paths = plain.leaf_paths(parents, plain.depths(plain.tree_mask(parents)).tolist()).to(logits.device)
     return lambda: [plain.verify_greedy(rows, tokens, paths) for rows, tokens in zip(logits, tree.tokens, strict=True)]
 
 
-BY_NODES: dict[str, Callable[[int, int], Sides]] = {
+BY_NODES: dict[str, Callable[[int, int, str], Sides]] = {
     "prune_tree": prune_tree,
     "merge_trees": merge_trees,
     "tree_attention_mask": tree_attention_mask,

@@ -2,26 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from typing import Any
+
+import backends
 import pytest
 import torch
 
+from taps_ext import ops
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked `long`, and 1,000 generated cases an op")
+    parser.addoption("--cases", type=int, metavar="N", help="generated cases an op, instead of 300")
     parser.addoption(
-        "--long", action="store_true", help="run the tests marked `long`, and 1,000 generated cases per op"
+        "--backend",
+        choices=(*backends.NAMES, "none"),
+        help="only the tests of the ops, on this backend: the CPU, the CUDA kernels under the host stand-in, or a GPU; "
+        "none: only the other tests",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes minutes or gigabytes; deselected unless --long is given")
+    config.addinivalue_line("markers", "backends(*names): of the tests that use `backend`, where this one runs")
+    config.addinivalue_line("markers", "gpu: needs a GPU and the CUDA ops; belongs to the backend cuda")
+
+
+def pytest_report_header() -> str:
+    left_out = [f"{name} ({reason})" for name in backends.NAMES if (reason := backends.missing(name))]
+    return f"backends of the ops: {', '.join(map(str, _present()))}; left out: {', '.join(left_out) or 'none'}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        chosen = metafunc.definition.get_closest_marker("backends")
+        names = [name for name in _present() if chosen is None or name in chosen.args]
+        metafunc.parametrize("backend", names, indirect=True)
+
+
+def _present() -> list[str]:
+    return [name for name in backends.NAMES if not backends.missing(name)]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--long"):
-        return
-    long = [item for item in items if item.get_closest_marker("long")]
-    config.hook.pytest_deselected(items=long)
-    items[:] = [item for item in items if item not in long]
+    for item in items:
+        if item.get_closest_marker("gpu") and (reason := backends.missing("cuda")):
+            item.add_marker(pytest.mark.skip(reason=reason))
+    wanted = [item for item in items if _is_wanted(config, item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+def _is_wanted(config: pytest.Config, item: pytest.Item) -> bool:
+    if item.get_closest_marker("long") and not config.getoption("--long"):
+        return False
+    return config.getoption("--backend") in (None, _backend_of(item))
+
+
+def _backend_of(item: pytest.Item) -> str:
+    if item.get_closest_marker("gpu"):
+        return "cuda"
+    call = getattr(item, "callspec", None)
+    return str(call.params.get("backend", "none")) if call else "none"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A failure says how the stand-in had arranged its threads."""
+    report = yield
+    backend = getattr(item, "funcargs", {}).get("backend")
+    if report.failed and isinstance(backend, backends.StandIn):
+        report.sections.append(("stand-in", str(backend)))
+    return report
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +83,21 @@ def one_torch_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The native module that `ops` calls during the test; a test file that uses it runs on every backend."""
+    try:
+        module = backends.load(request.param)
+    except backends.StandInMissingError as error:
+        pytest.fail(str(error), pytrace=False)
+    if isinstance(module, backends.StandIn):
+        module.restart()
+    monkeypatch.setattr(ops, "_ops", lambda: module)
+    return module
+
+
 @pytest.fixture(scope="session")
 def num_cases(pytestconfig: pytest.Config) -> int:
-    """How many generated cases an op is compared on."""
-    return 1000 if pytestconfig.getoption("--long") else 100
+    """On how many generated cases an op is compared with the reference; other claims are held on a third of them."""
+    default = 1000 if pytestconfig.getoption("--long") else 300
+    return pytestconfig.getoption("--cases") or default

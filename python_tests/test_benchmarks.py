@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,10 +17,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_decode
+import bench_gpu
 import cases
+import gpu_report
 import plain
 import provenance
 import timing
+from transformers import TopPLogitsWarper
 
 from taps_ext import ops, reference
 from taps_ext.sampling import SamplingParams
@@ -122,6 +127,21 @@ def test_plain_sampling_is_lossless(method: object, dtype: torch.dtype, temperat
     assert float(((counts - expected) ** 2 / expected).sum()) < 24.3  # exceeded once in a thousand seeds
 
 
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+def test_plain_top_p_cuts_what_transformers_cuts(top_p: float) -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) * 2
+    expected = TopPLogitsWarper(top_p)(torch.empty(6, 0, dtype=torch.int64), logits)
+    assert torch.equal(plain._cut_top_p(logits, top_p), expected)
+
+
+def test_plain_expansion_takes_a_batch_at_once() -> None:
+    logits, scores = cases.random_logits(3, 4, 100, torch.float32), torch.linspace(-0.1, -3, 12).view(3, 4)
+    together = plain.expand(logits, scores, 5)
+    for row in range(3):
+        for one, other in zip(plain.expand(logits[row], scores[row], 5), together, strict=True):
+            torch.testing.assert_close(other[row], one)
+
+
 def test_plain_compaction_moves_the_same_rows() -> None:
     kv = torch.randn(4, 2, 3, 12, 5, generator=torch.Generator().manual_seed(0))
     expected, path = kv.clone(), torch.tensor([[0, 2, 4, -1, -1], [0, 1, -1, -1, -1]])
@@ -184,3 +204,86 @@ def test_results_are_replaced_whole(tmp_path: Path) -> None:
         provenance.write_json(target, {"a": object()})
     assert json.loads(target.read_text()) == {"a": 1}
     assert list(target.parent.iterdir()) == [target]
+
+
+# ---- on a GPU
+
+
+def test_the_cases_of_a_gpu_begin_with_those_of_its_goals() -> None:
+    """A run that is cut short lacks what matters least."""
+    found = [vars(case) for case in bench_gpu.every_case()]
+    for goal in gpu_report.GOALS:
+        places = [i for i, case in enumerate(found) if goal.shape.items() <= case.items()]
+        assert places and places[0] < 100, goal
+    assert all(case["batch"] * (case["nodes"] or 10) * (case["vocabulary"] or 0) * 2 <= 20 << 30 for case in found)
+
+
+def test_the_cases_of_a_gpu_agree_with_themselves_on_the_cpu() -> None:
+    """The script whole, without its clocks: small cases of every op, results compared."""
+    meter = bench_gpu.Meter("cpu")
+    small = [bench_gpu.Case(case.op, 1, case.nodes, 500 if case.vocabulary else None, case.sampling)
+             for case in bench_gpu.dry_cases()]  # fmt: skip
+    rows = [meter.row(case) for case in small]
+    assert len(rows) == 12
+    assert all(row["agrees_with_cpu"] for row in rows)
+
+
+def test_a_wrong_result_does_not_agree() -> None:
+    tree = reference.prune_tree(cases.as_tree(cases.grow_pool(0, 10)), 20)
+    tree = dataclasses.replace(tree, tokens=tree.tokens + 1_000_000)
+    wrong = dataclasses.replace(tree, tokens=tree.tokens + (torch.arange(20) == 7))
+    assert bench_gpu.agree((tree, tree.scores), (tree, tree.scores + 1e-7))
+    assert not bench_gpu.agree(wrong, tree)
+
+
+def row_of(shape: dict[str, object], **measured: float) -> dict[str, object]:
+    times = {
+        name: {"median": value, "lower_quartile": value, "upper_quartile": value} for name, value in measured.items()
+    }
+    floors = {f"{state}_floor_us": 2.0 for state in ("warm", "cold")}
+    return {**shape, **times, **floors}
+
+
+def test_goals_are_met_missed_or_not_measured() -> None:
+    rows = [
+        row_of(gpu_report._verify(1, "1"), warm_us=14.0, cold_us=16.0, plain_us=200.0),
+        row_of(gpu_report._verify(64, "0"), warm_us=5.0, cold_us=6.0),
+        row_of({**gpu_report.EXPANSION, "batch": 1}, warm_us=5.9, cold_us=13.0, plain_us=40.0),
+        {**gpu_report._verify(1, "0"), "error": "out of memory"},
+    ]
+    found = {(goal["shape"], goal["unit"]): goal for goal in gpu_report.goals(rows)}
+    assert found["verify_tree B=1 N=60 V=128256 T=1", "us"]["met"] is True
+    in_floors = found["verify_tree B=64 N=60 V=128256 T=0", "x floor"]
+    assert (in_floors["limit"], in_floors["warm"], in_floors["cold"], in_floors["met"]) == (2, 2.5, 3.0, False)
+    assert found["expand_frontier B=1 V=128256", "of 2 x floor or 6 us"]["met"] is True
+    assert found["expand_frontier B=1 V=128256", "of the plain way"]["met"] is False
+    assert found["verify_tree B=1 N=60 V=128256 T=0", "us"]["met"] is None
+
+
+def test_the_report_shows_every_row_and_every_goal() -> None:
+    rows = [
+        row_of(gpu_report._verify(1, "1"), warm_us=14.0, cold_us=16.0),
+        {**gpu_report.EXPANSION, "error": "no room"},
+    ]
+    result = {
+        "provenance": {"date": "2026-11-23"},
+        "copy_gb_per_s": 3000.0,
+        "empty_launch_us": {"warm": 1.5, "cold": 2.5},
+        "rows": rows,
+        "goals": gpu_report.goals(rows),
+        "cases_left_out": 3,
+    }
+    text = gpu_report.markdown(result)
+    assert "| B=1 N=60 V=128256 T=1 | 14 (14 - 14) | 16 (16 - 16) | 7 | 8 | 2 |" in text
+    assert "| B=1 V=128256 | no room |" in text
+    tables = [line for line in text.splitlines() if line.startswith("| B=")]
+    assert {line.count("|") for line in tables} == {gpu_report.HEADER.count("|")}
+    assert "3 left out for time, 1 errors" in gpu_report.summary(result)
+
+
+@pytest.mark.parametrize(
+    "script", sorted((provenance.ROOT / "benchmarks" / "runs").glob("*.sh")), ids=lambda path: path.name
+)
+def test_run_scripts_are_well_formed(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -23,7 +23,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"native", "tree"},
     "reference": {"ops", "tree"},
     "kv_cache": {"ops", "tree"},
-    "target": {"ops", "tree", "kv_cache"},
+    "tree_attention": set(),
+    "device": {"native"},
+    "target": {"device", "ops", "tree", "tree_attention", "kv_cache"},
     "verification": {"ops", "tree", "sampling"},
     "processors": {"tree", "sampling"},
     "drafters": {"drafters", "ops", "tree", "sampling"},
@@ -99,7 +101,7 @@ def test_nothing_in_the_library_imports_tests_benchmarks_or_the_command_line() -
 
 def test_the_reader_of_imports_sees_every_kind_of_import() -> None:
     """The table above is only as good as `imports`."""
-    eagle = imports(PACKAGE / "drafters" / "eagle.py")
+    eagle = imports(PACKAGE / "drafters" / "eagle_group.py")
     assert {"ops", "tree", "drafters.base"} <= eagle
     assert "cli" not in imports(PACKAGE / "cli.py")
     assert "decoder" in imports(PACKAGE / "cli.py"), "an import inside a function"
@@ -140,15 +142,40 @@ def test_loops_and_kernels_know_no_torch(path: Path) -> None:
     assert not knowing
 
 
-@pytest.mark.parametrize("name", ["tree_rules.h", "philox.h", "sampling_rule.h", "device.h"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tree_rules.h", "philox.h", "sampling_rule.h", "logits_type.h", "device.h", "ticket.h"),
+        *("launch.cuh", "block_primitives.cuh"),
+    ],
+)
 def test_rules_know_no_torch(name: str) -> None:
     knowing = [one.name for one in with_all_it_includes(CSRC / "common" / name) if TORCH.search(one.read_text())]
     assert not knowing
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_an_op_has_its_three_files_and_one_name_in_every_layer(op: str) -> None:
-    names = {path.name for path in sources(f"{op}*")}
-    assert {f"{op}.h", f"{op}.cpp", f"{op}_cpu.cpp"} <= names
+def test_an_op_has_its_four_files_and_one_name_in_every_layer(op: str) -> None:
+    files = {path.name: path for path in sources(f"{op}*")}
+    assert {f"{op}.h", f"{op}.cpp", f"{op}_cpu.cpp", f"{op}_cuda.cu"} <= files.keys()
+    assert re.search(rf"\bcuda::{op}\(", files[f"{op}.cpp"].read_text()), "the op does not call its kernel"
     for path in (CSRC / "ops.h", CSRC / "bindings.cpp", PACKAGE / "ops.py", PACKAGE / "reference.py"):
         assert re.search(rf"\b{op}\(", path.read_text()), f"{op} is missing in {path.name}"
+
+
+KERNEL_FILES = [path for path in sources("*.cu", "*.cuh") if "simt" not in path.parts]
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_kernels_are_one_text_for_nvcc_and_for_the_stand_in(path: Path) -> None:
+    """What the two spell differently is in two headers: launches, shared arrays, and one instruction."""
+    spelt = re.findall(r"<<<|\b__shared__\b|TAPS_SIMT|__CUDACC__|__CUDA_ARCH__", path.read_text())
+    assert not spelt or path.name in ("launch.cuh", "power_of_two.cuh")
+
+
+@pytest.mark.parametrize("path", KERNEL_FILES, ids=lambda path: path.name)
+def test_launch_paths_take_no_memory_and_wait_for_nothing(path: Path) -> None:
+    """A CUDA graph captures every op; and no sum may depend on the order in which threads arrive."""
+    text = path.read_text()
+    assert not re.findall(r"\bcuda(?:Malloc|Free|Memset|Memcpy|HostAlloc)\w*|\bcuda\w*Synchronize\w*", text)
+    assert not re.findall(r"\batomicAdd\w*\((?:reinterpret_cast<)?\(?(?:float|double)\b", text)

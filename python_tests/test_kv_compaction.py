@@ -15,6 +15,8 @@ from tree_cases import assert_same
 
 from taps_ext import ops, reference
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8)
 
 
@@ -54,7 +56,7 @@ def test_compaction_equals_the_reference(num_cases: int) -> None:
 
 
 def test_the_path_moves_and_nothing_else_changes(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         case = random_compaction(seed)
         before = case.kv.clone()
         ops.compact_kv(*case)
@@ -80,6 +82,7 @@ def test_a_row_that_is_finished_moves_nothing() -> None:
     assert kv.flatten().tolist() == list(range(8))
 
 
+@pytest.mark.backends("cpu")
 def test_threads_do_not_change_a_bit() -> None:
     torch.set_num_threads(2)
     for seed in range(10):
@@ -90,6 +93,7 @@ def test_threads_do_not_change_a_bit() -> None:
         assert_same(case.kv, expected, f"seed {seed}")
 
 
+@pytest.mark.backends("cpu", "simt")  # virtual memory: to copy it would fill it
 def test_offsets_beyond_32_bits_work() -> None:
     """Checklist: more than 2^31 elements. The buffer is virtual: only the pages that move are ever touched."""
     try:

@@ -92,6 +92,23 @@ def test_a_patch_release_of_torch_is_no_other_torch(fresh_loader: None, monkeypa
     assert native.load() is close
 
 
+@pytest.mark.parametrize(
+    "built, here, fits",
+    [("12.6", "13.0", False), ("13.0", None, False), ("13.2", "13.0", True), ("none", "13.0", True)],
+)
+def test_a_module_built_for_another_cuda_major_is_refused_with_both_versions(
+    fresh_loader: None, monkeypatch: pytest.MonkeyPatch, built: str, here: str | None, fits: bool
+) -> None:
+    module = SimpleNamespace(build_info=lambda: {"torch": torch.__version__, "cuda": built})
+    monkeypatch.setitem(sys.modules, "taps_ext._C", module)
+    monkeypatch.setattr(torch.version, "cuda", here)
+    reason = native.unavailable_reason()
+    assert (reason is None) == fits
+    if reason:
+        assert f"{torch.__version__} with CUDA {built}" in reason
+        assert "rebuild it: make build" in reason
+
+
 def test_a_module_that_does_not_load_is_named_with_its_error(
     fresh_loader: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,10 +57,13 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 CASES = [(op, change) for op in BUILDERS for change in [{}, *VARIANTS.get(op, [])]]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("op", "change"), CASES, ids=[f"{op}-{'-'.join(change)}" for op, change in CASES])
-def test_opcheck_finds_nothing(op: str, change: dict[str, Any]) -> None:
+def test_opcheck_finds_nothing(op: str, change: dict[str, Any], device: str) -> None:
     """Schema (what is mutated, what aliases), fake shapes and dtypes, and tracing with dynamic shapes."""
-    torch.library.opcheck(getattr(torch.ops.taps_ext, op).default, (), {**BUILDERS[op](), **change})
+    arguments = {**BUILDERS[op](), **change}
+    given = {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    torch.library.opcheck(getattr(torch.ops.taps_ext, op).default, (), given)
 
 
 @pytest.mark.parametrize("op", BUILDERS)

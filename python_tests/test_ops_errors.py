@@ -17,6 +17,8 @@ from torch import Tensor
 from taps_ext import ops
 from taps_ext.tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 Arguments = dict[str, Any]
 
 
@@ -256,7 +258,19 @@ def test_the_arguments_that_the_table_breaks_are_good(op: str) -> None:
     call(**arguments())
 
 
-@pytest.mark.parametrize(("op", "name", "value"), BROKEN, ids=map(names, BROKEN))
+def is_about_values(op: str, name: str, value: Any) -> bool:
+    """Whether only the values of a tensor are bad, which an op on a device cannot see without waiting for it."""
+    if not torch.is_tensor(value):
+        return (op, name) in (("tree_paths", "max_depth"), ("compact_kv", "kv_length")) and value >= 0
+    good = OPS[op][1]()[name]
+    return value.dtype == good.dtype and value.shape == good.shape and value.stride(-1) == 1
+
+
+BAD_VALUES = [case[:3] for case in BROKEN if is_about_values(*case[:3])]
+BAD_FORMS = [case[:3] for case in BROKEN if not is_about_values(*case[:3])]
+
+
+@pytest.mark.parametrize(("op", "name", "value"), BAD_FORMS, ids=map(names, BAD_FORMS))
 def test_bad_input_raises_one_sentence_that_names_it_before_any_work(op: str, name: str, value: Any) -> None:
     call, build = OPS[op]
     arguments = {**build(), name: value}
@@ -267,6 +281,12 @@ def test_bad_input_raises_one_sentence_that_names_it_before_any_work(op: str, na
     assert name.rstrip("s") in str(caught.value)
     assert all(torch.equal(arguments[key], copy) or (copy.is_floating_point() and copy.isnan().any())
                for key, copy in before.items())  # fmt: skip
+
+
+@pytest.mark.backends("cpu")  # what bad values do on a device: test_kernels.py
+@pytest.mark.parametrize(("op", "name", "value"), BAD_VALUES, ids=map(names, BAD_VALUES))
+def test_bad_values_on_the_host_raise_likewise(op: str, name: str, value: Any) -> None:
+    test_bad_input_raises_one_sentence_that_names_it_before_any_work(op, name, value)
 
 
 def assert_is_one_sentence(message: str) -> None:
@@ -299,6 +319,7 @@ SAYS: list[tuple[str, str, Any, str]] = [
 ]
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize(("op", "name", "value", "sentence"), SAYS)
 def test_the_sentence_says_name_expectation_and_fact(op: str, name: str, value: Any, sentence: str) -> None:
     call, build = OPS[op]
@@ -315,6 +336,15 @@ def test_too_many_drafters_are_refused_and_63_are_not() -> None:
         ops.merge_trees(tokens, parents, scores, num_nodes)
     with pytest.raises(ValueError, match="63"):
         ops.merge_trees(tokens[:, :0], parents[:, :0], scores[:, :0], num_nodes[:, :0])
+
+
+@pytest.mark.backends("simt", "cuda")
+def test_what_the_kernels_are_not_made_for_is_said() -> None:
+    with pytest.raises(ValueError, match=r"branching must .*256.* got 257"):
+        ops.expand_frontier(torch.zeros(1, 1, 300), torch.zeros(1, 1), 257)
+    tokens, num_nodes = torch.zeros(1, 63, 1041, dtype=torch.int64), torch.ones(1, 63, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at most 65536 nodes a row on a device, got 63 trees of 1041"):
+        ops.merge_trees(tokens, tokens - 1, tokens.float(), num_nodes)
 
 
 @pytest.mark.parametrize("op", OPS)

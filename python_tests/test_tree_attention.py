@@ -16,6 +16,8 @@ from tree_cases import assert_same, batch, chain, random_trees, row, star
 from taps_ext import ops, reference
 from taps_ext.tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 MASK_DTYPES = (torch.bool, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,7 +78,7 @@ def test_paths_equal_the_reference(num_cases: int) -> None:
 
 def test_the_mask_is_the_ancestor_relation(num_cases: int) -> None:
     rng = random.Random(1)
-    for name, tree in random_trees(num_cases):
+    for name, tree in random_trees(num_cases // 3):
         prefix_lengths, kv_length = random_prefix(tree, rng)
         mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix_lengths, kv_length)
         for b, node in some_nodes(tree, rng):
@@ -86,7 +88,7 @@ def test_the_mask_is_the_ancestor_relation(num_cases: int) -> None:
 
 
 def test_bits_equal_the_mask(num_cases: int) -> None:
-    for name, tree in random_trees(num_cases):
+    for name, tree in random_trees(num_cases // 3):
         no_prefix = torch.zeros(tree.batch_size, dtype=torch.int64)
         mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, no_prefix, 0)[:, 0]
         bits = ops.ancestor_bits(tree.parents, tree.num_nodes)
@@ -97,7 +99,7 @@ def test_bits_equal_the_mask(num_cases: int) -> None:
 
 def test_depth_is_the_length_of_the_path(num_cases: int) -> None:
     rng = random.Random(2)
-    for name, tree in random_trees(num_cases):
+    for name, tree in random_trees(num_cases // 3):
         depths = ops.tree_depths(tree.parents, tree.num_nodes)
         for b, node in some_nodes(tree, rng):
             assert depths[b, node] == len(ancestors_by_walking(tree, b, node)) - 1, name
@@ -105,7 +107,7 @@ def test_depth_is_the_length_of_the_path(num_cases: int) -> None:
 
 def test_additive_masks_are_zero_where_the_bool_mask_is_true_and_leave_no_row_empty(num_cases: int) -> None:
     """Checklist: an attention row of -inf alone would be NaN, in padding slots too."""
-    for name, tree in random_trees(num_cases // 4):
+    for name, tree in random_trees(num_cases // 12):
         no_prefix = torch.zeros(tree.batch_size, dtype=torch.int64)
         visible = ops.tree_attention_mask(tree.parents, tree.num_nodes, no_prefix, 3)
         assert visible.any(-1).all(), name
@@ -115,7 +117,7 @@ def test_additive_masks_are_zero_where_the_bool_mask_is_true_and_leave_no_row_em
 
 
 def test_leaf_paths_are_all_the_leaves_in_order_and_then_nothing(num_cases: int) -> None:
-    for name, tree in random_trees(num_cases):
+    for name, tree in random_trees(num_cases // 3):
         paths = ops.tree_paths(tree.parents, tree.num_nodes)
         for b in range(tree.batch_size):
             count = int(tree.num_nodes[b])
@@ -151,6 +153,7 @@ def test_trees_of_4096_nodes_work() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.backends("cpu")
 def test_masks_of_more_than_2_to_the_31_elements_are_right_at_their_end() -> None:
     """Checklist: more than 2^31 element offsets (SGLang's `int` offset of the full mask)."""
     if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 5 * 2**30:
@@ -190,6 +193,7 @@ def test_rows_do_not_see_each_others_prefix(dtype: torch.dtype) -> None:
     assert visible.sum(-1).tolist() == [[0] * 3, [2] * 3, [4] * 3]
 
 
+@pytest.mark.backends("cpu")
 def test_a_path_deeper_than_max_depth_is_refused() -> None:
     tree = chain(5)
     with pytest.raises(ValueError, match="max_depth"):

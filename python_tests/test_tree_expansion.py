@@ -18,6 +18,7 @@ from tree_cases import (
     assert_same,
     assert_same_tree,
     batch,
+    random_row,
     random_tree,
     random_trees,
     row,
@@ -26,6 +27,8 @@ from tree_cases import (
 
 from taps_ext import ops, reference
 from taps_ext.tree import DraftTree
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 # Log-probabilities are promised to about 1e-6; two units in the last place of a float32 score come on top.
 SCORE_TOLERANCE = {"atol": 2e-6, "rtol": 2.5e-7}
@@ -135,7 +138,7 @@ def test_the_children_of_an_absent_frontier_node_are_absent() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_its_strides(num_cases: int) -> None:
     """Checklist: batch permutation invariance; unaligned row pointers and V not a multiple of 8."""
-    for seed in range(num_cases // 4):
+    for seed in range(num_cases // 12):
         logits, scores, branching = expansion_case(seed)
         whole = ops.expand_frontier(logits, scores, branching)
         flipped = ops.expand_frontier(strided(logits.flip(0)), scores.flip(0), branching)
@@ -143,6 +146,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_its_strides(num_cases: in
             assert_same(actual.flip(0), expected, f"seed {seed}")
 
 
+@pytest.mark.backends("cpu")
 def test_threads_do_not_change_a_bit() -> None:
     """Checklist: ranks (here: thread counts) must agree bit-exactly."""
     logits, scores = torch.randn(4, 10, 5_000), torch.zeros(4, 10)
@@ -160,6 +164,7 @@ def test_branching_may_be_the_whole_vocabulary() -> None:
     torch.testing.assert_close(expanded.scores.exp().sum(-1), torch.ones(1, 2))
 
 
+@pytest.mark.backends("cpu", "simt")  # virtual memory: to copy it would fill it
 @pytest.mark.long
 def test_offsets_beyond_32_bits_work() -> None:
     """Checklist: more than 2^31 elements. The logits are virtual: only the last row is ever written."""
@@ -211,7 +216,7 @@ def test_pruning_equals_the_reference(num_cases: int) -> None:
 
 def test_a_pruned_tree_is_a_tree_within_its_budget(num_cases: int) -> None:
     """Checklist: missing parent (the official code links nodes to wrong parents when scores tie)."""
-    for i, (name, tree) in enumerate(random_trees(num_cases)):
+    for i, (name, tree) in enumerate(random_trees(num_cases // 3)):
         for max_nodes in budgets(tree, i):
             pruned = ops.prune_tree(tree, max_nodes)
             pruned.validate()
@@ -221,7 +226,7 @@ def test_a_pruned_tree_is_a_tree_within_its_budget(num_cases: int) -> None:
 
 def test_a_pruned_tree_is_closed_under_ancestors(num_cases: int) -> None:
     """Every kept path is a path of the input: no node was hung onto another parent."""
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         tree = random_tree(seed, vocabulary=10**9)  # distinct tokens, so that a path names its node
         pruned = ops.prune_tree(tree, max(1, tree.capacity // 2))
         for b in range(tree.batch_size):
@@ -237,7 +242,7 @@ def paths(tree: DraftTree, b: int) -> dict[tuple[int, ...], float]:
 
 
 def test_no_dropped_node_outscores_a_kept_one(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         tree = random_tree(seed)
         pruned = ops.prune_tree(tree, max(1, tree.capacity // 2))
         for b in range(tree.batch_size):
@@ -282,6 +287,14 @@ def test_entropies_travel_with_their_nodes() -> None:
 def test_pruning_to_the_tree_itself_changes_nothing() -> None:
     tree = TREES["complete ternary"]()
     assert_same_tree(ops.prune_tree(tree, 500), tree, "budget beyond the pool")
+
+
+def test_trees_of_2500_nodes_are_pruned_alike() -> None:
+    """Checklist: N beyond what shared memory holds."""
+    rng = random.Random(0)
+    tree = batch([random_row(rng, 2500, 10**6), random_row(rng, 2100, 10**6)], capacity=2500)
+    for max_nodes in (300, 2499):
+        assert_same_tree(ops.prune_tree(tree, max_nodes), reference.prune_tree(tree, max_nodes), f"{max_nodes}")
 
 
 def test_merged_trees_are_not_pruned_by_accident() -> None:

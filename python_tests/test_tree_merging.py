@@ -29,6 +29,8 @@ from tree_cases import (
 from taps_ext import ops, reference
 from taps_ext.tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 class Proposals(NamedTuple):
     """D trees a row, as merge_trees takes them."""
@@ -92,7 +94,7 @@ def test_merging_equals_the_reference(num_cases: int) -> None:
 
 
 def test_merged_tree_keeps_every_path_of_every_input_and_adds_none(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         trees = random_proposals(seed)
         merged = ops.merge_trees(*trees).tree
         for b in range(merged.batch_size):
@@ -102,7 +104,7 @@ def test_merged_tree_keeps_every_path_of_every_input_and_adds_none(num_cases: in
 
 
 def test_scores_are_the_largest_and_proposers_exactly_the_holders(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         trees = random_proposals(seed)
         merged = ops.merge_trees(*trees).tree
         assert merged.proposers is not None
@@ -113,7 +115,7 @@ def test_scores_are_the_largest_and_proposers_exactly_the_holders(num_cases: int
 
 
 def test_the_node_map_leads_each_input_node_to_its_own_path(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         trees = random_proposals(seed)
         merged, node_map = ops.merge_trees(*trees)
         for b in range(merged.batch_size):
@@ -126,7 +128,7 @@ def test_the_node_map_leads_each_input_node_to_its_own_path(num_cases: int) -> N
 
 
 def test_merged_nodes_come_layer_by_layer_and_validate(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         merged = ops.merge_trees(*random_proposals(seed)).tree
         merged.validate()
         depths = ops.tree_depths(merged.parents, merged.num_nodes)
@@ -136,7 +138,7 @@ def test_merged_nodes_come_layer_by_layer_and_validate(num_cases: int) -> None:
 
 
 def test_a_budget_keeps_the_best_nodes_closed_under_ancestors(num_cases: int) -> None:
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         trees = random_proposals(seed)
         whole = ops.merge_trees(*trees).tree
         max_nodes = random.Random(seed).randint(1, whole.capacity)

@@ -20,6 +20,8 @@ from taps_ext import ops, reference
 from taps_ext.reference import Filters
 from taps_ext.tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 PLAIN = Filters()
 
 
@@ -161,15 +163,16 @@ def _all_equal(actual: ops.VerifiedPaths, expected: ops.VerifiedPaths) -> bool:
     return all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.mark.backends("cpu")
 def test_cases_without_a_margin_are_rare(num_cases: int) -> None:
     """The comparison above skips nothing to speak of."""
-    margins = [reference.verification_margin(*random_case(seed)).min() for seed in range(0, num_cases, 2)]
+    margins = [reference.verification_margin(*random_case(seed)).min() for seed in range(0, num_cases, 6)]
     assert sum(float(margin) < 1e-5 for margin in margins) <= max(1, 0.005 * len(margins))
 
 
 def test_the_path_is_a_root_path_and_its_tokens_are_the_draws(num_cases: int) -> None:
     """Each emitted token is what a tree without any draft draws from that node's row at that position."""
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         case = random_case(seed)
         tree, result = case.tree, ops.verify_tree(*case)
         for b in range(tree.batch_size):
@@ -198,7 +201,7 @@ def _children_tokens(tree: DraftTree, b: int, node: int) -> list[int]:
 
 def test_rows_do_not_depend_on_their_neighbours(num_cases: int) -> None:
     """Checklist: batch permutation invariance."""
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         case = random_case(seed)
         order = random.Random(seed).sample(range(case.tree.batch_size), case.tree.batch_size)
         whole, permuted = ops.verify_tree(*case), ops.verify_tree(*case.rows(order))
@@ -208,7 +211,7 @@ def test_rows_do_not_depend_on_their_neighbours(num_cases: int) -> None:
 
 def test_rows_that_the_walk_does_not_visit_are_not_read(num_cases: int) -> None:
     """Checklist: NaN rows never touch a visited row, nor another request."""
-    for seed in range(num_cases):
+    for seed in range(num_cases // 3):
         case = random_case(seed)
         result = ops.verify_tree(*case)
         logits = torch.full_like(case.logits, math.nan)
@@ -253,7 +256,7 @@ def test_an_invalid_row_stops_the_walk_and_keeps_what_was_accepted(depth: int, b
 def test_the_text_does_not_depend_on_the_tree(num_cases: int) -> None:
     """Whatever the tree, the emitted tokens begin the text that the target writes alone."""
     vocabulary, length = 6, 8
-    for seed in range(num_cases):
+    for seed in range(num_cases // 6):
         rng = random.Random(seed)
         table = torch.randn(vocabulary**2, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
         filters = random_filters(rng, vocabulary)
@@ -286,6 +289,7 @@ def _speculative_text(table: Tensor, filters: Filters, seed: int, length: int, r
     return text[2 : length + 2]
 
 
+@pytest.mark.backends("cpu")
 def test_threads_do_not_change_a_bit() -> None:
     """Checklist: ranks (here: thread counts) must agree bit-exactly."""
     for seed in range(10):
@@ -297,6 +301,7 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(1)
 
 
+@pytest.mark.backends("cpu", "cuda")  # the stand-in runs one call at a time
 def test_calls_from_several_python_threads_do_not_meet() -> None:
     """The ops keep no state and release the GIL."""
     cases = [random_case(seed) for seed in range(24)]
@@ -346,6 +351,7 @@ def test_duplicate_siblings_change_no_text() -> None:
     assert torch.equal(twice.num_accepted, once.num_accepted) and torch.equal(twice.bonus_tokens, once.bonus_tokens)
 
 
+@pytest.mark.backends("cpu", "simt")  # virtual memory: to copy it would fill it
 def test_offsets_beyond_32_bits_work() -> None:
     """Checklist: more than 2^31 elements (TRT-LLM's `int row * V`). The logits are virtual: three rows are touched."""
     nodes, vocabulary = 8_300, 262_144

@@ -1,0 +1,117 @@
+"""Every op in one form: its name in the native module, and generated arguments a call, batch first."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from test_kv_compaction import random_compaction
+from test_tree_attention import MASK_DTYPES, random_prefix
+from test_tree_expansion import expansion_case, with_entropies
+from test_tree_merging import random_proposals
+from test_tree_verification import random_case
+from torch import Tensor
+from tree_cases import random_tree
+
+from taps_ext.tree import DraftTree
+
+Arguments = dict[str, Any]  # by name, in the order of the native function
+BATCH_AXIS = {"kv": 1}  # of every other tensor: 0
+
+
+def _trees(tree: DraftTree) -> Arguments:
+    return {"parents": tree.parents, "num_nodes": tree.num_nodes}
+
+
+def _paths(seed: int) -> Arguments:
+    return {**_trees(random_tree(seed)), "nodes": None, "max_depth": random_tree(seed).capacity - 1}
+
+
+def _paths_of_nodes(seed: int) -> Arguments:
+    tree, rng = random_tree(seed), random.Random(seed)
+    nodes = torch.tensor([[rng.randint(-1, int(count) - 1) for _ in range(7)] for count in tree.num_nodes])
+    return {**_trees(tree), "nodes": nodes, "max_depth": tree.capacity - 1}
+
+
+def _mask(seed: int) -> Arguments:
+    tree = random_tree(seed)
+    prefix_lengths, kv_length = random_prefix(tree, random.Random(seed))
+    return {
+        **_trees(tree),
+        "prefix_lengths": prefix_lengths,
+        "kv_length": kv_length,
+        "dtype": MASK_DTYPES[seed % len(MASK_DTYPES)],
+    }
+
+
+def _expansion(seed: int) -> Arguments:
+    return dict(zip(("logits", "scores", "branching"), expansion_case(seed), strict=True))
+
+
+def _pruning(seed: int) -> Arguments:
+    tree = with_entropies(random_tree(seed))
+    names = ("tokens", "parents", "scores", "num_nodes", "entropies")
+    return {**{name: getattr(tree, name) for name in names}, "max_nodes": max(1, tree.capacity * 2 // 3)}
+
+
+def _merging(seed: int) -> Arguments:
+    trees = random_proposals(seed)
+    return {**trees._asdict(), "max_nodes": None if seed % 2 else trees.tokens.shape[2]}
+
+
+def _verification(seed: int) -> Arguments:
+    case = random_case(seed)
+    tree = {"tokens": case.tree.tokens, **_trees(case.tree)}
+    return {"logits": case.logits, **tree, **dict(zip(case._fields[2:], case[2:], strict=True))}
+
+
+def _compaction(seed: int) -> Arguments:
+    return random_compaction(seed)._asdict()
+
+
+CALLS: dict[str, tuple[str, Callable[[int], Arguments]]] = {
+    "tree_depths": ("tree_depths", lambda seed: _trees(random_tree(seed))),
+    "ancestor_bits": ("ancestor_bits", lambda seed: _trees(random_tree(seed))),
+    "tree_paths": ("tree_paths", _paths),
+    "tree_paths of nodes": ("tree_paths", _paths_of_nodes),
+    "tree_attention_mask": ("tree_attention_mask", _mask),
+    "expand_frontier": ("expand_frontier", _expansion),
+    "prune_tree": ("prune_tree", _pruning),
+    "merge_trees": ("merge_trees", _merging),
+    "verify_tree": ("verify_tree", _verification),
+    "compact_kv": ("compact_kv", _compaction),
+}
+
+
+def batch_size(arguments: Arguments) -> int:
+    name, tensor = next((name, value) for name, value in arguments.items() if torch.is_tensor(value))
+    return tensor.shape[BATCH_AXIS.get(name, 0)]
+
+
+def rows(arguments: Arguments, order: Sequence[int]) -> Arguments:
+    """The chosen rows of the batch, in that order, as new tensors."""
+    index = torch.tensor(order)
+    return {
+        name: value.index_select(BATCH_AXIS.get(name, 0), index.to(value.device)) if torch.is_tensor(value) else value
+        for name, value in arguments.items()
+    }
+
+
+def call(module: Any, op: str, arguments: Arguments) -> list[Tensor]:
+    """All that the op gives, what it writes in place included (into a copy); every result is batch first."""
+    arguments = {**arguments}
+    if op == "compact_kv":
+        arguments["kv"] = arguments["kv"].clone()
+    results = getattr(module, op)(*arguments.values())
+    if op == "compact_kv":
+        return [arguments["kv"].transpose(0, 1)]
+    return [results] if torch.is_tensor(results) else list(results)
+
+
+def batches(name: str, num_cases: int, at_least: int = 2) -> list[tuple[int, str, Arguments]]:
+    """(seed, op, arguments) of generated cases with at least so many rows."""
+    op, build = CALLS[name]
+    cases = ((seed, op, build(seed)) for seed in range(num_cases))
+    return [case for case in cases if batch_size(case[2]) >= at_least]
