@@ -9,13 +9,14 @@ STAMPS      := $(VENV)/.stamps
 ENVIRONMENT := $(STAMPS)/environment
 BUILT       := $(STAMPS)/built
 STAND_IN    := $(STAMPS)/stand-in
-SANITIZED   := $(STAMPS)/sanitized
+CHECKED     := $(STAMPS)/checked-
 TOOLKIT     := tools/cuda_toolkit.py
 SIMT        := $(shell find csrc/simt -type f 2>/dev/null)
 NATIVE      := $(filter-out $(SIMT),$(shell find csrc -type f 2>/dev/null))
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(SIMT))
 PYTEST      := $(BIN)/python -m pytest python_tests
 LIBRARY      = $(shell $${CXX:-c++} -print-file-name=$(1))
+IN_CHECKS    = TAPS_SIMT_LIBRARY="$(CURDIR)/build/$(1)/taps_ext/_simt$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
 
 .DEFAULT_GOAL := help
 .PHONY: help environment build stand-in demo test test-all sanitize cuda-check wheel bench lint lint-style lint-types \
@@ -25,7 +26,7 @@ help:
 	@echo 'make demo      build, then show two specialist drafters and their compositions on the embedded models'
 	@echo 'make test      build, then run the tests (at most 8 minutes on 2 cores)'
 	@echo 'make test-all  the same with the long property runs'
-	@echo 'make sanitize  the tests of the ops with every kernel on the host, under address and undefined-behaviour checks'
+	@echo 'make sanitize  the op tests with every kernel on the host, under address, undefined-behaviour and race checks'
 	@echo 'make cuda-check  every kernel through nvcc, where there is one: no spills, stack frames or warnings'
 	@echo 'make wheel     a wheel for the torch of $(VENV), in dist'
 	@echo 'make bench     time the ops and a decode step; the figures go to out/bench'
@@ -61,9 +62,9 @@ $(STAND_IN): $(BUILT) $(SIMT)
 	@TAPS_SIMT=1 $(BIN)/python setup.py build_ext --inplace >build/simt.log 2>&1 || { cat build/simt.log; exit 1; }
 	@touch $@
 
-$(SANITIZED): $(BUILT) $(SIMT)
-	@echo 'building the stand-in for CUDA with sanitizers (log: build/sanitize.log)'
-	@TAPS_SIMT=1 TAPS_SANITIZE=1 $(BIN)/python setup.py build_ext >build/sanitize.log 2>&1 || { cat build/sanitize.log; exit 1; }
+$(CHECKED)%: $(BUILT) $(SIMT)
+	@echo 'building the stand-in for CUDA with checks of $* (log: build/$*.log)'
+	@TAPS_SIMT=1 TAPS_SANITIZE=$* $(BIN)/python setup.py build_ext >build/$*.log 2>&1 || { cat build/$*.log; exit 1; }
 	@touch $@
 
 demo: build
@@ -75,13 +76,14 @@ test: build stand-in
 test-all: build stand-in
 	$(PYTEST) --long
 
-# Python itself is not instrumented: the sanitizers' libraries are loaded before it, and libstdc++, whose exceptions they
+# First every access to memory, then what two threads of a block do to one byte without a barrier between them. Python
+# itself is not instrumented: the sanitizers' libraries are loaded before it, and libstdc++, whose exceptions they
 # follow. Their reports go to stderr as the process ends, so pytest must not hold it back.
-sanitize: $(SANITIZED)
+sanitize: $(CHECKED)memory $(CHECKED)races
 	LD_PRELOAD='$(call LIBRARY,libasan.so) $(call LIBRARY,libubsan.so) $(call LIBRARY,libstdc++.so)' \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	TAPS_SIMT_LIBRARY="$(CURDIR)/build/sanitize/taps_ext/_simt$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(call IN_CHECKS,memory) \
 	$(PYTEST) --backend simt --cases 100 --capture sys
+	$(call IN_CHECKS,races) $(PYTEST) --backend simt --cases 20
 
 cuda-check: environment
 	@$(BIN)/python tools/cuda_check.py

@@ -4,7 +4,7 @@ TAPS_NO_EXT=1      pure Python, no native module
 TAPS_NO_CUDA=1     CPU ops only                    TAPS_FORCE_CUDA=1, FORCE_CUDA=1   CUDA ops, or fail
 TAPS_DEBUG=1       -O0 -g, kernels -lineinfo       MAX_JOBS   compilers at once, by default as cores and memory allow
 TAPS_PIN_TORCH=1   a wheel to hand on (make wheel): version 0.1.0+cu130torch2.13, and that minor of torch required
-TAPS_SIMT=1        `taps_ext._simt` instead, for the tests; with TAPS_SANITIZE=1 under sanitizers (make sanitize)
+TAPS_SIMT=1        `taps_ext._simt` instead, for the tests; with TAPS_SANITIZE=memory or races for `make sanitize`
 TORCH_CUDA_ARCH_LIST, CUDA_HOME, CC, CXX, CXXFLAGS as everywhere; docs/building.md says more
 """
 
@@ -25,7 +25,16 @@ import cuda_toolkit  # noqa: E402
 from cuda_toolkit import Toolkit, switched_on  # noqa: E402
 
 HINT = "taps_ext compiles against your installed torch: pip install torch, then pip install --no-build-isolation ."
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+# Python's own flags define signed overflow, which would hide it. Of -fsanitize=thread the stand-in wants the calls that
+# it makes at every access (csrc/simt/races.h), not the library that answers them.
+MEMORY_CHECKS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-fno-wrapv",
+]
+RACE_CHECKS = ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"]
+SANITIZERS = {"": ([], []), "memory": (MEMORY_CHECKS, MEMORY_CHECKS), "races": (RACE_CHECKS, [])}  # compile, link
 
 
 def files(pattern: str) -> list[str]:
@@ -81,15 +90,13 @@ def stand_in_module(torch: Any, cpp_extension: Any, base: Path) -> Extension:
     header = build_info_header(base, build_info)
     flags = ["-std=c++20", "-O1", "-g1", "-ffp-contract=off", "-fvisibility=hidden", "-DTAPS_SIMT"]
     flags.append("-Wno-unknown-pragmas")  # of nvcc
-    sanitizers = SANITIZERS if switched_on("TAPS_SANITIZE") else []
-    if sanitizers:
-        flags += [*sanitizers, "-fno-wrapv"]  # Python's own flags define signed overflow, which would hide it
+    compiled, linked = SANITIZERS[os.environ.get("TAPS_SANITIZE", "")]
     return cpp_extension.CppExtension(
         "taps_ext._simt",
         ["csrc/bindings.cpp", *files("*/*.cpp"), *files("simt/*.cpp"), *kernels],
         include_dirs=[str(HERE / "csrc/simt/include"), str(HERE / "csrc"), str(header.parent)],
-        extra_compile_args={"cxx": flags},
-        extra_link_args=sanitizers,
+        extra_compile_args={"cxx": flags + compiled},
+        extra_link_args=linked,
     )
 
 
@@ -128,7 +135,7 @@ def arguments() -> dict[str, Any]:
     if switched_on("TAPS_SIMT"):
         if sys.argv[1:2] != ["build_ext"]:
             raise SystemExit("TAPS_SIMT=1 is for python setup.py build_ext: the tests' module is never installed")
-        base = HERE / "build" / ("sanitize" if switched_on("TAPS_SANITIZE") else "simt")
+        base = HERE / "build" / (os.environ.get("TAPS_SANITIZE") or "simt")
         # a build folder of its own: whatever lies in build/lib* would go into the next wheel
         known["options"] = {"build": {"build_base": str(base), "build_platlib": str(base)}}
         return known | {"ext_modules": [stand_in_module(torch, cpp_extension, base)]}

@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import taps_ext
 from taps_ext import ops
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
+from taps_ext.drafters.grouping import GroupedDrafters
 from taps_ext.target import TargetModel
 
 PARTS = {"target": "#4878a8", "drafter": "#6ba368", "tree work": "#d1603d", "rest": "#bbbbbb"}
@@ -89,15 +90,15 @@ class SectionClock:
 
 
 @contextmanager
-def instrumented(clock: SectionClock, drafter_type: type) -> Iterator[None]:
+def instrumented(clock: SectionClock) -> Iterator[None]:
     """Every op, the target's forward and the drafters' methods charged to the clock inside the block."""
     with ExitStack() as patches:
         for name in OPS:
             patches.enter_context(mock.patch.object(ops, name, clock.timed(name, getattr(ops, name))))
         for owner, method, section in (
             (TargetModel, "score", "target"),
-            (drafter_type, "propose", "drafter"),
-            (drafter_type, "observe", "drafter"),
+            (GroupedDrafters, "propose", "drafter"),
+            (GroupedDrafters, "observe", "drafter"),
         ):
             timed = clock.timed(section, getattr(owner, method))
             patches.enter_context(mock.patch.object(owner, method, timed))
@@ -180,7 +181,7 @@ def _decode(decoder: Any, prompt: Tensor, max_new_tokens: int) -> list[dict[str,
     clock = SectionClock()
     steps: list[dict[str, float]] = []
     events = decoder.stream(prompt, max_new_tokens=max_new_tokens)
-    with instrumented(clock, type(next(iter(decoder.drafters.values())))):
+    with instrumented(clock):
         next(events)
         clock.take()
         while True:

@@ -210,6 +210,8 @@ def main() -> None:
     write_json(target, result)
     target.with_suffix(".md").write_text(gpu_report.markdown(result))
     print(gpu_report.summary(result))
+    if any(row.get("agrees_with_cpu") is False for row in result["rows"]):
+        raise SystemExit("a result differs from the CPU's")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def floor_or_six_microseconds(row: Row, state: str) -> float:
 
 
 def share_of_plain(row: Row, state: str) -> float:
-    return microseconds(row, state) / float(row["plain_us"]["median"])
+    """Both from Python: the plain way reads the host, so that it has no graph to replay."""
+    return float(row["eager_us"]["median"]) / float(row["plain_us"]["median"])
 
 
 def _verify(batch: int, sampling: str) -> dict[str, Any]:
@@ -56,7 +57,7 @@ GOALS = [
     Goal("of 2 x floor or 6 us", EXPANSION, 1, floor_or_six_microseconds),
     Goal("of 2 x floor or 6 us", {**EXPANSION, "batch": 64}, 1, floor_or_six_microseconds),
     *(
-        Goal("of the plain way", shape, 0.1, share_of_plain)
+        Goal("of the plain way, both eager", shape, 0.1, share_of_plain)
         for shape in (
             _verify(1, "0"),
             _verify(1, "1"),
@@ -77,7 +78,9 @@ def goals(rows: list[Row]) -> list[Row]:
         entry: Row = {"shape": name_of(goal.shape), "unit": goal.says, "limit": goal.limit}
         for state in ("warm", "cold"):
             entry[state] = _measured(goal, row, state)
-        entry["met"] = None if entry["warm"] is None else entry["warm"] <= goal.limit
+        # What a cache holds in part would flatter a share of the memory's speed.
+        judged = entry["cold" if goal.measure is times_the_floor else "warm"]
+        entry["met"] = None if judged is None else judged <= goal.limit
         found.append(entry)
     return found
 

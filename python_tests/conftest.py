@@ -89,7 +89,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     try:
         module = backends.load(request.param)
     except backends.StandInMissingError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
     if isinstance(module, backends.StandIn):
         module.restart()
     monkeypatch.setattr(ops, "_ops", lambda: module)

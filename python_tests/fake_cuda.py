@@ -66,18 +66,19 @@ def fake_cuda(answer: Callable[[list[int]], list[Any]]) -> Iterator[Traffic]:
         yield traffic
 
 
-def placed(module: Any, dtype: torch.dtype) -> Any:
-    """The module with all that it holds on `DEVICE`, its parameters in `dtype`: `to()` cannot take a fake one there."""
+def placed(module: Any, dtype: torch.dtype, device: torch.device = DEVICE) -> Any:
+    """The module with all that it holds on the device, its parameters in `dtype`: `to()` cannot take fakes there."""
     for part in module.modules():
         for held in (part._parameters, part._buffers, vars(part)):
-            held.update({name: _placed(value, dtype) for name, value in held.items() if isinstance(value, Tensor)})
+            tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+            held.update({name: _placed(value, dtype, device) for name, value in tensors.items()})
     return module
 
 
-def _placed(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _placed(value: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     if isinstance(value, nn.Parameter):
-        return nn.Parameter(torch.empty_like(value, device=DEVICE, dtype=dtype), requires_grad=False)
-    return torch.empty_like(value, device=DEVICE)
+        return nn.Parameter(torch.empty_like(value, device=device, dtype=dtype), requires_grad=False)
+    return torch.empty_like(value, device=device)
 
 
 def _flash_takes(parameters: Any) -> bool:

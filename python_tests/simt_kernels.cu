@@ -180,6 +180,16 @@ __global__ void writes_the_same(int* out) {
   out[threadIdx.x] = found[0];
 }
 
+__global__ void rotates_in_warp(int* out) {
+  TAPS_SHARED(int, values, 64);
+  for (int round = 0; round < 3; ++round) {
+    values[threadIdx.x] = threadIdx.x + round;
+    __syncwarp();
+    out[threadIdx.x] = values[threadIdx.x ^ 31];
+    __syncwarp();
+  }
+}
+
 __global__ void reads_volatile(int* out) {
   TAPS_SHARED(int, least, 1);
   least[0] = 1000;
@@ -197,6 +207,12 @@ __global__ void lacks_barrier(int* out) {
   TAPS_SHARED(int, values, 64);
   values[threadIdx.x] = threadIdx.x;
   out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+__global__ void lacks_barrier_below(int* out) {
+  TAPS_SHARED(int, values, 64);
+  values[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = threadIdx.x == 0 ? 0 : values[threadIdx.x - 1];
 }
 
 // Every thread reads what is there, whoever came last.
@@ -491,6 +507,8 @@ const std::map<std::string, Case> kCases = {
     {"parameters", parameters},
     {"dynamic shared", [] { return reverse(1000, 96) + reverse(20000, 33); }},
     {"writes the same", words(writes_the_same, 64, 64)},
+    {"rotates in warp", words(rotates_in_warp, 64, 64)},
+    {"lacks barrier below", words(lacks_barrier_below, 64, 64)},
     {"reads volatile", words(reads_volatile, 64, 64)},
     {"writes different", words(writes_different, 64, 64)},
     {"lacks barrier after atomics", words(lacks_barrier_after_atomics, 64, 64)},

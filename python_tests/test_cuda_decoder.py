@@ -120,6 +120,31 @@ def test_a_layer_attends_in_two_fused_kernels(dtype: torch.dtype, lengths: list[
         assert traffic.kernels == [EFFICIENT, prefix_kernel] * 2
 
 
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU, where torch wants two for two")
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@torch.inference_mode()
+def test_an_lm_head_on_another_device_than_the_embedding_drafts_there(composition: str) -> None:
+    """As a device map places them: the drafters are beside the lm_head, tokens and trees beside the embedding."""
+    there = torch.device("cuda", 0)
+    with fake_cuda.fake_cuda(Answers([5, 3])):
+        model = fake_cuda.placed(new_target(), torch.float32)
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device=there), requires_grad=False)
+        head.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(there),))
+        target = taps.TargetModel(model)
+        drafters = {}
+        for name in "ab":
+            network = fake_cuda.placed(EagleNetwork(EagleConfig.for_target(target.config)), torch.float32, there)
+            drafters[name] = EagleDrafter(network, target.embedding, target.lm_head, name)
+        chosen = "b" if composition == "single" else None
+        decoder = taps.SpeculativeDecoder(target, drafters, composition, drafter=chosen, shape=SHAPE)
+        request = fake_request([5, 3], 1.0)
+        state = decoder._begin(request)
+        decoder._prefill(request, state)
+        decoder._step(request, state)
+        assert state.root_tokens.device == target.device == fake_cuda.DEVICE != there
+
+
 @torch.inference_mode()
 def test_plain_decoding_takes_prompts_from_the_host() -> None:
     with fake_cuda.fake_cuda(Answers([3])):

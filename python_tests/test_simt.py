@@ -63,6 +63,10 @@ def by_order(program: Path) -> list[Results]:
     return [results(program, *order) for order in ORDERS]
 
 
+def numbers(values: list[int]) -> str:
+    return " ".join(map(str, values))
+
+
 RIGHT = {
     "sums 32": "0",  # wrong results
     "sums 64": "0",
@@ -74,8 +78,9 @@ RIGHT = {
     "block votes": "0",
     "intrinsics": "0",
     "dynamic shared": "00",
-    "reads volatile": " ".join(["0"] * 64),
-    "writes the same": " ".join(["256"] * 64),
+    "rotates in warp": numbers([(thread ^ 31) + 2 for thread in range(64)]),
+    "reads volatile": numbers([0] * 64),
+    "writes the same": numbers([256] * 64),
     "parameters": str(2 * (1 + 8 + 12 + 16 + 20 + 64 + 400)),
     "atomics": f"{2 * 96 * 95 // 2} -95 95 {2**30 - 1} {-(2**30)} 0 -192 384 192",
 }
@@ -115,13 +120,10 @@ def test_a_wrong_kernel_fails_in_every_order(case: str, by_order: list[Results])
         assert re.search("^error: .*" + FOUND[case], found[case])
 
 
-def numbers(values: list[int]) -> str:
-    return " ".join(map(str, values))
-
-
 SUMS = sum(range(128)) * 10 + sum(range(1, 129))
 SHOWN = {  # what the kernel would give with its barrier or atomic; some order must give another result
     "lacks barrier": numbers([thread ^ 1 for thread in range(64)]),
+    "lacks barrier below": numbers([0, *range(63)]),
     "lacks barrier after atomics": numbers([64] * 64),
     "lacks second barrier": numbers([SUMS] * 128),
     "lacks syncwarp": numbers([31 - thread for thread in range(32)]),
@@ -133,6 +135,11 @@ SHOWN = {  # what the kernel would give with its barrier or atomic; some order m
 @pytest.mark.parametrize("case", SHOWN)
 def test_a_missing_barrier_shows_in_some_order(case: str, by_order: list[Results]) -> None:
     assert {found[case] for found in by_order} - {SHOWN[case]}
+
+
+def test_reverse_shows_what_forward_hides(by_order: list[Results]) -> None:
+    right = SHOWN["lacks barrier below"]
+    assert [found["lacks barrier below"] == right for found in by_order[:2]] == [True, False]
 
 
 @pytest.mark.parametrize("case", SHOWN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,18 @@ def test_threads_do_not_change_a_bit() -> None:
     torch.set_num_threads(2)
     for actual, expected in zip(ops.expand_frontier(logits, scores, 10), one, strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.backends("simt")
+def test_a_block_may_read_several_parts_of_a_row(backend: Any) -> None:
+    """So it is where rows are many for the device: the sums must not notice."""
+    logits, scores = random_logits(random.Random(0), 4, 16, 9000), torch.zeros(4, 16)
+    results = []
+    for multiprocessors in (1, 132):
+        backend.arrange("forward", 0, multiprocessors)
+        results.append(backend.module.expand_frontier(logits, scores, 10))
+    for i, (one, other) in enumerate(zip(*results, strict=True)):
+        assert_same(one, other, f"result {i}")
 
 
 def test_branching_may_be_the_whole_vocabulary() -> None:

@@ -11,7 +11,10 @@ import torch
 
 from . import fakes
 
-MEND = "make build, or pip install --no-build-isolation --force-reinstall --no-deps . (in the source folder)"
+MEND = (
+    "make build, or pip install --no-build-isolation --force-reinstall --no-deps . (in the source folder), "
+    "or install the wheel for this torch"
+)
 
 
 class NativeModuleError(ImportError):

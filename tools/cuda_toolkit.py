@@ -92,6 +92,9 @@ def architecture_list(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]])
         asked = ";".join(f"{major}.{minor}" for major, minor in sorted(set(capabilities)))
         if not asked:
             raise SystemExit("TORCH_CUDA_ARCH_LIST=native, but no GPU is visible: name the architecture, as in 9.0")
+    early = re.search(r"(?<![\d.])[5-7]\.\d", asked)
+    if early:
+        raise SystemExit(f"TORCH_CUDA_ARCH_LIST names {early[0]}, but the kernels need 8.0 or later: leave it out")
     return asked or ";".join(toolkit.architectures) + "+PTX"
 
 

@@ -155,9 +155,9 @@ __device__ inline bool arrives_last(unsigned long long* ticket, uint64_t nonce, 
     const unsigned long long before = atomicAdd(ticket, 1ull) & ((1ull << kTicketCountBits) - 1);
     is_last[0] = before + 1 == static_cast<unsigned long long>(total);
     if (is_last[0]) {
-      atomicExch(ticket, 0ull);  // for the next replay of a captured launch
+      __threadfence();
+      atomicExch(ticket, 0ull);  // for the next replay of a captured launch; behind the fence, nobody waits for it
     }
-    __threadfence();
   }
   __syncthreads();
   return is_last[0];

@@ -10,23 +10,25 @@
 
 namespace taps::cuda {
 
-constexpr int kLaneTokens = 8;               // of a chunk
+constexpr int kLaneTokens = 16;              // of a chunk
 constexpr int kChunk = kWarp * kLaneTokens;  // tokens that a warp takes at a time
 constexpr float kLeastNoise = -3.14f;        // below the noise of every word
 constexpr float kNoiseSlack = kBoundSlack;   // far more than float32 loses below
 
-// The words of a lane's tokens in a chunk, two counters of four.
+// The words of a lane's tokens in a chunk, a counter for every four.
 struct LaneWords {
-  PhiloxWords quads[2];
+  static constexpr int kQuads = kLaneTokens / 4;
+  PhiloxWords quads[kQuads];
 
   __device__ static int token(int chunk, int j) {
-    return chunk * kChunk + j / 4 * (kChunk / 2) + lane_index() * 4 + j % 4;
+    return chunk * kChunk + j / 4 * (kWarp * 4) + lane_index() * 4 + j % 4;
   }
 
   __device__ uint32_t operator[](int j) const { return quads[j / 4].word[j % 4]; }
 
   __device__ uint32_t least() const {
     uint32_t least = quads[0].word[0];
+#pragma unroll
     for (int j = 1; j < kLaneTokens; ++j) {
       least = min(least, (*this)[j]);
     }
@@ -35,8 +37,12 @@ struct LaneWords {
 };
 
 __device__ __forceinline__ LaneWords lane_words(int64_t seed, int64_t position, int chunk) {
-  const uint32_t first = static_cast<uint32_t>(LaneWords::token(chunk, 0)) / 4;
-  return {{noise_words(seed, position, first), noise_words(seed, position, first + kChunk / 8)}};
+  LaneWords words;
+#pragma unroll
+  for (int quad = 0; quad < LaneWords::kQuads; ++quad) {
+    words.quads[quad] = noise_words(seed, position, static_cast<uint32_t>(LaneWords::token(chunk, 4 * quad)) / 4);
+  }
+  return words;
 }
 
 // The word of one token.

@@ -10,6 +10,8 @@
 //   The token is the argmax of z + gumbel over the kept ones, ties to the lowest token.
 // Each filter keeps the tokens from some logit up, so an implementation may look for three thresholds and take the
 // largest; and it may discard a token on a float32 bound of z + gumbel, as long as float64 decides among the rest.
+// Only log and log1p are a library's own: those of a CPU and of a GPU may differ in the last bit, which decides a draw
+// where two sums agree to 16 digits.
 #pragma once
 
 #include <cfloat>

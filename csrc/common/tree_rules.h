@@ -93,6 +93,16 @@ TAPS_HD inline uint32_t standing_of(float score) {
   return (bits >> 31) != 0 ? bits : 0x7FFFFFFFu - bits;
 }
 
+// The score that has this standing, -inf for what is never kept.
+TAPS_HD inline float score_of(uint32_t standing) {
+  const uint32_t bits = standing == kNeverKept  ? 0xFF800000u
+                        : (standing >> 31) != 0 ? standing
+                                                : 0x7FFFFFFFu - standing;
+  float score;
+  memcpy(&score, &bits, sizeof(score));
+  return score;
+}
+
 // Keys are unique, smaller is better, and an ancestor's is smaller than its descendants': the best `budget` keys of a
 // tree are therefore a tree, exact ties included.
 TAPS_HD inline uint64_t rank_key(float score, int64_t node, uint64_t parent_key) {

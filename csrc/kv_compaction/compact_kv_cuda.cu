@@ -10,7 +10,8 @@ constexpr int kRowsAtOnce = 8;  // that a thread has in flight: most accepted pa
 // A thread owns a column of one slab, as wide as a Unit, and moves it row by row; `lanes` threads share a slab. Rows in
 // flight are all loaded before the first is stored: a row's source is never below the destinations before it.
 template <typename Unit, int kThreads>
-__global__ void compact_kv_kernel(const CompactKvParams params, int64_t slabs, int lanes) {
+__global__ void __launch_bounds__(kThreads, 1)
+    compact_kv_kernel(const CompactKvParams params, int64_t slabs, int lanes) {
   const int slabs_per_block = kThreads / lanes;
   const int slab_of_block = static_cast<int>(threadIdx.x) / lanes;
   const int64_t slab = static_cast<int64_t>(blockIdx.x) * slabs_per_block + slab_of_block;

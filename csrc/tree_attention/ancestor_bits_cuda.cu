@@ -12,7 +12,8 @@ constexpr int64_t kWordsPerBlock = 512;
 // A block per tile of a request's nodes, a thread per word of a node: walks are short, and the lanes of a node read the
 // same parents and write neighbouring words.
 template <int kThreads>
-__global__ void ancestor_bits_kernel(const AncestorBitsParams params, int tiles, int tile_nodes) {
+__global__ void __launch_bounds__(kThreads)
+    ancestor_bits_kernel(const AncestorBitsParams params, int tiles, int tile_nodes) {
   TAPS_DYNAMIC_SHARED(int32_t, shared);
   const int64_t b = blockIdx.x / tiles;
   const int first = static_cast<int>(blockIdx.x % tiles) * tile_nodes;

@@ -79,7 +79,8 @@ __device__ __forceinline__ void write_row(const TreeAttentionMaskParams& params,
 // A block per tile of a request's rows. A thread a row collects the row's ancestors as bits; then each group of `lanes`
 // threads writes a row, 16 bytes a thread: the writing is the cost.
 template <typename Element, int kThreads>
-__global__ void tree_attention_mask_kernel(const TreeAttentionMaskParams params, Tiling tiling) {
+__global__ void __launch_bounds__(kThreads)
+    tree_attention_mask_kernel(const TreeAttentionMaskParams params, Tiling tiling) {
   TAPS_DYNAMIC_SHARED(int32_t, shared);
   const int64_t b = blockIdx.x / tiling.tiles;
   const int first = static_cast<int>(blockIdx.x % tiling.tiles) * tiling.tile_rows;

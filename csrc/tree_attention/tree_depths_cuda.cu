@@ -15,7 +15,7 @@ struct alignas(8) Link {
 // One block per request, a thread per node, so that log2(depth) rounds of pointer doubling find every depth. Trees
 // larger than the block come in tiles: parents precede their children, so what lies before a tile is known already.
 template <int kThreads>
-__global__ void tree_depths_kernel(const TreeDepthsParams params) {
+__global__ void __launch_bounds__(kThreads) tree_depths_kernel(const TreeDepthsParams params) {
   TAPS_SHARED(Link, links, 2 * kThreads);  // one half is read while the other is written: a barrier a round is enough
   const int64_t* parents = params.parents + blockIdx.x * params.nodes;
   int64_t* depths = params.depths + blockIdx.x * params.nodes;

@@ -9,7 +9,7 @@ namespace {
 // One block per request. As on the CPU, the output first holds a flag a node, then the list, which never overtakes the
 // flags.
 template <int kThreads>
-__global__ void tree_leaves_kernel(const TreeLeavesParams params) {
+__global__ void __launch_bounds__(kThreads) tree_leaves_kernel(const TreeLeavesParams params) {
   static_assert(kThreads > kWarp);  // then block_scan is a barrier too
   const int64_t* parents = params.parents + blockIdx.x * params.nodes;
   int64_t* leaves = params.leaves + blockIdx.x * params.nodes;
@@ -42,7 +42,7 @@ __global__ void tree_leaves_kernel(const TreeLeavesParams params) {
 
 // A thread per step of a path, up from the path's end: paths are short, and neighbours write neighbouring elements.
 template <int kThreads>
-__global__ void tree_paths_kernel(const TreePathsParams params, int64_t elements) {
+__global__ void __launch_bounds__(kThreads) tree_paths_kernel(const TreePathsParams params, int64_t elements) {
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (element >= elements) {
     return;

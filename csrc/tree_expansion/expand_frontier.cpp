@@ -20,7 +20,7 @@ void check_limits(const Tensor& logits, int64_t branching) {
     return;
   }
   TORCH_CHECK_VALUE(branching <= kMostBranching, "branching must be at most ", kMostBranching, " on a device, got ",
-                    branching, ": expand on the CPU, or in fewer children");
+                    branching, ": ask for fewer children, or move the logits to the CPU");
   TORCH_CHECK_VALUE(logits.size(1) <= kMostFrontierNodes && logits.size(2) <= kMostVocabulary,
                     "logits must hold at most ", kMostFrontierNodes, " frontier nodes and ", kMostVocabulary,
                     " tokens on a device, got ", text_of(logits.sizes()));

@@ -25,13 +25,6 @@ __device__ __forceinline__ uint64_t key_of(float logit, int token) {
   return static_cast<uint64_t>(standing_of(logit)) << 32 | static_cast<uint32_t>(token);
 }
 
-__device__ __forceinline__ float logit_of(uint32_t standing) {
-  if (standing == kNeverKept) {
-    return -kInfinity;
-  }
-  return float_from_bits(standing >> 31 != 0 ? standing : 0x7FFFFFFFu - standing);
-}
-
 // ---- One tile ----
 
 constexpr float kLog2OfE = 1.44269504f;
@@ -141,7 +134,7 @@ __device__ void expand_tile(const Row<kType>& row, bool is_aligned, int tile, in
   for (int warp = 1; warp < kThreads / kWarp; ++warp) {
     standing = min(standing, best_of_warp[warp]);
   }
-  const float maximum = logit_of(standing);
+  const float maximum = score_of(standing);
   float2 own = make_float2(0, 0);
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -151,7 +144,7 @@ __device__ void expand_tile(const Row<kType>& row, bool is_aligned, int tile, in
   sums[threadIdx.x] = own;
   __syncthreads();
 
-  const float least = logit_of(static_cast<uint32_t>(top.bound >> 32));
+  const float least = score_of(static_cast<uint32_t>(top.bound >> 32));
   const uint32_t last = static_cast<uint32_t>(top.bound);  // the chunk up to which logits of `least` count
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
@@ -211,7 +204,7 @@ __device__ void finish_row(const ExpandFrontierParams& p, int64_t row, int num_t
   };
   const auto is_valid = [&] { return fabs(statistics.maximum) < -kNone; };
   const auto write = [&](int rank, uint64_t key) {
-    const double z = static_cast<double>(logit_of(static_cast<uint32_t>(key >> 32))) - statistics.maximum;
+    const double z = static_cast<double>(score_of(static_cast<uint32_t>(key >> 32))) - statistics.maximum;
     const double log_probability = is_valid() ? fmin(0.0, z - log_sum) : kNone;
     p.tokens[row * k + rank] = static_cast<uint32_t>(key);
     p.scores[row * k + rank] = static_cast<float>(static_cast<double>(parent) + log_probability);
@@ -293,14 +286,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType>)
 
 // ---- The launch ----
 
-int num_multiprocessors() {
-  int device = 0;
-  int count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // Whether every row can be loaded by chunks of 16 bytes.
 template <LogitsType kType>
 bool is_aligned(const ExpandFrontierParams& params, int64_t rows) {
@@ -313,7 +298,7 @@ bool is_aligned(const ExpandFrontierParams& params, int64_t rows) {
 
 template <int kThreads, LogitsType kType>
 void launch(const ExpandFrontierParams& params, int64_t rows, int num_tiles, Stream stream) {
-  const int64_t wanted = int64_t{64} * std::max(1, num_multiprocessors());  // eight times what fits at a time
+  const int64_t wanted = int64_t{64} * num_multiprocessors();  // eight times what fits at a time
   const int64_t tiles_per_block = std::max<int64_t>(1, std::min<int64_t>(rows * num_tiles / wanted, num_tiles));
   const int blocks = static_cast<int>((num_tiles + tiles_per_block - 1) / tiles_per_block);
   const bool aligned = is_aligned<kType>(params, rows);

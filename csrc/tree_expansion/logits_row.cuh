@@ -1,52 +1,41 @@
 // Rows of logits on the device, loaded in chunks of 16 bytes that become float32 in registers.
 #pragma once
 
-#include <type_traits>
-
 #include "common/launch.cuh"
 #include "common/logits_type.h"
+#include "tree_expansion/expand_frontier.h"  // kTokensPerThread
 
 namespace taps::cuda {
 
 // The vocabulary is contiguous.
 template <LogitsType kType>
 struct Row {
-  using Element = std::conditional_t<kType == LogitsType::kFloat32, uint32_t, uint16_t>;
+  using Format = LogitsFormat<kType>;
+  using Element = typename Format::Bits;
   static constexpr int kPerChunk = 16 / sizeof(Element);  // tokens in a load of 16 bytes
   const Element* data;                                    // [V]
   int vocabulary;
-
-  static __device__ __forceinline__ float logit_of_bits(uint32_t bits) {
-    if constexpr (kType == LogitsType::kFloat32) {
-      return float_from_bits(bits);
-    } else if constexpr (kType == LogitsType::kBFloat16) {
-      return float_from_bits(bits << 16);
-    } else {
-      return float_from_half(static_cast<uint16_t>(bits));
-    }
-  }
 
   static __device__ __forceinline__ void unpack(const uint4& chunk, float* logits) {
     const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (kPerChunk == 4) {
-        logits[i] = logit_of_bits(words[i]);
+        logits[i] = Format::value(words[i]);
       } else {
-        logits[2 * i] = logit_of_bits(words[i] & 0xFFFFu);
-        logits[2 * i + 1] = logit_of_bits(words[i] >> 16);
+        logits[2 * i] = Format::value(static_cast<Element>(words[i] & 0xFFFFu));
+        logits[2 * i + 1] = Format::value(static_cast<Element>(words[i] >> 16));
       }
     }
   }
 
-  __device__ __forceinline__ float at(int token) const { return logit_of_bits(__ldg(data + token)); }
+  __device__ __forceinline__ float at(int token) const { return Format::value(__ldg(data + token)); }
 };
 
 // 32 bits of -inf, which stand for tokens past the vocabulary: they change no sum and are never the best.
 template <LogitsType kType>
-constexpr uint32_t kAbsent = kType == LogitsType::kFloat32    ? 0xFF800000u
-                             : kType == LogitsType::kBFloat16 ? 0xFF80FF80u
-                                                              : 0xFC00FC00u;
+constexpr uint32_t kAbsent =
+    LogitsFormat<kType>::kMinusInfinity * (sizeof(typename LogitsFormat<kType>::Bits) == 2 ? 0x10001u : 1u);
 
 // Loads the chunks of 16 bytes that begin at first_of(0), first_of(1), ...
 template <LogitsType kType, int kChunks, typename First>

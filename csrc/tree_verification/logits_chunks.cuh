@@ -1,4 +1,4 @@
-// A row of logits in chunks of 256 tokens, one to a warp at a time, eight tokens a lane.
+// A row of logits in chunks of 512 tokens, one to a warp at a time, 16 tokens a lane.
 #pragma once
 
 #include <cstdint>
@@ -10,61 +10,40 @@
 
 namespace taps::cuda {
 
-// The logit that has this standing (tree_rules.h; larger logits have smaller standings).
-__device__ __forceinline__ float logit_of(uint32_t standing) {
-  return float_from_bits((standing >> 31) != 0 ? standing : 0x7FFFFFFFu - standing);
-}
-
 TAPS_HD inline int64_t num_chunks(int64_t vocabulary) {
   return (vocabulary + kChunk - 1) / kChunk;
 }
 
-template <LogitsType kType>
-struct LogitsFormat;
-
-template <>
-struct LogitsFormat<LogitsType::kFloat32> {
-  using Bits = uint32_t;
-  static constexpr Bits kMinusInfinity = 0xFF800000u;
-  __device__ static float value(Bits bits) { return float_from_bits(bits); }
-};
-
-template <>
-struct LogitsFormat<LogitsType::kBFloat16> {
-  using Bits = uint16_t;
-  static constexpr Bits kMinusInfinity = 0xFF80u;
-  __device__ static float value(Bits bits) { return float_from_bits(static_cast<uint32_t>(bits) << 16); }
-};
-
-template <>
-struct LogitsFormat<LogitsType::kFloat16> {
-  using Bits = uint16_t;
-  static constexpr Bits kMinusInfinity = 0xFC00u;
-  __device__ static float value(Bits bits) { return float_from_half(bits); }
-};
-
-// The eight logits of a lane as they lie in memory, 16 bytes a vector.
+// A lane's logits of a chunk as they lie in memory, 16 bytes a vector.
 template <LogitsType kType>
 struct LaneLogits {
   using Format = LogitsFormat<kType>;
   using Bits = typename Format::Bits;
-  static constexpr int kVectors = kLaneTokens * sizeof(Bits) / sizeof(uint4);
   static constexpr int kPerWord = 4 / sizeof(Bits);
+  static constexpr int kVectors = kLaneTokens / (4 * kPerWord);
 
   uint32_t words[4 * kVectors];
 
   __device__ float operator[](int j) const {
     return Format::value(static_cast<Bits>(words[j / kPerWord] >> (32 / kPerWord * (j % kPerWord))));
   }
+};
 
-  // The first one, and the others move up: a loop that is not unrolled cannot index registers.
+// One vector of them, to be taken one by one: a loop that is not unrolled cannot index registers.
+template <LogitsType kType>
+struct LogitsQueue {
+  static constexpr int kPerWord = LaneLogits<kType>::kPerWord;
+  static constexpr int kLength = 4 * kPerWord;
+
+  uint32_t words[4];
+
   __device__ float pop() {
-    const float first = (*this)[0];
+    const float first = LogitsFormat<kType>::value(static_cast<typename LogitsFormat<kType>::Bits>(words[0]));
 #pragma unroll
-    for (int w = 0; w + 1 < 4 * kVectors; ++w) {
+    for (int w = 0; w < 3; ++w) {
       words[w] = kPerWord == 1 ? words[w + 1] : words[w] >> 16 | words[w + 1] << 16;
     }
-    words[4 * kVectors - 1] >>= 16;
+    words[3] >>= 16;
     return first;
   }
 };

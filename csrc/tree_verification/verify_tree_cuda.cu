@@ -4,17 +4,16 @@
 #include "common/block_primitives.cuh"
 #include "common/launch.cuh"
 #include "common/tree_rules.h"
-#include "tree_verification/token_draw.cuh"
+#include "tree_verification/row_parts.cuh"
+#include "tree_verification/token_draw_cuda.cuh"
 #include "tree_verification/verify_tree.h"
 
 namespace taps::cuda {
 
 namespace {
 
-constexpr int kUndecided = -2;  // beside -1, an invalid row
-
 __device__ inline DrawSettings settings_of(const VerifyTreeParams& p, int64_t b) {
-  return draw_settings(p.temperature[b], p.top_k[b], p.top_p[b], p.min_p[b], p.seeds[b]);
+  return draw_settings(p.temperature[b], p.top_k[b], p.top_p[b], p.min_p[b], p.seeds[b], p.positions[b]);
 }
 
 // A part of the row of node `node`, at this depth.
@@ -24,10 +23,7 @@ __device__ DrawTask<kType> task_of(const VerifyTreeParams& p, int64_t b, int64_t
   using Bits = typename ChunkedRow<kType>::Bits;
   const Bits* logits = static_cast<const Bits*>(p.logits) + b * p.batch_stride + node * p.node_stride;
   const int chunks = static_cast<int>(num_chunks(p.vocabulary));
-  return {{logits, static_cast<int>(p.vocabulary)},
-          chunks * part / parts,
-          chunks * (part + 1) / parts,
-          p.positions[b] + depth};
+  return {{logits, static_cast<int>(p.vocabulary)}, chunks * part / parts, chunks * (part + 1) / parts, depth};
 }
 
 // The results of request b, whose path is written up to `depth`.
@@ -60,7 +56,8 @@ __device__ int child_with(const VerifyTreeParams& p, int64_t b, int count, int n
   return first < INT32_MAX ? first : -1;
 }
 
-// One block per request: the walk is sequential in depth, parallel over the vocabulary.
+// One block per request: the walk is sequential in depth, parallel over the vocabulary. (Launch bounds of one block a
+// multiprocessor: for two, nvcc spills registers.)
 template <int kThreads, LogitsType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_visited_kernel(const VerifyTreeParams p) {
   TAPS_DYNAMIC_SHARED(uint32_t, chunk_best);
@@ -86,69 +83,6 @@ __global__ void __launch_bounds__(kThreads, 1) verify_visited_kernel(const Verif
 }
 
 // ---- All rows ----
-
-// What a part of a row found: enough to draw the row's token once the maximum of all parts is known. For greedy and for
-// filtered rows the key is all, in the latter holding the token that the row's first part drew from the whole row.
-struct RowPart {
-  RowKey key;
-  double noise;       // of the token that is drawn if it lies in this part
-  int32_t token;      // this token, or kUndecided
-  uint32_t standing;  // of its logit
-};
-static_assert(sizeof(RowPart) == kRowPartWords * sizeof(int64_t));
-
-template <LogitsType kType>
-__device__ RowPart part_of(const Drawn& found, const ChunkedRow<kType>& row, bool is_in_key) {
-  if (!is_valid(found.key)) {
-    return {found.key, 0, INT32_MAX, kNeverKept};
-  }
-  if (is_in_key) {
-    return {found.key & ~RowKey{0xFFFFFFFF} | static_cast<RowKey>(found.token), 0, INT32_MAX, kNeverKept};
-  }
-  return {found.key, found.noise, found.is_close ? kUndecided : found.token, standing_of(row.at(found.token))};
-}
-
-// Values that are measured from different maxima agree to 1e-13 where z is above -60, as that of a winner and of any
-// rival in its part is: no winner is below the maximum's -3.14, and noise spans 26.02.
-constexpr double kPartSlack = 1e-9;
-
-__device__ inline RowPart load_part(const RowPart* part) {  // from where other blocks' writes arrive
-  const auto* words = reinterpret_cast<const unsigned long long*>(part);
-  const unsigned long long last = __ldcg(words + 2);
-  return {__ldcg(words), __longlong_as_double(static_cast<long long>(__ldcg(words + 1))),
-          static_cast<int32_t>(last & 0xFFFFFFFFu), static_cast<uint32_t>(last >> 32)};
-}
-
-// drawn[node] of each node's parts, a lane per part. `parts` is a power of two up to a warp.
-template <int kThreads>
-__device__ void join_parts(const RowPart* all_parts, int count, int parts, const DrawSettings& settings, bool is_in_key,
-                           int32_t* drawn) {
-  for (int first = 0; first < count * parts; first += kThreads) {
-    const int i = first + static_cast<int>(threadIdx.x);
-    const RowPart part = i < count * parts ? load_part(all_parts + i) : RowPart{~RowKey{0}, 0, INT32_MAX, kNeverKept};
-    RowKey key = part.key;
-    for (int offset = 1; offset < parts; offset *= 2) {
-      key = min(key, __shfl_xor_sync(kAllLanes, key, offset));
-    }
-    const double z = settings.scale(logit_of(part.standing), logit_of(standing_of_key(key)));
-    double value = part.standing == kNeverKept ? -static_cast<double>(kInfinity) : z + part.noise;
-    int token = part.token;
-    int undecided = part.token == kUndecided;
-    for (int offset = 1; offset < parts; offset *= 2) {
-      const double other = __shfl_xor_sync(kAllLanes, value, offset);
-      const int other_token = __shfl_xor_sync(kAllLanes, token, offset);
-      undecided |= __shfl_xor_sync(kAllLanes, undecided, offset);
-      const bool loses = beats(other, other_token, value, token);
-      value = loses ? other : value;
-      token = loses ? other_token : token;
-    }
-    token = !is_valid(key) ? -1 : is_in_key ? token_of_key(key) : undecided != 0 ? kUndecided : token;
-    if (i < count * parts && i % parts == 0) {
-      drawn[i / parts] = token;
-    }
-  }
-  __syncthreads();
-}
 
 // The walk over drawn tokens: next[node] is the first child that carries the node's token, or past every node.
 template <int kThreads>
@@ -206,8 +140,9 @@ __global__ void __launch_bounds__(kThreads, 1) verify_all_rows_kernel(const Veri
   RowPart* request_parts = reinterpret_cast<RowPart*>(p.workspace + rows) + b * nodes * parts;
   unsigned long long* ticket = reinterpret_cast<unsigned long long*>(p.workspace) + b;
   if (threadIdx.x == 0) {
-    ready_ticket(ticket, p.nonce);
     settings[0] = settings_of(p, b);
+  } else if (threadIdx.x == kThreads - 1) {  // of another warp, so that neither waits for the other's loads
+    ready_ticket(ticket, p.nonce);
   }
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
@@ -250,23 +185,16 @@ __global__ void __launch_bounds__(kThreads, 1) verify_all_rows_kernel(const Veri
 
 // ---- Launches ----
 
-int multiprocessors() {
-  int device = 0;
-  int count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-// Blocks per row when all rows are drawn, a power of two; 0 where visiting rows one after the other is faster.
+// Blocks per row when all rows are drawn, a power of two, so that each multiprocessor has one; 0 where rows are so many
+// that visiting some, one after the other, is faster.
 int parts_per_row(const VerifyTreeParams& params, int64_t rows) {
   const int64_t all_rows = rows * params.nodes;
-  const int64_t most = std::min<int64_t>(2 * multiprocessors(), kMostRowParts);
-  if (all_rows > most) {
+  const int64_t blocks = std::min<int64_t>(num_multiprocessors(), kMostRowParts);
+  if (all_rows > std::min(2 * blocks, kMostRowParts)) {
     return 0;
   }
   int parts = 1;
-  while (parts < kWarp && 2 * parts * all_rows <= most && 2 * parts <= num_chunks(params.vocabulary)) {
+  while (parts < kWarp && 2 * parts * all_rows <= blocks && 2 * parts <= num_chunks(params.vocabulary)) {
     parts *= 2;
   }
   return parts;

@@ -55,7 +55,7 @@ class Drafter(Protocol):
         """A draft tree a row, grown from the last observed slot; the committed part of `state` stays as it is.
 
         Args:
-            root_tokens: int64 [B], the last token observed, node 0 of each tree.
+            root_tokens: int64 [B], the last token observed, node 0 of each tree; the trees lie on its device.
             shape: depth, branching and node budget. The capacity is min(max_nodes, 1 + K + (depth - 1) * K * K)
                 with K = min(branching, V).
             active: bool [B]; other rows get a tree that is only its root.

@@ -133,7 +133,7 @@ class EagleGroup:
     @torch.no_grad()
     def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> list[DraftTree]:
         """A tree a drafter, see `Drafter.propose`. Reads nothing from the device."""
-        state, num_drafters = _own(state), len(self.networks)
+        state, num_drafters, device = _own(state), len(self.networks), root_tokens.device
         branching = min(shape.branching, self.config.vocab_size)
         _reserve(state, state.kv_length + (shape.depth - 1) * branching)
         root_tokens, active = (values.to(self.device).repeat(num_drafters) for values in (root_tokens, active))
@@ -152,7 +152,7 @@ class EagleGroup:
             levels.append(_level(expanded, pool_start + level.frontier))
             pool_start += level.tokens.shape[1]
             features = _gather_rows(out, levels[-1].frontier_parents)
-        return _split(ops.prune_tree(_pool(root_tokens, levels), shape.max_nodes), num_drafters)
+        return _split(ops.prune_tree(_pool(root_tokens, levels), shape.max_nodes), num_drafters, device)
 
     def _forward_frontier(self, state: EagleState, level: _Level, features: Tensor, mask: Tensor, depth: int) -> Tensor:
         """The outputs [R, K, H] of a level's frontier; its keys and values join the transient slots.
@@ -287,13 +287,15 @@ def _pool(root_tokens: Tensor, levels: list[_Level]) -> DraftTree:
     )
 
 
-def _split(trees: DraftTree, num_drafters: int) -> list[DraftTree]:
-    """The trees of each drafter, of those of all, drafter by drafter."""
+def _split(trees: DraftTree, num_drafters: int, device: torch.device) -> list[DraftTree]:
+    """The trees of each drafter, of those of all, drafter by drafter, on the device that asked for them."""
     assert trees.entropies is not None
     fields = (trees.tokens, trees.parents, trees.scores, trees.num_nodes, trees.entropies)
     return [
         DraftTree(tokens, parents, scores, num_nodes, entropies=entropies)
-        for tokens, parents, scores, num_nodes, entropies in zip(*(f.chunk(num_drafters) for f in fields), strict=True)
+        for tokens, parents, scores, num_nodes, entropies in zip(
+            *(field.to(device).chunk(num_drafters) for field in fields), strict=True
+        )
     ]
 
 

@@ -10,6 +10,7 @@
 #include "common/bounded_noise.cuh"
 #include "common/sampling_rule.h"
 #include "tree_verification/logits_chunks.cuh"
+#include "tree_verification/row_scan.cuh"
 #include "tree_verification/token_filter.cuh"
 
 namespace taps::cuda {
@@ -23,125 +24,34 @@ struct DrawSettings {
   int64_t top_k;
   double top_p;
   int64_t seed;
+  int64_t root_position;
 
   __device__ bool has_filter(int64_t vocabulary) const {
     return !is_greedy && ((0 < top_k && top_k < vocabulary) || top_p < 1 || least_z > -static_cast<double>(kInfinity));
   }
 };
 
-// The values are unchecked, as all values on a device: no temperature makes a draw other than greedy but one above 0.
+// The values are unchecked, as all values on a device: draws are greedy but at a finite temperature above 0.
 __device__ inline DrawSettings draw_settings(double temperature, int64_t top_k, double top_p, double min_p,
-                                             int64_t seed) {
+                                             int64_t seed, int64_t root_position) {
   return {{temperature, 1 / temperature},
           scale_of_bound(temperature),
           !(temperature > 0 && temperature <= FLT_MAX),
           min_p > 0 ? log(min_p) : -static_cast<double>(kInfinity),
           top_k,
           top_p,
-          seed};
+          seed,
+          root_position};
 }
 
-// What to draw from: chunks first..end-1 of a row, all of them where there is a filter, at an absolute position.
+// What to draw from: chunks first..end-1 of a row, all of them where there is a filter, `depth` positions behind the
+// root's.
 template <LogitsType kType>
 struct DrawTask {
   ChunkedRow<kType> row;
   int first, end;
-  int64_t position;
+  int64_t depth;
 };
-
-// ---- First reading ----
-
-// A row's maximum: its standing above its lowest token, so that the smallest key of parts is that of the whole.
-using RowKey = unsigned long long;
-
-constexpr RowKey kNanKey = 0;
-constexpr uint32_t kStandingOfInfinity = 0x7FFFFFFFu - 0x7F800000u;
-
-__device__ inline uint32_t standing_of_key(RowKey key) {
-  return static_cast<uint32_t>(key >> 32);
-}
-
-__device__ inline int token_of_key(RowKey key) {
-  return static_cast<int>(key & 0xFFFFFFFFu);
-}
-
-// Whether the row holds no NaN and has a finite maximum.
-__device__ inline bool is_valid(RowKey key) {
-  return standing_of_key(key) > kStandingOfInfinity && standing_of_key(key) != kNeverKept;
-}
-
-// What a lane has seen: its maximum, and the eight logits that had it first.
-template <LogitsType kType>
-struct LaneBest {
-  float maximum = -kInfinity;
-  int chunk = -1;
-  bool is_nan = false;
-  LaneLogits<kType> logits = {};
-
-  __device__ __forceinline__ float take(int chunk_in, const LaneLogits<kType>& eight) {
-    float highest = -kInfinity;
-#pragma unroll
-    for (int j = 0; j < kLaneTokens; ++j) {
-      const float logit = eight[j];
-      is_nan |= logit != logit;
-      highest = fmaxf(highest, logit);
-    }
-    if (highest > maximum) {
-      maximum = highest;
-      chunk = chunk_in;
-      logits = eight;
-    }
-    return highest;
-  }
-
-  __device__ RowKey key(const ChunkedRow<kType>& row) const {
-    int token = 0;
-#pragma unroll
-    for (int j = kLaneTokens - 1; j >= 0; --j) {
-      token = logits[j] == maximum ? row.token(chunk, j) : token;
-    }
-    return is_nan ? kNanKey : static_cast<RowKey>(standing_of(maximum)) << 32 | static_cast<RowKey>(token);
-  }
-};
-
-// Chunks first..end-1 of a row. A warp takes a chunk at a time, and has the loads of several under way.
-template <int kThreads, bool kAsVectors, LogitsType kType>
-__device__ __forceinline__ void scan_part(const ChunkedRow<kType>& row, int first, int end, uint32_t* chunk_best,
-                                          LaneBest<kType>& best) {
-  constexpr int kWarps = kThreads / kWarp;
-  constexpr int kAtOnce = kAsVectors ? 8 / LaneLogits<kType>::kVectors : 2;
-  for (int chunk = first + warp_index(); chunk < end; chunk += kAtOnce * kWarps) {
-    LaneLogits<kType> logits[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      logits[i] = row.template load<kAsVectors>(min(chunk + i * kWarps, end - 1));
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (chunk + i * kWarps < end) {
-        const float highest = best.take(chunk + i * kWarps, logits[i]);
-        if (chunk_best != nullptr) {
-          const uint32_t standing = __reduce_min_sync(kAllLanes, standing_of(highest));
-          if (lane_index() == 0) {
-            chunk_best[chunk + i * kWarps] = standing;
-          }
-        }
-      }
-    }
-  }
-}
-
-// The key of chunks first..end-1. chunk_best[chunk] becomes the smallest standing in each, unless it is null.
-template <int kThreads, LogitsType kType>
-__device__ RowKey scan_row(const ChunkedRow<kType>& row, int first, int end, uint32_t* chunk_best) {
-  LaneBest<kType> best;
-  const int vectors_end = max(first, min(end, row.vector_end()));
-  scan_part<kThreads, true>(row, first, vectors_end, chunk_best, best);
-  scan_part<kThreads, false>(row, vectors_end, end, chunk_best, best);
-  return block_reduce<kThreads>(best.key(row), [](RowKey a, RowKey b) { return min(a, b); });
-}
-
-// ---- The draw ----
 
 // What of a row takes part, chunks first..end-1, and what z is measured from.
 template <LogitsType kType>
@@ -169,7 +79,7 @@ struct Needed {
     }
   }
 
-  __device__ void refresh() { value = fmaxf(value, logit_of(*const_cast<volatile uint32_t*>(shared))); }
+  __device__ void refresh() { value = fmaxf(value, score_of(*const_cast<volatile uint32_t*>(shared))); }
 };
 
 struct Candidate {
@@ -209,7 +119,7 @@ struct Winner {
 template <LogitsType kType>
 __device__ __forceinline__ unsigned possible_tokens(const Contest<kType>& contest, int chunk, float needed) {
   const uint32_t highest = contest.chunk_best[chunk];
-  const float z_bound = scaled_logit_bound(logit_of(highest), contest.maximum, contest.settings.scale_of_bound);
+  const float z_bound = scaled_logit_bound(score_of(highest), contest.maximum, contest.settings.scale_of_bound);
   if (highest > contest.last_kept || z_bound + kGumbelBound < needed) {
     return 0;
   }
@@ -306,12 +216,14 @@ __device__ Drawn draw_token(const DrawTask<kType>& task, const DrawSettings& set
   }
   uint32_t last_kept = kNeverKept - 1;
   if (settings.has_filter(task.row.vocabulary)) {
-    const ScannedRow<kType> scanned{task.row, chunk_best, logit_of(standing_of_key(key))};
+    const ScannedRow<kType> scanned{task.row, chunk_best, score_of(standing_of_key(key))};
     last_kept = last_kept_standing<kThreads>(scanned, settings.scale, settings.top_k, settings.top_p);
   }
-  const Contest<kType> contest{
-      task.row,          task.first, task.end,      chunk_best,   settings, logit_of(standing_of_key(key)),
-      token_of_key(key), last_kept,  settings.seed, task.position};
+  const Contest<kType> contest{task.row,          task.first,
+                               task.end,          chunk_best,
+                               settings,          score_of(standing_of_key(key)),
+                               token_of_key(key), last_kept,
+                               settings.seed,     settings.root_position + task.depth};
   const Winner winner = best_tokens<kThreads>(contest);
   const double value = block_reduce<kThreads>(winner.value, [](double a, double b) { return a > b ? a : b; });
   const int token =
