@@ -122,6 +122,9 @@ def test_asked_architectures_are_taken_as_they_are(monkeypatch: pytest.MonkeyPat
     assert cuda_toolkit.architecture_list(known, [(9, 0), (9, 0), (12, 0)]) == "9.0;12.0"
     with pytest.raises(SystemExit, match=r"no GPU is visible.*9\.0"):
         cuda_toolkit.architecture_list(known, [])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
+    with pytest.raises(SystemExit, match=r"names 7\.5, but the kernels need 8\.0"):
+        cuda_toolkit.architecture_list(known, [])
 
 
 def test_a_named_toolkit_is_not_replaced_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
