@@ -12,6 +12,7 @@ from unittest import mock
 import fake_cuda
 import pytest
 import torch
+import transformers
 from small_models import new_target, prompts, trained_drafters, trained_target
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -145,6 +146,7 @@ def test_an_lm_head_on_another_device_than_the_embedding_drafts_there(compositio
         assert state.root_tokens.device == target.device == fake_cuda.DEVICE != there
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 looks at the attention mask on the host")
 @torch.inference_mode()
 def test_plain_decoding_takes_prompts_from_the_host() -> None:
     with fake_cuda.fake_cuda(Answers([3])):
