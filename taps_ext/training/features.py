@@ -1,10 +1,10 @@
-"""What a drafter learns from: the target's features of a text, computed as the text comes, and shifted into place."""
+"""What a drafter learns from: the target's features of a text, shifted into the drafter's slots."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from .dataset import TokenBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Head = Callable[[Tensor], Tensor]  # features [..., H] to float32 logits [..., V]
 
 
 @dataclass(frozen=True)
@@ -28,17 +30,40 @@ class DraftBatch:
     next_embeddings: Tensor  # float [B, T, H], the target's embeddings of tokens 1 .. T
     next_features: Tensor  # float [B, T, H], the target's, of positions 1 .. T
     loss_mask: Tensor  # bool [B, T]
+    lengths: Tensor  # int64 [B], slots that are no padding
+    ids: tuple[int, ...]  # B, of the sequences: a hash of their content
+
+
+class FeatureSource(Protocol):
+    """What the trainer asks of the target, whether it is at hand or only its stored features are."""
+
+    @property
+    def embedding(self) -> Tensor:
+        """The target's input embedding [V, H]."""
+        ...
+
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 [..., V] of features [..., H]; gradients flow to the features only."""
+        ...
+
+    def draft_batch(self, batch: TokenBatch) -> DraftBatch:
+        """The batch, moved to the device of the features, as drafter slots."""
+        ...
+
+    def flush(self) -> None:
+        """Bring to disk what was computed, where that is kept; called before each checkpoint and at the end."""
+        ...
 
 
 class FrozenTarget:
-    """The three parts of a target that training uses; none of them is changed."""
+    """A `FeatureSource` that runs the target as the text comes; nothing of the target is changed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._embedding = model.get_input_embeddings()
         weight = model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
-        self._head = weight.detach().float()
+        self._head = weight.detach()
 
     @property
     def embedding(self) -> Tensor:
@@ -48,17 +73,36 @@ class FrozenTarget:
         return weight.detach()
 
     def logits(self, features: Tensor) -> Tensor:
-        """float32 [..., V] of features [..., H]; gradients flow to the features only."""
-        return F.linear(features, self._head.to(features.dtype)).float()
+        """float32 [..., V] of features [..., H], computed in the lm_head's precision."""
+        return head_logits(features, self._head)
 
     @torch.no_grad()
+    def features(self, batch: TokenBatch) -> Tensor:
+        """float32 [B, L, H] after the target's final norm, by one forward; those of padding mean nothing."""
+        tokens = batch.tokens.to(self.embedding.device)
+        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden.float()
+
     def draft_batch(self, batch: TokenBatch) -> DraftBatch:
-        """The batch as drafter slots: one forward of the target, its features those after the final norm."""
-        base = self.model.base_model
-        hidden: Tensor = base(input_ids=batch.tokens, use_cache=False).last_hidden_state.float()
-        learned = F.pad(batch.loss_mask[:, 2:], (0, 1), value=False)
-        embeddings = F.embedding(batch.tokens[:, 1:], self.embedding).float()
-        return DraftBatch(hidden[:, :-1], embeddings, hidden[:, 1:], learned)
+        """The batch as drafter slots, by one forward of the target."""
+        return shift(self.features(batch), batch, self.embedding)
+
+    def flush(self) -> None:
+        """Nothing: nothing is kept."""
 
 
-Head = Callable[[Tensor], Tensor]  # features [..., H] to float32 logits [..., V]
+def head_logits(features: Tensor, head: Tensor) -> Tensor:
+    """float32 [..., V] of features [..., H] and an lm_head [V, H], computed in the lm_head's precision.
+
+    So does drafting; and a large lm_head must not be cast for every few hundred slots.
+    """
+    return F.linear(features.to(head.dtype), head).float()
+
+
+@torch.no_grad()
+def shift(features: Tensor, batch: TokenBatch, embedding: Tensor) -> DraftBatch:
+    """The drafter slots of a batch with the target's features [B, L, H] and input embedding [V, H]."""
+    batch = batch.to(features.device)
+    learned = F.pad(batch.loss_mask[:, 2:], (0, 1), value=False)
+    embeddings = F.embedding(batch.tokens[:, 1:].to(embedding.device), embedding).to(features)
+    return DraftBatch(features[:, :-1], embeddings, features[:, 1:], learned, batch.lengths - 1, batch.ids)
