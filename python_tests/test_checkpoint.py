@@ -3,45 +3,52 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from drafter_files import (
+    FORMS,
+    LLAMA3_ROPE,
+    PUBLISHED_KEYS,
+    H,
+    Tensors,
+    V,
+    accelerate_state,
+    files_in,
+    make_network,
+    make_target,
+    published_config,
+    published_tensors,
+    save,
+    without,
+    write,
+    write_sharded,
+)
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from taps_ext.drafters import (
     EagleConfig,
     EagleNetwork,
-    average_drafters,
+    checkpoint_files,
     load_drafter,
     load_drafters,
     load_network,
     save_drafter,
+    validate_drafter,
 )
-
-V, H = 61, 32
-PUBLISHED_KEYS = {
-    "embed_tokens.weight",
-    "fc.weight",
-    *(f"layers.0.self_attn.{part}_proj.weight" for part in "qkvo"),
-    *(f"layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
-    "layers.0.post_attention_layernorm.weight",
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -51,117 +58,12 @@ def _warnings_are_errors() -> Any:
         yield
 
 
-def make_target(**overrides: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "hidden_size": H,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": V,
-        "rope_theta": 500000.0,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **overrides})).eval()
-
-
 @pytest.fixture(scope="module")
 def target() -> LlamaForCausalLM:
     return make_target()
 
 
-def make_network(target: LlamaForCausalLM, seed: int = 1, **overrides: Any) -> EagleNetwork:
-    torch.manual_seed(seed)
-    return EagleNetwork(EagleConfig.for_target(target.config, **overrides))
-
-
-def published_tensors(target: LlamaForCausalLM, network: EagleNetwork) -> Tensors:
-    embedding = target.get_input_embeddings().weight.detach().clone()
-    return {"embed_tokens.weight": embedding, **{key: value.clone() for key, value in network.state_dict().items()}}
-
-
-def published_config(**overrides: Any) -> dict[str, Any]:
-    """A config.json as the published repositories have it: 4.x spellings, no head_dim, `bias` false."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": H,
-        "intermediate_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 1,
-        "vocab_size": V,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 500000.0,
-        "torch_dtype": "float16",
-        "bias": False,
-        "transformers_version": "4.28.1",
-    }
-    return {key: value for key, value in {**config, **overrides}.items() if value is not None}
-
-
-def write(
-    folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, name: str = "model.safetensors"
-) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config or published_config()))
-    if name.endswith(".bin"):
-        torch.save(tensors, folder / name)
-    else:
-        save_file(tensors, folder / name)
-    return folder
-
-
-def write_sharded(folder: Path, tensors: Tensors, name: str) -> Path:
-    """Two shards and their index, as transformers writes them."""
-    stem, suffix = name.rsplit(".", 1)
-    shards = {key: f"{stem}-0000{i % 2 + 1}-of-00002.{suffix}" for i, key in enumerate(tensors)}
-    for shard in set(shards.values()):
-        write(folder, {key: tensors[key] for key, home in shards.items() if home == shard}, name=shard)
-    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    return folder
-
-
-def prefixed(tensors: Tensors, prefix: str) -> Tensors:
-    return {prefix + key: value for key, value in tensors.items()}
-
-
-def without(tensors: Tensors, *keys: str) -> Tensors:
-    return {key: value for key, value in tensors.items() if key not in keys}
-
-
-def accelerate_state(folder: Path, tensors: Tensors) -> Path:
-    torch.save({"weight": torch.zeros(V, H)}, write(folder, tensors, name="pytorch_model.bin") / "pytorch_model_1.bin")
-    (folder / "optimizer.bin").write_bytes(b"not read")
-    return folder
-
-
 # --- loading -------------------------------------------------------------------------------------------------------
-
-FORMS: dict[str, Callable[[Path, Tensors], Path]] = {
-    "safetensors": lambda folder, tensors: write(folder, tensors),
-    "bin": lambda folder, tensors: write(folder, tensors, name="pytorch_model.bin"),
-    "sharded safetensors": lambda folder, tensors: write_sharded(folder, tensors, "model.safetensors"),
-    "sharded bin": lambda folder, tensors: write_sharded(folder, tensors, "pytorch_model.bin"),
-    "no embedding": lambda folder, tensors: write(folder, without(tensors, "embed_tokens.weight")),
-    "accelerate state": accelerate_state,
-    "module. prefix": lambda folder, tensors: write(folder, prefixed(tensors, "module.")),
-    "ea_layer. prefix": lambda folder, tensors: write(folder, prefixed(tensors, "model.ea_layer.")),
-    "rotary buffers": lambda folder, tensors: write(
-        folder, {**tensors, "layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, name="pytorch_model.bin"
-    ),
-    "bias claimed, none inside": lambda folder, tensors: write(folder, tensors, published_config(bias=True)),
-    "no bias key": lambda folder, tensors: write(folder, tensors, published_config(bias=None)),
-    "both files": lambda folder, tensors: write(
-        write(folder, {"junk": torch.zeros(1)}, name="pytorch_model.bin"), tensors
-    ),
-    "5.x spellings": lambda folder, tensors: write(
-        folder,
-        tensors,
-        published_config(rope_theta=None, torch_dtype=None, dtype="float16", rope_parameters={"rope_theta": 500000.0}),
-    ),
-}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -356,7 +258,7 @@ def test_missing_places_are_named(target: LlamaForCausalLM, tmp_path: Path, monk
         load_drafter("owner/drafter", target)
 
 
-# --- saving and averaging --------------------------------------------------------------------------------------------
+# --- saving ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -430,46 +332,164 @@ def test_an_embedding_of_another_shape_is_not_saved(target: LlamaForCausalLM, tm
         save_drafter(make_network(target), tmp_path / "d", embedding=torch.zeros(60, H), target_config=target.config)
 
 
-def saved_pair(target: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype) -> tuple[list[Path], list[EagleNetwork]]:
-    networks = [make_network(target, seed).to(dtype) for seed in (1, 2)]
-    folders = [
-        save_drafter(
-            network,
-            tmp_path / f"d{i}",
-            embedding=target.get_input_embeddings(),
-            target_config=target.config,
-            metadata={"domain": f"domain {i}"},
-        )
-        for i, network in enumerate(networks)
-    ]
-    return folders, networks
+# --- damage ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_average_is_computed_in_float32_and_keeps_equal_tensors(target: LlamaForCausalLM, tmp_path: Path) -> None:
-    folders, networks = saved_pair(target, tmp_path, torch.bfloat16)
-    folder = average_drafters(folders, [0.3, 0.7], tmp_path / "average")
-    stored, (first, second) = load_file(folder / "model.safetensors"), (network.state_dict() for network in networks)
-    assert stored.keys() == PUBLISHED_KEYS
-    assert stored["embed_tokens.weight"].equal(target.get_input_embeddings().weight.to(torch.bfloat16))
-    for key in first:
-        exact = 0.3 * first[key].double() + 0.7 * second[key].double()
-        torch.testing.assert_close(stored[key].double(), exact, rtol=2**-8, atol=1e-9)
-    taps = json.loads((folder / "config.json").read_text())["taps"]
-    assert taps["weights"] == [0.3, 0.7]
-    assert taps["parents"] == [{"name": "d0", "domain": "domain 0"}, {"name": "d1", "domain": "domain 1"}]
-    load_drafter(folder, make_target().to(torch.bfloat16))
+def is_sentence(error: BaseException) -> bool:
+    return "\n" not in str(error) and len(str(error)) > 40
 
 
-def test_averages_of_unlike_drafters_are_refused(target: LlamaForCausalLM, tmp_path: Path) -> None:
-    folders, _ = saved_pair(target, tmp_path, torch.float32)
-    embedding = target.get_input_embeddings()
-    for name, overrides in (("bias", {"fc_bias": True}), ("rope", {"rope_theta": 10000.0})):
-        network = make_network(target, **overrides)
-        save_drafter(network, tmp_path / name, embedding=embedding, target_config=target.config)
-    with pytest.raises(ValueError, match="differ in fc_bias; only drafters of one shape can be averaged"):
-        average_drafters([folders[0], tmp_path / "bias"], None, tmp_path / "out")
-    with pytest.raises(ValueError, match="differ in rope_theta"):
-        average_drafters([folders[0], tmp_path / "rope"], None, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"weights that sum to 1, got 2 drafters and the weights \[1.0, 1.0\]"):
-        average_drafters(folders, [1.0, 1.0], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_a_changed_byte_of_a_saved_drafter_never_goes_unnoticed(target: LlamaForCausalLM, tmp_path: Path) -> None:
+    weights = save(target, tmp_path / "d", make_network(target)) / "model.safetensors"
+    whole, random = weights.read_bytes(), Random(0)
+    for _ in range(40):
+        position = random.randrange(len(whole))
+        changed = bytes((whole[position] ^ (1 << random.randrange(8)),))
+        weights.write_bytes(whole[:position] + changed + whole[position + 1 :])
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            load_network(tmp_path / "d")
+        assert is_sentence(caught.value)
+    weights.write_bytes(whole)
+    load_network(tmp_path / "d")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_damaged_files_of_any_origin_load_or_give_a_sentence(
+    name: str, target: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    """Without a digest a changed weight looks like any other; nothing else may happen than that."""
+    tensors, random = published_tensors(target, make_network(target)), Random(1)
+    make = write_sharded if name.endswith(".index.json") else write
+    folder = make(tmp_path / "d", tensors, name=name.removesuffix(".index.json"))
+    whole = {path: path.read_bytes() for path in (folder / name, folder / "config.json")}
+    refusals = []
+    for case in range(120):
+        path, content = random.choice(list(whole.items()))
+        position = random.randrange(len(content) if case % 3 else min(len(content), 1500))  # also where headers are
+        is_cut = case % 4 == 0 and content[position:].strip()
+        path.write_bytes(content[:position] + (b"" if is_cut else random.randbytes(1) + content[position + 1 :]))
+        refusal = what_loading_says(folder)
+        assert refusal or not is_cut
+        refusals.append(refusal)
+        path.write_bytes(content)
+    assert 20 < sum(map(bool, refusals)) < 120
+    assert what_loading_says(folder) is None
+
+
+def what_loading_says(folder: Path) -> str | None:
+    """The sentence of a refusal."""
+    try:
+        load_network(folder)
+    except (ValueError, OSError) as error:
+        assert is_sentence(error)  # noqa: PT017
+        assert not validate_drafter(folder).passed
+        return str(error)
+    return None
+
+
+def test_a_folder_that_lost_a_shard_is_refused(target: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path / "d", published_tensors(target, make_network(target)), "model.safetensors")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"names model-00002-of-00002\.safetensors, which is not there"):
+        load_network(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ["fc.weight"]}')
+    with pytest.raises(ValueError, match="has no weight_map of tensor names to files"):
+        load_network(folder)
+
+
+def test_integer_weights_and_doubled_names_are_refused(target: LlamaForCausalLM, tmp_path: Path) -> None:
+    tensors = published_tensors(target, make_network(target))
+    quantised = {**tensors, "fc.weight": tensors["fc.weight"].to(torch.int8)}
+    assert "fc.weight" in (text := refusal(write(tmp_path / "q", quantised), target))
+    assert "is of int8; quantised drafters are not supported" in text
+    doubled = {**tensors, "module.fc.weight": tensors["fc.weight"].clone()}
+    assert "holds fc.weight twice, as fc.weight and module.fc.weight" in refusal(write(tmp_path / "t", doubled), target)
+    foreign = {**tensors, "fc.weight": tensors["fc.weight"].to(torch.float8_e4m3fn)}
+    assert "is of dtype F8_E4M3" in refusal(write(tmp_path / "f", foreign), target)
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        ({"num_key_value_heads": 2.5}, "num_key_value_heads in .* must be a positive whole number, got 2.5"),
+        ({"hidden_size": True}, "hidden_size in .* must be a positive whole number, got True"),
+        ({"num_attention_heads": 0}, "num_attention_heads in .* must be a positive whole number, got 0"),
+        ({"rope_theta": "500000"}, "rope_theta in .* must be a positive number, got '500000'"),
+        ({"rope_scaling": [2.0]}, r"rope_scaling in .* must be an object or null, got \[2.0\]"),
+        ({"rope_scaling": {"type": "linear"}}, "describes no network that can be built"),
+        ({"hidden_act": "sily"}, "describes no network that can be built"),
+        ({"num_attention_heads": 6, "head_dim": 8}, r"describes no network .* is not a multiple of"),
+        ({"num_key_value_heads": 3}, r"config\.json in .*: num_attention_heads must be a multiple of"),
+    ],
+)
+def test_a_config_that_makes_no_sense_is_refused(
+    overrides: Any, sentence: str, target: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "d", published_tensors(target, make_network(target)), published_config(**overrides))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        load_network(folder)
+    assert is_sentence(caught.value)
+
+
+def test_a_full_disk_leaves_the_drafter_that_was_there(target: LlamaForCausalLM, tmp_path: Path) -> None:
+    folder = save(target, tmp_path / "d", make_network(target, 1))
+    before, limits = files_in(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (0, 500, len(before["d/model.safetensors"]) - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                save(target, folder, make_network(target, 2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert files_in(tmp_path) == before
+
+
+def _save_for_ever(folder: Path, networks: list[EagleNetwork], target: LlamaForCausalLM) -> None:
+    torch.set_num_threads(1)
+    while True:
+        for network in networks:
+            save(target, folder, network)
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_drafter(target: LlamaForCausalLM, tmp_path: Path) -> None:
+    networks, random = [make_network(target, seed) for seed in (1, 2)], Random(2)
+    folder = save(target, tmp_path / "d", networks[0])
+    for _ in range(25):
+        writer = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder, networks, target))
+        writer.start()
+        time.sleep(random.uniform(0.005, 0.06))
+        assert writer.pid is not None
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        found = load_network(folder).fc.weight
+        assert any(found.equal(network.fc.weight) for network in networks)
+    save(target, folder, networks[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["d"], "what the killed ones left is gone"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can swap two folders")
+def test_there_is_a_drafter_at_any_moment_while_another_takes_its_place(
+    target: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    folder = save(target, tmp_path / "d", make_network(target))
+    networks = [make_network(target, seed) for seed in (1, 2)]
+    writer = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder, networks, target))
+    writer.start()
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            assert folder.exists()
+    finally:
+        writer.kill()
+        writer.join()
+
+
+def test_where_folders_cannot_be_swapped_the_old_one_steps_aside(
+    target: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_files, "_exchange", lambda *_: False)
+    for seed in (1, 2, 3):
+        network = make_network(target, seed)
+        folder = save(target, tmp_path / "d", network)
+        assert load_network(folder).fc.weight.equal(network.fc.weight)
+        assert [path.name for path in tmp_path.iterdir()] == ["d"]

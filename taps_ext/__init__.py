@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from .decoder import GenerationResult as GenerationResult
     from .decoder import SpeculativeDecoder as SpeculativeDecoder
     from .drafters import average_drafters as average_drafters
+    from .drafters import export_drafter as export_drafter
     from .drafters import load_drafter as load_drafter
     from .drafters import load_drafters as load_drafters
     from .drafters import save_drafter as save_drafter
+    from .drafters import validate_drafter as validate_drafter
     from .plain_generation import plain_generate as plain_generate
     from .sampling import SamplingParams as SamplingParams
     from .stats import DecodeStats as DecodeStats
@@ -32,10 +34,12 @@ _HOMES = {
     "TargetModel": "target",
     "TreeShape": "tree",
     "average_drafters": "drafters",
+    "export_drafter": "drafters",
     "load_drafter": "drafters",
     "load_drafters": "drafters",
     "plain_generate": "plain_generation",
     "save_drafter": "drafters",
+    "validate_drafter": "drafters",
 }
 
 __all__ = [*_HOMES, "__version__", "ops"]
