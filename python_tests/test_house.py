@@ -16,6 +16,7 @@ CSRC = ROOT / "csrc"
 # All that the lower rooms may import from taps_ext. A package stands for its files too. Rooms that are not listed
 # stand above these: they may know them, and none of these may know them.
 MAY_IMPORT: dict[str, set[str]] = {
+    "disk": set(),
     "fakes": set(),
     "tree": set(),
     "sampling": set(),
@@ -28,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "target": {"device", "ops", "tree", "tree_attention", "kv_cache"},
     "verification": {"ops", "tree", "sampling"},
     "processors": {"tree", "sampling"},
-    "drafters": {"drafters", "ops", "tree", "sampling"},
+    "drafters": {"drafters", "disk", "ops", "tree", "sampling"},
     "composition": {"composition", "drafters.base", "ops", "tree"},
     "stats": {"tree", "verification"},
     "state": {"drafters.base", "kv_cache", "sampling", "stats", "tree", "verification"},
@@ -95,7 +96,8 @@ def test_only_tests_and_benchmarks_import_the_reference() -> None:
 
 def test_nothing_in_the_library_imports_tests_benchmarks_or_the_command_line() -> None:
     for path in PACKAGE.rglob("*.py"):
-        assert not is_allowed("cli", set(imports(path))), path
+        is_command = path.is_relative_to(PACKAGE / "cli") or path.name == "__main__.py"
+        assert is_command or not any(is_allowed(module, {"cli"}) for module in imports(path)), path
         assert not re.search(r"^\s*(from|import) (python_tests|benchmarks|pytest)\b", path.read_text(), re.M), path
 
 
@@ -103,8 +105,9 @@ def test_the_reader_of_imports_sees_every_kind_of_import() -> None:
     """The table above is only as good as `imports`."""
     eagle = imports(PACKAGE / "drafters" / "eagle_group.py")
     assert {"ops", "tree", "drafters.base"} <= eagle
-    assert "cli" not in imports(PACKAGE / "cli.py")
-    assert "decoder" in imports(PACKAGE / "cli.py"), "an import inside a function"
+    assert "cli" not in imports(PACKAGE / "cli" / "generation.py")
+    assert "cli.common" in imports(PACKAGE / "cli" / "generation.py")
+    assert "decoder" in imports(PACKAGE / "cli" / "generation.py"), "an import inside a function"
 
 
 # ---- C++

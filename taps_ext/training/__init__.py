@@ -1,10 +1,7 @@
-"""Training drafters: a dataset with loss masks, features from the target as they are needed, two objectives."""
+"""Training drafters: conversations as token sequences, the target's features of them, and what is learned."""
 
 from __future__ import annotations
 
-from .config import TrainingConfig
-from .dataset import Example, TokenBatch, TokenDataset, chat_sequence
-from .trainer import Trainer, TrainingResult, train_drafter
+from .dataset import Example, TokenBatch, TokenDataset
 
-__all__ = ["Example", "TokenBatch", "TokenDataset", "Trainer", "TrainingConfig", "TrainingResult", "chat_sequence"]
-__all__ += ["train_drafter"]
+__all__ = ["Example", "TokenBatch", "TokenDataset"]

@@ -1,132 +1,276 @@
-"""The training loop of a drafter: AdamW, linear warm-up and decay, clipped gradients, one seed."""
+"""The run of a trainer: updates, validations, checkpoints, the best and the final drafter, and where to go on.
+
+What is written when is such that a process may be killed at any moment: a checkpoint of step S is there only after
+everything that the run wrote up to S, and a run that goes on from it repeats, bit for bit, what came after.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..disk import written
 from ..drafters.checkpoint import save_drafter
-from ..drafters.eagle_network import EagleConfig, EagleNetwork
-from .config import TrainingConfig
-from .dataset import TokenBatch, TokenDataset
-from .features import FrozenTarget
-from .objectives import OBJECTIVES
+from ..drafters.eagle_network import EagleNetwork
+from .acceptance_estimate import estimate
+from .checkpoints import Checkpoints, RunState, layout
+from .config import ObjectiveConfig, TrainingConfig
+from .dataset import TokenDataset
+from .features import FeatureSource
+from .interruption import Interruption
+from .journal import Journal
+from .launch import broadcast, make_accelerator
+from .progress import Observer, StepRecord, ValidationRecord
+from .provenance import check_same, code_version, dataset_facts, identity, settings
+from .update import UpdateFacts, Updater, held_out_batches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from accelerate import Accelerator
 
-Report = Callable[[int, float], None]  # step (from 1), smoothed loss
+BEST, FINAL, CHECKPOINTS, LOG = "best", "final", "checkpoints", "log.jsonl"
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The trained network (float32, in evaluation mode) and the smoothed loss after each step."""
+    """Where a run stands and what it has written."""
 
-    network: EagleNetwork
-    losses: tuple[float, ...]
+    final: Path | None  # the drafter of the last step; None: the run was asked to stop before
+    best: Path | None  # the drafter with the longest estimated acceptance length; None: nothing was held out
+    step: int
+    num_steps: int
+    validation: ValidationRecord | None  # the latest one
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing is left to do."""
+        return self.final is not None
+
+
+@dataclass(frozen=True)
+class DrafterFacts:
+    """What a saved drafter needs besides its weights."""
+
+    target_config: Any
+    dtype: torch.dtype = torch.bfloat16
+    metadata: Mapping[str, Any] | None = None  # JSON values: target, data, parent
+
+
+class _Silent:
+    """The observer of a run that nobody watches."""
+
+    def preparing(self, done: int, total: int | None) -> None: ...
+    def start(self, first_step: int, num_steps: int) -> None: ...
+    def step(self, record: StepRecord) -> None: ...
+    def validated(self, record: ValidationRecord) -> None: ...
+    def note(self, sentence: str) -> None: ...
+    def stop(self) -> None: ...
 
 
 class Trainer:
-    """Trains one drafter against a target that stays as it is."""
+    """Trains one drafter, or goes on with it, in an output folder."""
 
-    def __init__(self, target: PreTrainedModel, config: TrainingConfig, network: EagleNetwork | None = None) -> None:
-        """`network` is trained on in place; by default a new one of the target's shape, initialised from the seed."""
-        self.target = FrozenTarget(target)
-        self.config = config
-        self.network = network or new_network(EagleConfig.for_target(target.config.get_text_config()), config.seed)
-        self._generator = torch.Generator().manual_seed(config.seed)
-        self._optimizer = torch.optim.AdamW(
-            self.network.parameters(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
+    def __init__(
+        self,
+        source: FeatureSource,
+        network: EagleNetwork,
+        training: TokenDataset,
+        validation: TokenDataset | None,
+        objective: ObjectiveConfig,
+        config: TrainingConfig,
+        output: Path,
+        facts: DrafterFacts,
+        observer: Observer | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        """`network`, float32, is trained in place. `accelerator` is by default what the launch asks for."""
+        self.accelerator = accelerator or make_accelerator(config, output)
+        self.updater = Updater(self.accelerator, source, network, training, objective, config)
+        self.source, self.config, self.validation, self.output, self.facts = source, config, validation, output, facts
+        self.observer: Observer = observer if observer and self.accelerator.is_main_process else _Silent()
+        self.checkpoints = Checkpoints(output / CHECKPOINTS, config.keep_checkpoints)
+        self._network_config = network.config
+        self._identity = identity(training, validation, objective, config, network.config)
+        self._journal: Journal | None = None  # of the main process, while it trains
+        self._best: ValidationRecord | None = None
+        self._last: ValidationRecord | None = None
+
+    def train(self) -> TrainingResult:
+        """Run what is left of the updates; the same call again goes on from the newest whole checkpoint.
+
+        A signal (SIGINT, SIGTERM) ends it after a checkpoint of the step. ValueError and OSError are sentences.
+        """
+        first = self._resume()
+        with self._journal_after(first), Interruption() as interruption:
+            self.observer.start(first, self.updater.num_steps)
+            try:
+                return self._finish(self._run(first, interruption))
+            finally:
+                self.observer.stop()
+
+    def _run(self, step: int, interruption: Interruption) -> int:
+        """The step reached."""
+        is_stopping = False
+        while step < self.updater.num_steps and not is_stopping:
+            started = time.perf_counter()
+            facts = self.updater.run(step + 1, interruption.is_requested)
+            step, is_stopping = step + 1, facts.is_stop_requested
+            self._record(step, facts, time.perf_counter() - started)
+            if self._is_due(step, self.config.validate_every):
+                self._validate(step)
+            if is_stopping or self._is_due(step, self.config.save_every):
+                self._save(step)
+        return step
+
+    def _finish(self, step: int) -> TrainingResult:
+        """The drafter of the last step, written; or a word on where the run stands."""
+        is_last = step == self.updater.num_steps
+        if is_last:
+            self._write_drafter(FINAL, step, self._last)
+        else:
+            self.observer.note(
+                f"stopped after step {step} of {self.updater.num_steps}; run it again to go on from there"
+            )
+        return TrainingResult(
+            final=self.output / FINAL if is_last else None,
+            best=self.output / BEST if self._best else None,
+            step=step,
+            num_steps=self.updater.num_steps,
+            validation=self._last,
         )
 
-    def train(self, dataset: TokenDataset, report: Report | None = None) -> TrainingResult:
-        """Run all steps. `report(step, loss)` is called after each; by default a terminal gets a progress bar."""
-        losses: list[float] = []
-        self.network.train()
-        with _progress(self.config.steps) if report is None else _given(report) as report:
-            batches = dataset.batches(self.config.batch_size, self.config.seed)
-            for step, batch in zip(range(self.config.steps), batches, strict=False):
-                loss = self.step(batch, step)
-                losses.append(loss if not losses else 0.95 * losses[-1] + 0.05 * loss)
-                report(step + 1, losses[-1])
-        self.network.eval()
-        return TrainingResult(self.network, tuple(losses))
+    def _is_due(self, step: int, every: int) -> bool:
+        return step % every == 0 or step == self.updater.num_steps
 
-    def step(self, batch: TokenBatch, step: int) -> float:
-        """One update; the sum of the objective's losses before it."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * schedule(step, self.config)
-        draft_batch = self.target.draft_batch(batch)
-        if not bool(draft_batch.loss_mask.any()):
-            return 0.0
-        self._optimizer.zero_grad(set_to_none=True)
-        objective, total = OBJECTIVES[self.config.objective], 0.0
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.config.bf16_autocast):
-            for loss in objective(self.network, self.target.logits, draft_batch, self.config, self._generator):
-                loss.backward()
-                total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
-        self._optimizer.step()
-        return total
+    def _record(self, step: int, facts: UpdateFacts, seconds: float) -> None:
+        record = StepRecord(
+            step=step,
+            epoch=step / self.updater.order.batches_per_epoch,
+            loss=facts.loss,
+            accuracy=facts.accuracy,
+            learning_rate=facts.learning_rate,
+            gradient_norm=facts.gradient_norm,
+            tokens_per_second=facts.num_tokens / seconds,
+        )
+        self.observer.step(record)
+        if self._journal is not None and self._is_due(step, self.config.log_every):
+            self._journal.write(record)
 
+    def _validate(self, step: int) -> None:
+        if self.validation is None:
+            return
+        accelerator, updater = self.accelerator, self.updater
+        place = accelerator.process_index, accelerator.num_processes
+        found = estimate(
+            updater.forward,
+            self.source,
+            held_out_batches(self.validation, updater.micro_batch_size, *place),
+            updater.objective,
+            reduce=(lambda sums: accelerator.reduce(sums, "sum")) if accelerator.num_processes > 1 else None,
+        )
+        measured = tuple(takewhile(math.isfinite, found.accuracy))  # nothing is known of depths that no draft reached
+        length = found.acceptance_length if math.isfinite(found.acceptance_length) else 1.0  # nothing could be drafted
+        is_best = self._best is None or length > self._best.acceptance_length
+        self._last = record = ValidationRecord(step, found.loss, measured, length, is_best)
+        if is_best:
+            self._best = record
+            self._write_drafter(BEST, step, record)
+        self.observer.validated(record)
+        if self._journal is not None:
+            self._journal.write(record)
 
-def train_drafter(
-    target: PreTrainedModel,
-    dataset: TokenDataset,
-    config: TrainingConfig,
-    output: str | Path,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    metadata: dict[str, Any] | None = None,
-    report: Report | None = None,
-) -> TrainingResult:
-    """Train a drafter and save it in the published format at `output`, weights in `dtype`; returns the float32 one."""
-    result = Trainer(target, config).train(dataset, report)
-    saved = EagleNetwork(result.network.config)
-    saved.load_state_dict(result.network.state_dict())
-    facts = {"training": asdict(config), "final_loss": round(result.losses[-1], 4), **(metadata or {})}
-    embedding = target.get_input_embeddings()
-    save_drafter(saved.to(dtype), output, embedding=embedding, target_config=target.config, metadata=facts)
-    return result
+    def _save(self, step: int) -> None:
+        """A checkpoint; what it refers to is on disk before it."""
+        self.source.flush()
+        if self._journal is not None:
+            self._journal.sync()
+        state = RunState(step, self._identity, layout(self.accelerator), self._best, self._last)
+        self.checkpoints.save(self.accelerator, state)
 
+    def _write_drafter(self, name: str, step: int, record: ValidationRecord | None) -> None:
+        """The weights of now as a drafter's folder; every process takes part in gathering them."""
+        weights = self.accelerator.get_state_dict(self.updater.model)
+        if self.accelerator.is_main_process:
+            with torch.device("meta"):
+                network = EagleNetwork(self._network_config)
+            network.load_state_dict({k.removeprefix("network."): v for k, v in weights.items()}, assign=True)
+            metadata = self._metadata(step, record)
+            with written(f"the drafter {name}", self.output):
+                save_drafter(
+                    network.to(self.facts.dtype),
+                    self.output / name,
+                    embedding=self.source.embedding,
+                    target_config=self.facts.target_config,
+                    metadata=metadata,
+                )
+        self.accelerator.wait_for_everyone()
 
-def new_network(config: EagleConfig, seed: int) -> EagleNetwork:
-    """An untrained network, initialised from the seed; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return EagleNetwork(config)
+    def _metadata(self, step: int, record: ValidationRecord | None) -> dict[str, Any]:
+        """How the drafter was made, in an order for readers; a function of the run alone, without times."""
+        dataset = self.updater.dataset
+        names = ("acceptance_length", "accuracy", "loss")
+        estimated = None if record is None else {name: getattr(record, name) for name in names}
+        return {
+            "algorithm": self.updater.objective.name,
+            **(self.facts.metadata or {}),
+            "step": step,
+            "num_steps": self.updater.num_steps,
+            "seed": self.config.seed,
+            "trained_length": max(map(dataset.length, range(len(dataset)))),
+            "dataset": dataset_facts(dataset),
+            "estimate": estimated,
+            "objective": asdict(self.updater.objective),
+            "training": settings(self.config),
+            "code": code_version(),
+        }
 
+    def _resume(self) -> int:
+        """The step that the run goes on after; weights, optimizer and records are those of that step."""
+        found = None
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+            found = (self._identity, *self.checkpoints.newest())
+        wanted, folder, state, complaints = broadcast(self.accelerator, found)
+        if wanted != self._identity:
+            raise ValueError("this process has other data or settings than the main one; give both the same files")
+        for complaint in complaints:
+            self.observer.note(complaint)
+        if state is None:
+            return 0
+        check_same(state.identity, self._identity, self.output)
+        self.checkpoints.load(self.accelerator, folder, state)
+        self._best, self._last = state.best, state.last
+        return int(state.step)
 
-def schedule(step: int, config: TrainingConfig) -> float:
-    """The learning rate's factor at a step (from 0): linear up over the warm-up, then linear down to zero."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    return (config.steps - step) / max(1, config.steps - config.warmup_steps)
+    def _clear_leftovers(self) -> None:
+        self.checkpoints.clear_leftovers()
+        for name in (BEST, FINAL):
+            for path in self.output.glob(f".{name}.*"):
+                shutil.rmtree(path)
+        for path in self.output.glob(".*.tmp"):
+            path.unlink()
 
-
-@contextmanager
-def _given(report: Report) -> Iterator[Report]:
-    yield report
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Report]:
-    """A progress bar when somebody is watching, silence otherwise."""
-    if not sys.stderr.isatty():
-        yield lambda step, loss: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=steps)
-        yield lambda step, loss: bar.update(task, completed=step, description=f"loss {loss:.4f}")
+    @contextmanager
+    def _journal_after(self, step: int) -> Iterator[None]:
+        """`self._journal` is open, and so are the trackers."""
+        accelerator = self.accelerator
+        config = {name: str(value) if isinstance(value, list) else value for name, value in self._identity.items()}
+        accelerator.init_trackers("taps_ext", config=config)
+        track = accelerator.log if accelerator.trackers else None
+        self._journal = Journal(self.output / LOG, step, track) if accelerator.is_main_process else None
+        try:
+            yield
+        finally:
+            if self._journal is not None:
+                self._journal.close()
+            for tracker in accelerator.trackers:
+                tracker.finish()

@@ -1,0 +1,167 @@
+"""What a recipe names, loaded: the tokenizer, the target or what is stored of it, and the network to train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..drafters.checkpoint import load_network
+from ..drafters.checkpoint_files import read_folder
+from ..drafters.eagle_network import EagleConfig, EagleNetwork
+from ..tiny import resolve
+from .config import Recipe
+from .data import PreparedData, prepare
+from .dataset import TokenDataset
+from .feature_sources import CachedFeatures, StoredFeatures
+from .feature_store import create_store, open_store
+from .features import FeatureSource, FrozenTarget
+from .survey import Progress
+from .target_ends import TargetIdentity, identify, load_target_ends
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+
+
+@dataclass(frozen=True)
+class TargetPart:
+    """What a run has of its target."""
+
+    source: FeatureSource
+    config: Any  # transformers', of the text model
+    identity: TargetIdentity
+
+
+@dataclass(frozen=True)
+class Materials:
+    """All that a recipe names, loaded."""
+
+    data: PreparedData
+    target: TargetPart
+    network: EagleNetwork
+    parent: dict[str, Any] | None  # what the drafter that the run starts from says about itself
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters of the network."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all sequences."""
+        return sum(dataset.num_tokens for dataset in datasets(self.data))
+
+
+def load_materials(recipe: Recipe, device: torch.device, report_progress: Progress | None = None) -> Materials:
+    """What the recipe names, the cheap things first. ValueError or OSError, in a sentence, if something is missing."""
+    data = prepare(recipe.data, load_tokenizer(recipe), report_progress)
+    target = load_target_part(recipe, data, device)
+    network, parent = load_start(recipe, EagleConfig.for_target(target.config))
+    return Materials(data, target, network, parent)
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The target's tokenizer; ValueError, in a sentence, if there is none."""
+    from transformers import AutoTokenizer
+
+    with _told(f"the tokenizer of the target {recipe.target}"):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            resolve(recipe.target), revision=recipe.target_revision
+        )
+    return tokenizer
+
+
+def load_target(recipe: Recipe, device: torch.device) -> FrozenTarget:
+    """The target on a device, in evaluation mode; ValueError, in a sentence, if there is none."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = recipe.target_dtype if recipe.target_dtype == "auto" else getattr(torch, recipe.target_dtype)
+    place = {} if device.type == "cpu" else {"device_map": {"": device}}  # straight there, not through all of the RAM
+    with _told(f"the target {recipe.target}"), _loading_everywhere():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve(recipe.target), revision=recipe.target_revision, dtype=dtype, **place
+        )
+    model.eval().requires_grad_(False)
+    return FrozenTarget(model)
+
+
+def load_target_part(recipe: Recipe, data: PreparedData, device: torch.device) -> TargetPart:
+    """The features' source as the recipe wants it. ValueError or OSError, in a sentence, if it cannot be had."""
+    features = recipe.features
+    if features.mode == "stored":
+        assert features.path is not None
+        store = open_store(features.path)
+        store.require(datasets(data))
+        ends = load_target_ends(resolve(recipe.target), recipe.target_revision)
+        return TargetPart(StoredFeatures(store, ends, device), ends.config.get_text_config(), store.target)
+    target = load_target(recipe, device)
+    identity, config = identify(target.model), target.model.config.get_text_config()
+    if features.mode == "online":
+        return TargetPart(target, config, identity)
+    assert features.path is not None
+    store = create_store(features.path, identity, features.dtype)
+    store.space_for(datasets(data)).check()
+    return TargetPart(CachedFeatures(target, store), config, identity)
+
+
+def datasets(data: PreparedData) -> list[TokenDataset]:
+    """The one or two datasets of a run."""
+    return [data.training, *([data.validation] if data.validation else [])]
+
+
+def new_network(config: EagleConfig, seed: int) -> EagleNetwork:
+    """An untrained network, initialised from the seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EagleNetwork(config)
+
+
+def load_start(recipe: Recipe, config: EagleConfig) -> tuple[EagleNetwork, dict[str, Any] | None]:
+    """The float32 network to begin with, and what the drafter that it was says about itself (None: it is new)."""
+    if recipe.start is None:
+        return new_network(config, recipe.training.seed), None
+    start = resolve(recipe.start)
+    found = load_network(start)
+    for name in ("hidden_size", "vocab_size", "fc_bias", "qkv_bias"):
+        there, wanted = getattr(found.config, name), getattr(config, name)
+        if there != wanted:
+            raise ValueError(
+                f"start {recipe.start} has {name} {there}, and a drafter of this target {wanted}; "
+                f"give another drafter, or none to begin with a new one"
+            )
+    network = EagleNetwork(found.config)
+    network.load_state_dict(found.state_dict())
+    told = (read_folder(start).config or {}).get("taps", {})
+    return network, {"name": Path(start).resolve().name if Path(start).exists() else start, **told}
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """A missing or broken folder as one sentence: transformers says it in many lines."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{what} cannot be loaded ({reason}); give a folder or hub id") from error
+
+
+@contextmanager
+def _loading_everywhere() -> Iterator[None]:
+    """Under FSDP, transformers loads weights on the first process only: right for what is sharded, not for this."""
+    before = os.environ.get(FSDP_LOADING)
+    os.environ[FSDP_LOADING] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[FSDP_LOADING]
+        else:
+            os.environ[FSDP_LOADING] = before

@@ -1,0 +1,85 @@
+"""Where a run and its drafters come from: what must be the same when a run goes on, and what their metadata says."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..drafters.eagle_network import EagleConfig
+from .config import ObjectiveConfig, TrainingConfig
+from .dataset import TokenDataset
+
+# What may differ when a run goes on: how it is computed and watched, not what comes out.
+FREE = ("log_every", "save_every", "keep_checkpoints", "tracker", "micro_batch_size", "gradient_checkpointing")
+GIT_SECONDS = 10
+
+
+def settings(config: TrainingConfig) -> dict[str, Any]:
+    """The fields of a training configuration that the result depends on."""
+    return {name: value for name, value in asdict(config).items() if name not in FREE}
+
+
+def identity(
+    training: TokenDataset,
+    validation: TokenDataset | None,
+    objective: ObjectiveConfig,
+    config: TrainingConfig,
+    network: EagleConfig,
+) -> dict[str, Any]:
+    """What must be the same when a run goes on, by dotted name."""
+    parts = {"training": settings(config), "objective": asdict(objective), "network": asdict(network)}
+    data = {"training": training.checksum, "validation": validation.checksum if validation else None}
+    return flat({**parts, "data": data})
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested JSON values by dotted name; lists of plain values stay whole."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{key}.")
+        else:
+            found[key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def check_same(there: Mapping[str, Any], here: Mapping[str, Any], output: Path) -> None:
+    """ValueError that names what differs, unless both are the same; `there` is what the output folder was made with."""
+    differing = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+    if differing:
+        told = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing)
+        raise ValueError(f"{output} holds another run: {told}; give another output, or what that run was started with")
+
+
+def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
+    """Size and content of a dataset, as JSON values."""
+    return {"num_sequences": len(dataset), "num_tokens": dataset.num_tokens, "sha256": dataset.checksum}
+
+
+def code_version() -> dict[str, Any]:
+    """The package's version and, when it runs from a checkout, its commit and whether files differ from it."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return {"taps_ext": __version__}
+    changes = _git(root, "status", "--porcelain", "--", "taps_ext")
+    return {
+        "taps_ext": __version__,
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "is_changed": None if changes is None else bool(changes),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

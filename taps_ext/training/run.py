@@ -1,0 +1,93 @@
+"""A recipe as a run: checked before any work, loaded, trained or gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..disk import write_text, written
+from .checks import RECIPE, check_disk, check_output
+from .config import Recipe
+from .dry_run import DryRun, dry_run
+from .launch import make_accelerator
+from .materials import Materials, load_materials
+from .progress import Observer, ValidationRecord
+from .recipe_files import dump_recipe
+from .trainer import BEST, FINAL, DrafterFacts, Trainer, TrainingResult
+from .update import micro_batch_size
+
+__all__ = ["DryRun", "TrainingResult", "dry_run", "train"]
+
+DATA = "data.json"
+
+
+def train(recipe: Recipe, observer: Observer | None = None) -> TrainingResult:
+    """The recipe's run, from its beginning or from where it was stopped or killed; a finished one is left as it is.
+
+    Raises ValueError or OSError, in a sentence, before any work where that can be known before.
+    """
+    output = Path(recipe.output).expanduser()
+    accelerator = make_accelerator(recipe.training, output)
+    micro_batch_size(recipe.training, accelerator.num_processes)
+    check_output(recipe, output)
+    watching = observer if accelerator.is_main_process else None
+    if (output / FINAL).exists():
+        if watching:
+            watching.note(f"the run in {output} is finished already; its drafter is {output / FINAL}")
+        return _finished(output)
+    materials = load_materials(recipe, accelerator.device, watching.preparing if watching else None)
+    if watching:
+        for line in materials.data.report.lines():
+            watching.note(line)
+    check_disk(recipe, materials, output)
+    facts = DrafterFacts(materials.target.config, getattr(torch, recipe.drafter_dtype), _metadata(recipe, materials))
+    trainer = Trainer(
+        materials.target.source,
+        materials.network,
+        materials.data.training,
+        materials.data.validation,
+        recipe.objective,
+        recipe.training,
+        output,
+        facts,
+        observer,
+        accelerator,
+    )
+    if watching:
+        watching.note(f"{materials.num_trained:,} parameters, {trainer.updater.num_steps:,} steps")
+    if accelerator.is_main_process:  # only now: a recipe that was refused leaves no folder that refuses the mended one
+        output.mkdir(parents=True, exist_ok=True)
+        with written("the run's description", output):
+            write_text(output / DATA, json.dumps(materials.data.report.to_dict(), indent=1) + "\n")
+            write_text(output / RECIPE, dump_recipe(recipe))
+    return trainer.train()
+
+
+def _metadata(recipe: Recipe, materials: Materials) -> dict[str, Any]:
+    """What the drafter says about where it comes from, without the folders of this machine."""
+    identity = materials.target.identity
+    target = {"name": _public(recipe.target), "commit": identity.revision}
+    target |= {"fingerprint": identity.weights or identity.ends}
+    facts = {"target": target, "data": materials.data.report.provenance()}
+    return facts if materials.parent is None else {**facts, "parent": materials.parent}
+
+
+def _public(path_or_id: str) -> str:
+    """A hub id, or the last part of a folder."""
+    path = Path(path_or_id).expanduser()
+    return path.resolve().name if path.exists() else path_or_id
+
+
+def _finished(output: Path) -> TrainingResult:
+    """What a finished run had come to, as its drafter tells."""
+    told = json.loads((output / FINAL / "config.json").read_text(encoding="utf-8"))["taps"]
+    record, best = None, output / BEST if (output / BEST).exists() else None
+    if (estimate := told["estimate"]) is not None:
+        accuracy, is_best = tuple(estimate.pop("accuracy")), False
+        if best is not None:
+            is_best = json.loads((best / "config.json").read_text(encoding="utf-8"))["taps"]["step"] == told["step"]
+        record = ValidationRecord(step=told["step"], accuracy=accuracy, is_best=is_best, **estimate)
+    return TrainingResult(output / FINAL, best, told["step"], told["num_steps"], record)
