@@ -45,7 +45,7 @@ has_module() {
 pytest() {
   local without=() module
   for module in typer rich; do
-    has_module "$module" || without=(--ignore=python_tests/test_{cli,demo,transcript}.py)
+    has_module "$module" || without=(--ignore=python_tests/test_{cli,cli_training,demo,training_progress,transcript}.py)
   done
   "$python" -m pytest -q -p no:cacheprovider --continue-on-collection-errors ${without[@]+"${without[@]}"} "$@"
 }

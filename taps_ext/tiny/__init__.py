@@ -10,7 +10,10 @@ from .corpus import DOMAINS, Conversation, conversations, prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DOMAINS", "Conversation", "assets", "conversations", "drafter_paths", "load_target", "prompts"]
+__all__ = ["DOMAINS", "TINY", "Conversation", "assets", "conversations", "drafter_paths", "load_target", "prompts"]
+__all__ += ["resolve"]
+
+TINY = "tiny"  # the embedded target; and before a slash, its drafters: tiny/math
 
 
 def assets() -> Path:
@@ -36,3 +39,18 @@ def load_target() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def drafter_paths() -> dict[str, Path]:
     """The folder of each specialist drafter, by domain."""
     return {domain: assets() / "drafters" / domain for domain in DOMAINS}
+
+
+def resolve(path_or_id: str) -> str:
+    """The folder of an embedded model by its name (tiny, tiny/math, tiny/chat); any other name as it is.
+
+    Raises ValueError, in a sentence, for an embedded drafter that there is not.
+    """
+    if path_or_id == TINY:
+        return str(assets() / "target")
+    if not path_or_id.startswith(f"{TINY}/"):
+        return path_or_id
+    domain, drafters = path_or_id.removeprefix(f"{TINY}/"), drafter_paths()
+    if domain not in drafters:
+        raise ValueError(f"there is no embedded drafter {path_or_id}; there are {', '.join(drafters)}")
+    return str(drafters[domain])

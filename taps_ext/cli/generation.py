@@ -1,59 +1,25 @@
-"""The command line: taps-ext demo | generate | info."""
+"""taps-ext demo | generate | info."""
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-except ModuleNotFoundError as missing:
-    print(f"taps-ext: the command line needs {missing.name}: pip install 'taps_ext[cli]'", file=sys.stderr)
-    raise SystemExit(2) from None
+import typer
+from rich.console import Console
 
-from .native import NativeModuleError
+from ..tiny import TINY, drafter_paths, resolve
+from .common import DEVICE_HELP, JSON_HELP, keep_logs_clean, load_target, progress
 
 if TYPE_CHECKING:
-    from .decoder import GenerationResult, SpeculativeDecoder
-    from .state import StepEvent
-    from .terminal import Palette
-
-TINY = "tiny"  # as a target, and before a slash in a drafter: the embedded models
-EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
-JSON_HELP = "Print one JSON object and nothing else."
-DEVICE_HELP = "cpu, cuda or cuda:1; default: a GPU where there is one and ops for it."
-
-app = typer.Typer(
-    help="Lossless speculative decoding with several drafters.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+    from ..decoder import GenerationResult, SpeculativeDecoder
+    from ..state import StepEvent
+    from ..terminal import Palette
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; an expected error is one sentence on stderr and exit code 2."""
-    try:
-        app(args=arguments, prog_name="taps-ext")
-    except EXPECTED_ERRORS as error:
-        if os.environ.get("TAPS_TRACEBACK"):
-            raise
-        _fail(error)
-
-
-def _fail(error: Exception) -> NoReturn:
-    sentence = " ".join(str(error).split()) or type(error).__name__
-    print(f"taps-ext: {sentence}", file=sys.stderr)
-    raise SystemExit(2) from None
-
-
-@app.command()
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per domain.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 96,
@@ -64,17 +30,15 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Two specialist drafters and their compositions on the embedded models, beside plain decoding."""
-    from . import demo as demonstration
-    from . import demo_report, terminal
-    from .device import choose
+    from .. import demo as demonstration
+    from .. import demo_report, terminal
+    from ..device import choose
 
-    _keep_logs_clean()
+    keep_logs_clean()
     settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed, str(choose(device)))
-    with _progress() as progress:
-        bar = progress.add_task("loading", total=demonstration.count_reports(settings))
-        result = demonstration.run(
-            settings, lambda done: progress.update(bar, advance=1, description=f"{done} prompts")
-        )
+    with progress() as bars:
+        bar = bars.add_task("loading", total=demonstration.count_reports(settings))
+        result = demonstration.run(settings, lambda done: bars.update(bar, advance=1, description=f"{done} prompts"))
     files = demo_report.save(result, output)
     if as_json:
         print(demo_report.json_text(result.to_dict()))
@@ -85,7 +49,6 @@ def demo(
         print(f"wrote {path}")
 
 
-@app.command()
 def generate(
     target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")] = TINY,
     drafter: Annotated[
@@ -119,12 +82,12 @@ def generate(
 ) -> None:
     """Stream a text, each accepted run in the colour of the drafter that proposed it, then the figures."""
     text = _read_prompt(prompt, prompt_file)
-    from .composition import make_composition
-    from .decoder import SpeculativeDecoder
-    from .device import choose
-    from .drafters import load_drafters
-    from .sampling import SamplingParams
-    from .tree import TreeShape
+    from ..composition import make_composition
+    from ..decoder import SpeculativeDecoder
+    from ..device import choose
+    from ..drafters import load_drafters
+    from ..sampling import SamplingParams
+    from ..tree import TreeShape
 
     place = choose(device)
     make_composition(composition, merged_nodes)  # a wrong name should not wait for a large target to load
@@ -133,8 +96,8 @@ def generate(
     paths = _drafter_paths(target, drafter or [])
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
-    _keep_logs_clean()
-    model, tokenizer = _load_target(target, dtype, place)
+    keep_logs_clean()
+    model, tokenizer = load_target(target, dtype, place)
     decoder = SpeculativeDecoder(
         model, load_drafters(paths, model), composition, drafter=single_drafter, shape=shape, max_nodes=merged_nodes
     )
@@ -146,31 +109,16 @@ def generate(
         _stream(decoder, tokenizer, inputs)
 
 
-@app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
     """Versions, what was built and why, and what torch finds on this machine."""
-    from . import demo_report, terminal
-    from . import info as installation
+    from .. import demo_report, terminal
+    from .. import info as installation
 
     facts = installation.collect()
     if as_json:
         print(demo_report.json_text(facts.to_dict()))
     else:
         Console(highlight=False, soft_wrap=True).print(terminal.info_table(facts))
-
-
-def _progress() -> Progress:
-    """A bar on stderr, so that stdout holds the result alone."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-
-
-def _keep_logs_clean() -> None:
-    """Leave transformers' own progress bars to terminals."""
-    from transformers.utils import logging
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -192,44 +140,14 @@ def _drafter_paths(target: str, drafters: Sequence[str]) -> dict[str, str]:
     if not drafters and target != TINY:
         raise ValueError("give at least one drafter: --drafter NAME=FOLDER-OR-HUB-ID")
     paths: dict[str, str] = {}
-    for entry in drafters or [f"{name}={TINY}/{name}" for name in _tiny_drafters()]:
+    for entry in drafters or [f"{name}={TINY}/{name}" for name in drafter_paths()]:
         name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)
         if not (name and path):
             raise ValueError(f"a drafter is given as NAME=FOLDER-OR-HUB-ID, got {entry!r}")
         if name in paths:
             raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
-        paths[name] = _tiny_drafter(path.removeprefix(f"{TINY}/")) if path.startswith(f"{TINY}/") else path
+        paths[name] = resolve(path)
     return paths
-
-
-def _tiny_drafter(name: str) -> str:
-    if name not in _tiny_drafters():
-        raise ValueError(f"there is no embedded drafter {TINY}/{name}; there are {', '.join(_tiny_drafters())}")
-    return _tiny_drafters()[name]
-
-
-def _tiny_drafters() -> dict[str, str]:
-    from . import tiny
-
-    return {name: str(path) for name, path in tiny.drafter_paths().items()}
-
-
-def _load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
-    import torch
-    import transformers
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
-    model: Any
-    chosen = None if dtype == "auto" else getattr(torch, dtype)
-    if target == TINY:
-        from . import tiny
-
-        model, tokenizer = tiny.load_target()
-    else:
-        model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    return model.to(device=device, dtype=chosen).eval(), tokenizer
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:
@@ -244,7 +162,7 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:
 
 
 def _print_json(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs: dict[str, Any]) -> None:
-    from . import demo_report
+    from .. import demo_report
 
     started = time.perf_counter()
     out = decoder.generate(**inputs)
@@ -261,7 +179,7 @@ def _print_json(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs
 
 
 def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> None:
-    from . import terminal
+    from .. import terminal
 
     console = Console(highlight=False, soft_wrap=True)
     palette = terminal.Palette(list(decoder.drafters))
@@ -277,7 +195,7 @@ def _print_steps(
     events: Generator[StepEvent, None, GenerationResult], tokenizer: Any, palette: Palette, console: Console
 ) -> GenerationResult:
     """Print each step's text as it comes; what is left is the generator's result."""
-    from .transcript import Transcript
+    from ..transcript import Transcript
 
     transcript = Transcript(tokenizer)
     while True:
