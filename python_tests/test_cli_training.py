@@ -212,7 +212,9 @@ def test_regenerated_conversations_ask_the_same_and_can_be_trained_on(run, recip
     assert f"wrote {len(own)} conversations" in made.out and 4 <= len(own) <= 8
     assert {messages[0]["content"] for messages in own} <= asked
     assert run("train", *recipe, f"data.sources=[{output}]", "--dry-run").code == 0
-    again = run("regenerate", "--target=tiny", f"--data={data}", f"--output={output}", "--count=41")
+    again = run("regenerate", "--target=tiny", f"--data={data}", f"--output={output}")
+    assert again.code == 2 and f"{output} exists already" in again.err
+    again = run("regenerate", "--target=tiny", f"--data={data}", f"--output={tmp_path / 'other.jsonl'}", "--count=41")
     assert again.code == 2 and "40 usable conversations, fewer than its count of 41" in again.err
 
 

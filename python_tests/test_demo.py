@@ -10,7 +10,7 @@ import pytest
 from taps_ext import tiny
 from taps_ext.cli import main
 from taps_ext.demo import CONTROL, MERGED
-from taps_ext.demo_report import json_text, write_atomically
+from taps_ext.demo_report import json_text
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -81,12 +81,3 @@ def test_an_empty_mean_becomes_null_in_json() -> None:
         "mean": None,
         "by_depth": [0.5, None],
     }
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
-    path = tmp_path / "figures.json"
-    write_atomically(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomically(path, "not bytes")  # type: ignore[arg-type]
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]

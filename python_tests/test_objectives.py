@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -415,3 +416,33 @@ def test_the_next_stream_is_the_guesses_one_slot_later(target: LlamaForCausalLM)
     found: Any = next_stream(stream, guesses)
     assert torch.equal(found[:, 0], stream[:, 0]) and torch.equal(found[:, 1:], guesses[:, :-1])
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [
+        ("Gemma3Text", "changes its embeddings"),
+        ("Granite", "changes the lm_head's product"),
+        ("Phi", "changes the lm_head's product"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_that_does_more_than_two_matrices_is_refused(family: str, what: str, dtype: torch.dtype) -> None:
+    """Training knows the embedding and the lm_head as matrices; what else they do would be left out in silence."""
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, **sizes)
+    if family == "Granite":
+        config.logits_scaling = 8.0
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
+    if family == "Phi":
+        torch.nn.init.ones_(model.lm_head.bias)
+    with pytest.raises(ValueError, match=f"the target .* {what}"):
+        FrozenTarget(model.to(dtype))
+
+
+def test_the_lm_head_keeps_its_precision_under_autocast(target: LlamaForCausalLM) -> None:
+    frozen = FrozenTarget(target)
+    features = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    exact = frozen.logits(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(frozen.logits(features), exact)

@@ -412,7 +412,7 @@ def test_shipped_recipes_hold_what_the_paper_used(
         assert (training.learning_rate, training.betas, training.clip_value) == (3e-5, (0.9, 0.95), 0.5)
         assert (training.precision, training.micro_batch_size, training.weight_decay) == ("bf16", batch // 4, 0.01)
     schedules = {(r.training.warmup_steps, r.training.decay_steps) for r in recipes.values()}
-    assert schedules == {(2000, 800_000) if objective == "eagle2" else (404, None)}
+    assert schedules == {(500, 200_000) if objective == "eagle2" else (404, None)}
 
 
 @pytest.mark.parametrize("objective", ["eagle2", "hass"])

@@ -21,8 +21,8 @@ from taps_ext.training.chat_format import ChatFormat
 from taps_ext.training.config import DataConfig, SourceConfig
 from taps_ext.training.conversations import BadRecord, Conversation, Message, parse
 from taps_ext.training.data import PreparedData, prepare, with_chat_template
-from taps_ext.training.data_report import NUM_PLACES, Tally
-from taps_ext.training.dataset import Example, TokenDataset
+from taps_ext.training.data_report import Tally
+from taps_ext.training.dataset import POOL_BATCHES, BatchOrder, Example, TokenDataset
 from taps_ext.training.sources import COMMIT
 from taps_ext.training.survey import REPEATED, SurveyedSource, quotas, survey
 
@@ -159,7 +159,7 @@ class Planted:
         return as_line(spelled(rng, messages))
 
     def tallies(self) -> dict[str, Tally]:
-        return {reason: Tally(len(found), tuple(found[:NUM_PLACES])) for reason, found in self.places.items()}
+        return {reason: Tally(len(found), tuple(found)) for reason, found in self.places.items()}
 
 
 def write_talks(path: Path, talks: Sequence[Sequence[Message]]) -> str:
@@ -492,6 +492,40 @@ def test_data_is_a_function_of_the_recipe_and_the_files_content(
     assert checksums(prepare(config, tokenizer)) == first
     assert checksums(prepare(replace(config, sources=(SourceConfig(str(there), count=20),)), tokenizer)) == first
     assert len({first, checksums(prepare(replace(config, seed=1), tokenizer))}) == 2
+
+
+# --- the order of batches --------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_reads_each_sequence_at_most_once_and_epochs_read_them_all() -> None:
+    """Also the longest ones, and where the last pool of batches is not full."""
+    for seed in range(60):
+        rng = Random(seed)
+        batch_size, extra = rng.randint(2, 6), rng.random()
+        num_batches = rng.choice((rng.randint(1, POOL_BATCHES - 1), rng.randint(POOL_BATCHES, 3 * POOL_BATCHES)))
+        count = num_batches * batch_size + round(extra * (batch_size - 1))
+        dataset = TokenDataset(Example((1,) * n, (True,) * n) for n in rng.choices(range(3, 99), k=count))
+        order = BatchOrder(dataset, batch_size, seed)
+        assert order.batches_per_epoch == num_batches
+        seen: set[int] = set()
+        for epoch in range(60):
+            batches = [order[epoch * num_batches + number] for number in range(num_batches)]
+            rows = {row for batch in batches for row in batch}
+            assert all(len(batch) == batch_size for batch in batches) and len(rows) == num_batches * batch_size
+            assert rows <= set(range(count))
+            seen |= rows
+        assert len(seen) == count, (seed, count - len(seen))
+
+
+def test_the_batches_of_a_step_are_the_same_whatever_was_read_before() -> None:
+    lengths = Random(0).choices(range(3, 40), k=90)
+    dataset = TokenDataset(Example((1,) * n, (True,) * n) for n in lengths)
+    in_order = [BatchOrder(dataset, 4, 7)[step] for step in range(70)]
+    again = BatchOrder(dataset, 4, 7)
+    for step in Random(1).sample(range(70), 70):
+        assert again[step] == in_order[step]
+    assert in_order[:22] != in_order[22:44], "epochs repeat each other"
+    assert in_order != [BatchOrder(dataset, 4, 8)[step] for step in range(70)]
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

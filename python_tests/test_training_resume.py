@@ -10,10 +10,13 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import torch
 from training_cases import (
     Watcher,
     count_touches,
@@ -22,6 +25,7 @@ from training_cases import (
     small_trainer,
     tiny_recipe,
     train_in_fork,
+    weights,
     write_conversations,
 )
 
@@ -38,8 +42,8 @@ CASES = [("eagle2", "online"), ("hass", "online"), ("eagle2", "cached"), ("hass"
 
 def kill_again_and_again(folder: Path, objective: str, features: str, num_kills: int, seed: int) -> None:
     """A run that is killed at random touches of its files ends like one that is not: drafters and curve."""
-    whole = tiny_recipe(folder, "whole", objective, features)
-    killed = tiny_recipe(folder, "killed", objective, features)
+    whole = tiny_recipe(folder, "whole", objective, features, keep_checkpoints=1)
+    killed = tiny_recipe(folder, "killed", objective, features, keep_checkpoints=1)
     num_touches = count_touches(whole)
     rng = Random(f"{objective}/{features}/{seed}")
     ends = [train_in_fork(killed, kill_at=rng.randrange(1, num_touches // 2)) for _ in range(num_kills)]
@@ -120,6 +124,15 @@ def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on_from_there(
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_signal_acts_at_once_but_its_echo_does_not() -> None:
     """A terminal signals the launcher and its processes, and the launcher then signals them too."""
     with Interruption() as interruption:
@@ -129,6 +142,23 @@ def test_a_second_signal_acts_at_once_but_its_echo_does_not() -> None:
         time.sleep(1.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_stopped_run_goes_on_with_other_settings_of_how_it_is_computed_and_watched(tmp_path: Path) -> None:
+    whole, stopped = (replace(tiny_recipe(tmp_path, name), drafter_dtype="float32") for name in ("whole", "stopped"))
+    train(whole)
+    assert train(stopped, Signaller(2, signal.SIGTERM)).step == 3
+    changes: dict[str, Any] = {"log_every": 4, "save_every": 4, "keep_checkpoints": 3, "tracker": "tensorboard"}
+    changes |= {"micro_batch_size": 1, "gradient_checkpointing": True}
+    watcher, output = Watcher(), Path(stopped.output)
+    assert train(replace(stopped, training=replace(stopped.training, **changes)), watcher).is_finished
+    assert watcher.first_step == 3 and [record.step for record in watcher.steps] == [4, 5, 6]
+    expected = weights(Path(whole.output) / "final")
+    for name, value in weights(output / "final").items():  # float32 sums in another order
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=5e-5)
+    assert [record["step"] for record in curve(output) if record["kind"] == "step"] == [1, 2, 3, 4, 6]
+    assert [path.name[-1] for path in sorted((output / "checkpoints").iterdir())] == ["3", "4", "6"]
+    assert (output / "tracker").exists()
 
 
 # --- damaged ---------------------------------------------------------------------------------------------------------
@@ -186,7 +216,26 @@ def test_a_run_with_no_whole_checkpoint_says_so_and_begins_anew(
         (folder / "optimizer.bin").unlink()
     watcher = Watcher()
     small_trainer(run, watcher).train()
-    assert watcher.first_step == 0 and len(watcher.notes) == 2
+    assert watcher.first_step == 0 and len(watcher.notes) == 3
+    assert watcher.notes[-1] == "no whole checkpoint is left: the run begins anew"
+    assert files(run) == files(whole_run) and curve(run) == curve(whole_run)
+
+
+@pytest.mark.parametrize("damaged", [(8,), (4, 8)])
+@pytest.mark.parametrize("keep_checkpoints", [1, 2])
+def test_a_run_that_went_on_before_damaged_checkpoints_keeps_what_it_saves(
+    keep_checkpoints: int, damaged: tuple[int, ...], stopped_run: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    for step in damaged:
+        (run / "checkpoints" / f"step-{step:08d}" / "optimizer.bin").unlink()
+    begin = 0 if 4 in damaged else 4
+    watcher = Signaller(begin + 1, signal.SIGTERM)
+    stopped = small_trainer(run, watcher, keep_checkpoints=keep_checkpoints).train()
+    assert watcher.first_step == begin and stopped.step == begin + 2
+    again = Watcher()
+    small_trainer(run, again, keep_checkpoints=keep_checkpoints).train()
+    assert again.first_step == stopped.step and again.notes == []
     assert files(run) == files(whole_run) and curve(run) == curve(whole_run)
 
 

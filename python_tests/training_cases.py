@@ -32,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from taps_ext import tiny
 from taps_ext.drafters import EagleConfig
 from taps_ext.training import Example, TokenDataset
+from taps_ext.training.checkpoints import Checkpoints
 from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 from taps_ext.training.features import FrozenTarget
 from taps_ext.training.materials import new_network
@@ -181,37 +182,59 @@ def forks() -> Any:
 
 
 def train_in_fork(recipe: Recipe, kill_at: int | None = None, kill_after_s: float | None = None) -> int:
-    """How the run ended: 0, or -9 when it was killed, at the `kill_at`-th touch of its files or after a time."""
-    process = forks().Process(target=_train, args=(recipe, kill_at))
+    """How the run ended: 0, or -9 when it was killed, at the `kill_at`-th touch of its files or after a time.
+
+    Either way, what was its newest checkpoint at any moment is there and whole, or a newer one is.
+    """
+    published = forks().Value("i", 0, lock=False)  # a killed process would keep the lock
+    process = forks().Process(target=_train, args=(recipe, kill_at, published))
     process.start()
     process.join(kill_after_s or 120)
     if kill_after_s is not None:
         process.kill()
         process.join()
     assert process.exitcode is not None, "the run hangs"
+    assert newest_step(recipe) >= published.value
     return int(process.exitcode)
 
 
 def count_touches(recipe: Recipe) -> int:
-    """How often a whole run touches its files."""
-    counter = forks().Value("i", 0)
-    process = forks().Process(target=_train, args=(recipe, None, counter))
+    """How often a whole run touches its files. At none of these moments it could lose its newest checkpoint."""
+    published, counter, fell = (forks().Value("i", 0) for _ in range(3))
+    process = forks().Process(target=_train, args=(recipe, None, published, counter, fell))
     process.start()
     process.join(120)
-    assert process.exitcode == 0
+    assert process.exitcode == 0 and published.value == recipe.training.steps
+    assert not fell.value, f"a kill at touch {fell.value} would have lost the newest checkpoint"
     return int(counter.value)
 
 
-def _train(recipe: Recipe, kill_at: int | None, counter: Any = None) -> None:
+def newest_step(recipe: Recipe) -> int:
+    """The step of the newest checkpoint, 0 without one; a damaged one fails the test."""
+    _, state, complaints = Checkpoints(Path(recipe.output) / "checkpoints", keep=1).newest()
+    assert not complaints
+    return state.step if state else 0
+
+
+def _train(recipe: Recipe, kill_at: int | None, published: Any, counter: Any = None, fell: Any = None) -> None:
+    """Trains; `published` gets the newest step that has had a name. With a counter, every touch is looked at."""
     torch.set_num_threads(1)
-    touches = 0
+    touches, is_looking = 0, False
 
     def touched(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal touches
-        if event.partition(".")[0] in ("open", "os", "shutil") and arguments and _is_within(arguments[0], recipe):
+        nonlocal touches, is_looking
+        if is_looking or event.partition(".")[0] not in ("open", "os", "shutil"):
+            return
+        if arguments and _is_within(arguments[0], recipe):
             touches += 1
+            is_looking = True  # looking touches files too
+            names = (path.name for path in Path(recipe.output).glob("checkpoints/step-*"))
+            published.value = max([published.value, *(int(name[5:]) for name in names)])
             if counter is not None:
                 counter.value = touches
+                if not fell.value and newest_step(recipe) < published.value:
+                    fell.value = touches
+            is_looking = False
             if touches == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from .demo import CONTROL, MERGED, Cell, DemoResult
+from .disk import write_text, write_whole
 
 MIN_STEPS_SHOWN = 10  # a share over fewer steps is noise, and stays out of the picture
 
@@ -18,24 +18,14 @@ def save(result: DemoResult, folder: Path) -> list[Path]:
     """The files written: `demo.json` and `acceptance_by_depth.png`. A reader never sees half a file."""
     folder.mkdir(parents=True, exist_ok=True)
     figures, picture = folder / "demo.json", folder / "acceptance_by_depth.png"
-    write_atomically(figures, (json_text(result.to_dict()) + "\n").encode())
-    write_atomically(picture, draw_acceptance_by_depth(result))
+    write_text(figures, json_text(result.to_dict()) + "\n")
+    write_whole(picture, [draw_acceptance_by_depth(result)])
     return [figures, picture]
 
 
 def json_text(value: Any) -> str:
     """Strict JSON, indented by two: what is not a number (an empty mean) becomes null."""
     return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the path under a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def draw_acceptance_by_depth(result: DemoResult) -> bytes:

@@ -21,6 +21,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """OSError, in a sentence, unless a folder can be written to, or be made."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{folder} cannot be a folder, as {existing} is a file; give another one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to, as {existing} does not allow it; give another one")
+
+
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write a file so that a reader, or a machine that lost power, sees the old one, if any, or the new one."""
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -110,14 +110,18 @@ def regenerate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the choice and of the answers.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 16,
+    chat_template: Annotated[str | None, typer.Option(help="A jinja file; default: the tokenizer's own.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="Put before conversations that bring none.")] = None,
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Let the target write the answers of conversations, for drafters to learn from; goes on where it was stopped."""
     from ..device import choose
     from ..training import regeneration, survey
     from ..training.config import DataConfig, SourceConfig
+    from ..training.data import with_chat_template
 
     place = choose(device)
+    regeneration.check_output(output)
     sources = tuple(SourceConfig(path, count=count) for path in data)
     surveyed = survey.survey(DataConfig(sources), keeps_questions=True)
     conversations = [
@@ -130,6 +134,8 @@ def regenerate(
         _say(usable + survey.what_was_dropped([source]))
     keep_logs_clean()
     model, tokenizer = load_target(target, "auto", place)
+    tokenizer = with_chat_template(tokenizer, chat_template)
+    conversations = [conversation.with_system(system_prompt) for conversation in conversations]
     with _bar("conversations") as report:
         done = regeneration.regenerate(
             model,
@@ -143,7 +149,8 @@ def regenerate(
             progress=report,
         )
     _say(*(f"conversations that end early, before {reason}: {number:,}" for reason, number in done.cut.items()))
-    _say(f"wrote {done.num_written:,} conversations with {done.num_answers:,} answers to {output}")
+    dropped = f"; {done.num_dropped:,} had no answer left" if done.num_dropped else ""
+    _say(f"wrote {done.num_written:,} conversations with {done.num_answers:,} answers to {output}{dropped}")
 
 
 def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) -> Recipe:

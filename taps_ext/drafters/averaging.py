@@ -158,7 +158,12 @@ def _check_alike(one: DrafterFiles, other: DrafterFiles, first: EagleConfig, sec
 
 
 def _have_other_targets(one: DrafterFiles, other: DrafterFiles) -> bool:
-    """Whether both say that they are of different targets; a folder and a hub id of the same model end alike."""
+    """Whether both say that they are of different targets: by fingerprint, or by name where one has none.
+
+    A folder and a hub id of the same model end alike.
+    """
     prints = [files.target.get("fingerprint") for files in (one, other)]
+    if None not in prints:
+        return bool(prints[0] != prints[1])
     names = [str(files.target.get("name") or "").rstrip("/").rpartition("/")[2] for files in (one, other)]
-    return all(names) and names[0] != names[1] and (None in prints or prints[0] != prints[1])
+    return all(names) and names[0] != names[1]

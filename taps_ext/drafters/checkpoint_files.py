@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..disk import sync
+from ..disk import check_writable, sync
 from .tensor_files import StoredTensor, read_json, read_tensors, sha256, shard_map, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,7 @@ def write_folder(
     folder = Path(folder)
     check_output(folder)
     place = folder.resolve()
+    check_writable(place.parent)
     place.parent.mkdir(parents=True, exist_ok=True)
     fresh = place.parent / f".{place.name}.new"
     shutil.rmtree(fresh, ignore_errors=True)  # what a killed process left
@@ -113,7 +114,7 @@ def check_output(folder: Path) -> None:
     """Raises ValueError unless a drafter may be written there: nothing, an empty folder, or a drafter to replace."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a new folder")
-    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    found = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
     if strangers := sorted(found - {CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE}):
         raise ValueError(f"{folder} holds other files ({', '.join(strangers)}); give a new folder")
 

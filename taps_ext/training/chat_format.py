@@ -71,7 +71,8 @@ class ChatFormat:
             )
         if not tokenizer.chat_template:
             raise ValueError(
-                "the tokenizer has no chat template; use the target's instruction-tuned version, or set chat_template"
+                "the tokenizer has no chat template; use the target's instruction-tuned version, or give "
+                "data.chat_template, a jinja file"
             )
         self._tokenizer = tokenizer
         self._template = tokenizer.get_chat_template()

@@ -97,8 +97,10 @@ class Checkpoints:
         _remove(folder)  # one that is damaged, or there would be nothing to write
         partial.rename(folder)
         sync(self.folder)
-        for old in self._folders()[: -self.keep]:
-            _remove(old)
+        folders = self._folders()
+        current = folders.index(folder)
+        for old in (*folders[: max(0, current + 1 - self.keep)], *folders[current + 1 :]):
+            _remove(old)  # those of later steps are damaged: the run would have gone on from them
 
     def _way_out(self) -> str:
         names = [path.name for path in self._folders()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from ..disk import check_writable
+from ..drafters.checkpoint_files import check_output as check_drafter_output
 from .config import Recipe
 from .materials import DTYPE_BYTES, Materials
 from .provenance import FREE, check_same, flat
@@ -20,8 +22,9 @@ NUM_DRAFTERS = 3  # the best, the final one, and one that is being written
 
 def check_output(recipe: Recipe, output: Path) -> None:
     """ValueError unless the output folder is new, or that of a run of this recipe."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file; give a folder")
+    check_writable(output)
+    for name in (BEST, FINAL):
+        check_drafter_output(output / name)
     path = output / RECIPE
     if path.exists():
         there, here = flat(read_yaml(path.read_text(encoding="utf-8"), str(path))), flat(as_tree(recipe))

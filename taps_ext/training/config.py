@@ -103,7 +103,7 @@ class TrainingConfig:
     steps: int | None = None  # updates; exactly one of steps and epochs is given
     epochs: float | None = None
     batch_size: int = 16  # of an update, over all processes
-    micro_batch_size: int | None = None  # of one forward on one process; None: batch_size over the processes
+    micro_batch_size: int | None = None  # of one forward on one process, at most; None: batch_size over the processes
     learning_rate: float = 3e-5  # at its peak
     warmup_steps: int = 0  # linear from 0
     decay_steps: int | None = None  # linear to 0 at this step; None: at the last one
@@ -112,7 +112,7 @@ class TrainingConfig:
     clip_norm: float | None = None  # of the whole gradient
     clip_value: float | None = 0.5  # of each of its elements
     precision: Precision = "fp32"
-    gradient_checkpointing: bool = False  # less memory for a second forward of the layer and the lm_head
+    gradient_checkpointing: bool = False  # less memory for a second forward of the MLP and its norm
     seed: int = 0  # of the initial weights, the order of the data and the noise
     log_every: int = 10  # steps
     validate_every: int = 500

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}, what chat templates read
@@ -46,6 +46,12 @@ class Conversation:
     messages: tuple[Message, ...]
     origin: str  # "file:line", or "data set/split:row"
     notes: tuple[str, ...] = ()  # what was mended
+
+    def with_system(self, prompt: str | None) -> Conversation:
+        """The conversation with a system message in front, if there is a prompt and it has none of its own."""
+        if prompt is None or self.messages[0]["role"] == "system":
+            return self
+        return replace(self, messages=({"role": "system", "content": prompt}, *self.messages))
 
 
 def parse(record: object, origin: str, keeps_questions: bool = False) -> Conversation:

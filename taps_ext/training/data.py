@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .chat_format import ChatFormat, MaskError
 from .config import DataConfig
-from .conversations import Conversation, Message
+from .conversations import Conversation
 from .data_report import DataReport, Ledger, SourceReport
 from .dataset import Example, TokenDataset, content_id
 from .survey import REPEATED, Progress, SurveyedSource, quotas, survey, what_was_dropped
@@ -113,7 +113,8 @@ class _Encoder:
         """What became of every source."""
         reports = [self._source_report(n, encoded, held_out) for n in range(len(self.sources))]
         num_training = sum(report.num_training for report in reports)
-        return DataReport(tuple(reports), num_training, len(held_out), self.data.validation)
+        has_end = self.chat_format.has_end_of_turn
+        return DataReport(tuple(reports), num_training, len(held_out), self.data.validation, has_end)
 
     def _quotas(self) -> list[int]:
         return quotas(self.data.sources, [len(source.usable) for source in self.sources])
@@ -135,7 +136,7 @@ class _Encoder:
 
     def _encode(self, conversation: Conversation, dropped: Ledger) -> Example | None:
         try:
-            whole = self.chat_format.encode(_with_system(conversation, self.data.system_prompt))
+            whole = self.chat_format.encode(conversation.with_system(self.data.system_prompt).messages)
         except MaskError as error:
             dropped.add(str(error), conversation.origin)
             return None
@@ -170,12 +171,6 @@ class _Encoder:
             num_tokens=sum(encoded.length(i) for i in indices),
             num_learned=sum(encoded.num_learned[i] for i in indices),
         )
-
-
-def _with_system(conversation: Conversation, prompt: str | None) -> tuple[Message, ...]:
-    if prompt is None or conversation.messages[0]["role"] == "system":
-        return conversation.messages
-    return ({"role": "system", "content": prompt}, *conversation.messages)
 
 
 def _held_out(encoded: TokenDataset, taken: Sequence[int], data: DataConfig) -> list[int]:

@@ -6,19 +6,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-NUM_PLACES = 5  # of a reason that are named; a file of a million bad lines needs no million names
+NUM_SHOWN = 5  # places of a reason that a sentence names; data.json names all
 
 
 @dataclass(frozen=True)
 class Tally:
-    """How often something happened, and where first."""
+    """How often something happened, and where."""
 
     count: int
     places: tuple[str, ...]
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > len(self.places) else ""
-        return f"{self.count:,} ({', '.join(self.places)}{more})"
+        more = ", ..." if self.count > NUM_SHOWN else ""
+        return f"{self.count:,} ({', '.join(self.places[:NUM_SHOWN])}{more})"
 
 
 class Ledger:
@@ -26,19 +26,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self._places: dict[str, list[str]] = {}
-        self._counts: dict[str, int] = {}
 
     def add(self, reason: str, place: str) -> None:
         """One more."""
-        self._counts[reason] = self._counts.get(reason, 0) + 1
-        places = self._places.setdefault(reason, [])
-        if len(places) < NUM_PLACES:
-            places.append(place)
+        self._places.setdefault(reason, []).append(place)
 
     def tallies(self) -> dict[str, Tally]:
         """By reason, the most frequent first."""
-        reasons = sorted(self._counts, key=lambda reason: -self._counts[reason])
-        return {reason: Tally(self._counts[reason], tuple(self._places[reason])) for reason in reasons}
+        by_count = sorted(self._places.items(), key=lambda one: -len(one[1]))
+        return {reason: Tally(len(places), tuple(places)) for reason, places in by_count}
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,7 @@ class DataReport:
     num_training: int
     num_validation: int
     num_validation_asked: int
+    has_end_of_turn: bool  # whether the template ends an answer with a special token
 
     def lines(self) -> list[str]:
         """Sentences for people: every source, and what was dropped of it, where and why."""
@@ -94,6 +91,8 @@ class DataReport:
                 f"{self.num_validation:,} conversations are held out, a tenth of all at most; "
                 f"validation asks for {self.num_validation_asked:,}"
             )
+        if not self.has_end_of_turn:
+            sentences.append("the chat template ends answers with no special token: only their contents are learned")
         return sentences
 
     def to_dict(self) -> dict[str, Any]:

@@ -124,7 +124,8 @@ def collate(examples: Sequence[Example]) -> TokenBatch:
 class BatchOrder:
     """Which sequences the update of each step reads: a function of the seed, open at any step, so a run can resume.
 
-    Rows of a batch have similar lengths. An epoch visits every sequence once, but for the last few that fill no batch.
+    Rows of a batch have similar lengths. An epoch visits every sequence once, but for a few that fill no batch: others
+    each time.
     """
 
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
@@ -145,12 +146,12 @@ class BatchOrder:
 
     def _make_epoch(self, epoch: int) -> list[list[int]]:
         rng = Random(f"{self.seed}/{epoch}")
-        order = rng.sample(range(len(self._dataset)), len(self._dataset))
+        order = rng.sample(range(len(self._dataset)), self.batches_per_epoch * self.batch_size)
         size, pool_size = self.batch_size, self.batch_size * POOL_BATCHES
         batches = []
         for start in range(0, len(order), pool_size):
             pool = sorted(order[start : start + pool_size], key=self._dataset.length)
-            groups = [pool[i : i + size] for i in range(0, len(pool) - size + 1, size)]
+            groups = [pool[i : i + size] for i in range(0, len(pool), size)]
             batches += rng.sample(groups, len(groups))
         return batches
 

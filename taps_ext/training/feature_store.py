@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..disk import write_text
+from ..disk import check_writable, write_text
 from .config import DtypeName
 from .dataset import TokenBatch, TokenDataset
 from .feature_shards import COMMAND, DTYPES, FORMAT, SHARDS, FeatureKind, Shard, open_shard, write_shard
@@ -168,6 +168,7 @@ def create_store(
     Raises ValueError or OSError, in a sentence, when the folder holds other features or damaged ones.
     """
     folder = Path(folder).expanduser()
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     has_shards = any(folder.glob(SHARDS))  # looked up first: another process may be making the store
     if not (folder / MANIFEST).exists():

@@ -59,11 +59,13 @@ class FrozenTarget:
     """A `FeatureSource` that runs the target as the text comes; nothing of the target is changed."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """ValueError for a target whose embedding or lm_head does more than look up and multiply."""
         self.model = model
         self._embedding = model.get_input_embeddings()
         weight = model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
         self._head = weight.detach()
+        self._check_ends()
 
     @property
     def embedding(self) -> Tensor:
@@ -75,6 +77,21 @@ class FrozenTarget:
     def logits(self, features: Tensor) -> Tensor:
         """float32 [..., V] of features [..., H], computed in the lm_head's precision."""
         return head_logits(features, self._head)
+
+    @torch.no_grad()
+    def _check_ends(self) -> None:
+        """Training computes with the two matrices alone: nothing may be scaled, capped or added beside them."""
+        tokens = torch.arange(min(8, len(self.embedding)), device=self.embedding.device)[None]
+        name = type(self.model).__name__
+        if not _are_close(self._embedding(tokens), F.embedding(tokens, self.embedding)):
+            raise ValueError(f"the target {name} changes its embeddings (scaling), which drafters are not trained for")
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = self.model(input_ids=tokens, use_cache=False).logits
+        if not _are_close(self.logits(hidden), logits):
+            raise ValueError(
+                f"the target {name} changes the lm_head's product (a bias, scaling, capping), which drafters are not "
+                f"trained for; use a target whose logits are lm_head(hidden states)"
+            )
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
@@ -91,12 +108,19 @@ class FrozenTarget:
         """Nothing: nothing is kept."""
 
 
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    """Within what two ways of computing in bfloat16 differ by."""
+    one, other = one.float(), other.to(one.device).float()
+    return bool((one - other).abs().max() <= 0.02 * other.abs().max())
+
+
 def head_logits(features: Tensor, head: Tensor) -> Tensor:
     """float32 [..., V] of features [..., H] and an lm_head [V, H], computed in the lm_head's precision.
 
-    So does drafting; and a large lm_head must not be cast for every few hundred slots.
+    So does drafting; and a large lm_head must not be cast for every few hundred slots, as autocast would.
     """
-    return F.linear(features.to(head.dtype), head).float()
+    with torch.autocast(head.device.type, enabled=False):
+        return F.linear(features.to(head.dtype), head).float()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from ..drafters.checkpoint import load_network
 from ..drafters.checkpoint_files import read_folder
 from ..drafters.eagle_network import EagleConfig, EagleNetwork
+from ..drafters.published_format import check_fits
 from ..tiny import resolve
 from .config import Recipe
 from .data import PreparedData, prepare
@@ -64,8 +65,19 @@ def load_materials(recipe: Recipe, device: torch.device, report_progress: Progre
     """What the recipe names, the cheap things first. ValueError or OSError, in a sentence, if something is missing."""
     data = prepare(recipe.data, load_tokenizer(recipe), report_progress)
     target = load_target_part(recipe, data, device)
-    network, parent = load_start(recipe, EagleConfig.for_target(target.config))
+    _check_lengths(data, target.config)
+    network, parent = load_start(recipe, target)
     return Materials(data, target, network, parent)
+
+
+def _check_lengths(data: PreparedData, target_config: Any) -> None:
+    positions = getattr(target_config, "max_position_embeddings", None)
+    longest = max(dataset.length(index) for dataset in datasets(data) for index in range(len(dataset)))
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"the longest conversation has {longest:,} tokens and the target {positions:,} positions; "
+            f"give data.max_length={positions}"
+        )
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -100,7 +112,12 @@ def load_target_part(recipe: Recipe, data: PreparedData, device: torch.device) -
         assert features.path is not None
         store = open_store(features.path)
         store.require(datasets(data))
+        if data.validation is not None:  # damage there should not show at the end only
+            for index in range(len(data.validation)):
+                store.read(data.validation.batch([index]), torch.device("cpu"))
         ends = load_target_ends(resolve(recipe.target), recipe.target_revision)
+        if recipe.target_dtype != "auto":
+            ends = ends.to(getattr(torch, recipe.target_dtype))
         return TargetPart(StoredFeatures(store, ends, device), ends.config.get_text_config(), store.target)
     target = load_target(recipe, device)
     identity, config = identify(target.model), target.model.config.get_text_config()
@@ -124,13 +141,20 @@ def new_network(config: EagleConfig, seed: int) -> EagleNetwork:
         return EagleNetwork(config)
 
 
-def load_start(recipe: Recipe, config: EagleConfig) -> tuple[EagleNetwork, dict[str, Any] | None]:
+def load_start(recipe: Recipe, target: TargetPart) -> tuple[EagleNetwork, dict[str, Any] | None]:
     """The float32 network to begin with, and what the drafter that it was says about itself (None: it is new)."""
+    config = EagleConfig.for_target(target.config)
     if recipe.start is None:
         return new_network(config, recipe.training.seed), None
     start = resolve(recipe.start)
     found = load_network(start)
-    for name in ("hidden_size", "vocab_size", "fc_bias", "qkv_bias"):
+    files = read_folder(start)
+    check_fits(files, found.config, target.config)
+    if files.target.get("fingerprint", target.identity.fingerprint) != target.identity.fingerprint:
+        raise ValueError(
+            f"start {recipe.start} was trained for a target with other weights; give a drafter of this one"
+        )
+    for name in ("fc_bias", "qkv_bias"):
         there, wanted = getattr(found.config, name), getattr(config, name)
         if there != wanted:
             raise ValueError(
@@ -139,7 +163,7 @@ def load_start(recipe: Recipe, config: EagleConfig) -> tuple[EagleNetwork, dict[
             )
     network = EagleNetwork(found.config)
     network.load_state_dict(found.state_dict())
-    told = (read_folder(start).config or {}).get("taps", {})
+    told = files.provenance
     return network, {"name": Path(start).resolve().name if Path(start).exists() else start, **told}
 
 

@@ -29,11 +29,12 @@ def identity(
     objective: ObjectiveConfig,
     config: TrainingConfig,
     network: EagleConfig,
+    target: str | None,
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on, by dotted name."""
+    """What must be the same when a run goes on, by dotted name; `target` is a fingerprint of its weights."""
     parts = {"training": settings(config), "objective": asdict(objective), "network": asdict(network)}
     data = {"training": training.checksum, "validation": validation.checksum if validation else None}
-    return flat({**parts, "data": data})
+    return flat({**parts, "data": data, "target": {"fingerprint": target}})
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

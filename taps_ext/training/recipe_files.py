@@ -35,11 +35,12 @@ def load_recipe(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of YAML files, later ones over earlier ones, and of overrides such as `training.learning_rate=5e-5`.
 
     Sections are merged key by key, lists are replaced; `data.sources.0.count=35k` reaches into a list. Of training's
-    steps and epochs the one that was given last holds. ValueError: a sentence on each line for each thing wrong.
+    steps and epochs the one that was given last holds. A chat template that a file names is looked for beside it.
+    ValueError: a sentence on each line for each thing wrong.
     """
     tree: dict[str, Any] = {}
     for path in paths:
-        tree = _overlaid(tree, normalised(_read(path)))
+        tree = _overlaid(tree, _beside(path, normalised(_read(path))))
     changes: Any = {}
     for override in overrides:
         changes = _merged(changes, normalised(_parsed(override)))
@@ -76,6 +77,15 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold keys and values, such as target: FOLDER, got {type(tree).__name__}")
     return tree
+
+
+def _beside(path: Path, tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree of a file, whose chat template is named from the file's own folder."""
+    data = tree.get("data")
+    name = data.get("chat_template") if isinstance(data, dict) else None
+    if not isinstance(name, str) or not (file := Path(path).parent / name).is_file():
+        return tree
+    return {**tree, "data": {**tree["data"], "chat_template": str(file)}}
 
 
 def _parsed(override: str) -> Any:

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from ..disk import check_writable
 from ..plain_generation import plain_generate
 from ..sampling import SamplingParams
 from .conversations import Conversation, Message
@@ -195,6 +196,13 @@ def _end_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return sorted(tokens)
 
 
+def check_output(output: Path) -> None:
+    """OSError, in a sentence, unless the file can be written."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; give another name for the output, or delete it")
+    check_writable(output.parent)
+
+
 def _check(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
@@ -202,12 +210,11 @@ def _check(
     max_new_tokens: int,
     batch_size: int,
 ) -> None:
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; give another name for the output, or delete it")
+    check_output(output)
     if not conversations:
         raise ValueError("there is no conversation to answer; give at least one")
     if not tokenizer.chat_template:
-        raise ValueError("the target's tokenizer has no chat template, which says where an answer begins")
+        raise ValueError("the target's tokenizer has no chat template, which says where an answer begins; give one")
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -263,6 +270,7 @@ def _finish(collected: Path, output: Path) -> RegenerationReport:
         _sync(file)
     if not count["written"]:
         new.unlink()
+        collected.unlink()
         reasons = ", ".join(f"{reason} ({number} times)" for reason, number in cut.most_common())
         raise ValueError(f"no conversation is left to write: {reasons}; allow more new tokens in another run")
     new.replace(output)

@@ -70,7 +70,7 @@ def _metadata(recipe: Recipe, materials: Materials) -> dict[str, Any]:
     """What the drafter says about where it comes from, without the folders of this machine."""
     identity = materials.target.identity
     target = {"name": _public(recipe.target), "commit": identity.revision}
-    target |= {"fingerprint": identity.weights or identity.ends}
+    target |= {"fingerprint": identity.fingerprint}
     facts = {"target": target, "data": materials.data.report.provenance()}
     return facts if materials.parent is None else {**facts, "parent": materials.parent}
 

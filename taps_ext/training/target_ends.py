@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,11 @@ class TargetIdentity:
     ends: str  # fingerprint of the embedding and lm_head: all that is known of a target that is not loaded
     weights: str | None  # fingerprint of all weights
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that is known of the target."""
+        return self.weights or self.ends
+
     def check_same(self, other: TargetIdentity, folder: Path) -> None:
         """ValueError unless the features in `folder`, of this target, are those of the other one."""
         both_known = self.weights is not None and other.weights is not None
@@ -57,6 +62,10 @@ class TargetEnds:
     head: Tensor  # [V, H], the weight of the lm_head
     config: Any  # transformers'
     identity: TargetIdentity
+
+    def to(self, dtype: torch.dtype) -> TargetEnds:
+        """The same in another precision."""
+        return replace(self, embedding=self.embedding.to(dtype), head=self.head.to(dtype))
 
 
 def identify(model: PreTrainedModel) -> TargetIdentity:

@@ -98,7 +98,8 @@ class Trainer:
         self.observer: Observer = observer if observer and self.accelerator.is_main_process else _Silent()
         self.checkpoints = Checkpoints(output / CHECKPOINTS, config.keep_checkpoints)
         self._network_config = network.config
-        self._identity = identity(training, validation, objective, config, network.config)
+        target = (facts.metadata or {}).get("target", {})
+        self._identity = identity(training, validation, objective, config, network.config, target.get("fingerprint"))
         self._journal: Journal | None = None  # of the main process, while it trains
         self._best: ValidationRecord | None = None
         self._last: ValidationRecord | None = None
@@ -244,6 +245,8 @@ class Trainer:
             raise ValueError("this process has other data or settings than the main one; give both the same files")
         for complaint in complaints:
             self.observer.note(complaint)
+        if complaints and state is None:
+            self.observer.note("no whole checkpoint is left: the run begins anew")
         if state is None:
             return 0
         check_same(state.identity, self._identity, self.output)

@@ -134,15 +134,17 @@ class Updater:
 
 
 def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:
-    """Sequences of one forward on one process; ValueError if the global batch is no whole number of them."""
-    size = config.micro_batch_size or max(1, config.batch_size // num_processes)
-    if config.batch_size % (size * num_processes):
-        parts = f"{num_processes} processes" + (f" of micro-batches of {size}" if config.micro_batch_size else "")
+    """Sequences of one forward on one process: as many as the config allows of those that split its share evenly.
+
+    ValueError if the batch of an update cannot be split evenly over the processes.
+    """
+    share, left = divmod(config.batch_size, num_processes)
+    if left or not share:
         raise ValueError(
-            f"training.batch_size {config.batch_size} cannot be split evenly over {parts}; make it a multiple of "
-            f"{size * num_processes if config.micro_batch_size else num_processes}"
+            f"training.batch_size {config.batch_size} cannot be split evenly over {num_processes} processes; "
+            f"make it a multiple of {num_processes}"
         )
-    return size
+    return max(size for size in range(1, min(config.micro_batch_size or share, share) + 1) if share % size == 0)
 
 
 def learning_rate(step: int, config: TrainingConfig, num_steps: int) -> float:
