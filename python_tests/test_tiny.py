@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -14,11 +15,13 @@ import torch
 
 import taps_ext as taps
 from taps_ext import tiny
-from taps_ext.drafters.checkpoint import average_drafters
+from taps_ext.drafters import average_drafters
+from taps_ext.tiny import recipe as tiny_recipe
 from taps_ext.tiny.arithmetic import Problem, generate_problem
-from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS, training_prompts
+from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS
 from taps_ext.tiny.tokenizer import train_tokenizer
-from taps_ext.training import chat_sequence
+from taps_ext.training.chat_format import ChatFormat
+from taps_ext.training.config import ObjectiveConfig
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (?:(\d+) \+ (\d+) = )?(\d+)")
 
@@ -89,7 +92,6 @@ def test_texts_are_a_function_of_the_seed_and_prompts_are_held_out(domain: str) 
     for seed, count in TRAINING_CONVERSATIONS.items():
         trained = tiny.conversations(domain, count, seed)
         seen = {repr(text[: turn + 1]) for text in trained for turn in range(0, len(text), 2)}
-        assert all(repr(prompt) in seen for prompt in training_prompts(domain, 50, seed))
         assert not any(repr(prompt) in seen for prompt in tiny.prompts(domain, 100))
 
 
@@ -105,7 +107,7 @@ def test_the_chat_format_marks_what_the_assistant_says() -> None:
     tokenizer = tiny.load_target()[1]
     for domain in tiny.DOMAINS:
         for conversation in tiny.conversations(domain, 20, seed=5):
-            example = chat_sequence(tokenizer, conversation)
+            example = ChatFormat(tokenizer).encode(conversation)
             learned = [token for token, is_learned in zip(example.tokens, example.loss_mask, strict=True) if is_learned]
             assert tokenizer.decode(learned) == "".join(f"{m['content']}<|end|>" for m in conversation[1::2])
             text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in conversation)
@@ -144,6 +146,45 @@ def test_the_assets_are_small_and_say_how_they_were_made() -> None:
 
 def test_drafters_come_in_the_order_that_breaks_ties() -> None:
     assert list(tiny.drafter_paths()) == ["math", "chat"]
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_holds_as_many_texts_of_each_domain_as_it_says() -> None:
+    recipe = tiny_recipe.Recipe(num_own_texts=1200)
+    for mixture, expected in {
+        "math": {"math": 1200, "chat": 64},
+        "chat": {"math": 64, "chat": 1200},
+        "mixed-half": {"math": 600, "chat": 600},
+        "mixed-full": {"math": 1200, "chat": 1200},
+    }.items():
+        counts = dict.fromkeys(tiny.DOMAINS, 0)
+        for source in tiny_recipe.sources(recipe, mixture, Path("world")):
+            domain, _ = Path(source.path).stem.split("-")
+            counts[domain] += 600 if source.count is None else source.count  # a file holds half of a domain's texts
+        assert counts == expected
+
+
+def test_the_recipe_makes_a_world_that_can_be_loaded(tmp_path: Path) -> None:
+    """In small: few texts, one update, and the target that is there already."""
+    world = tmp_path / "world"
+    shutil.copytree(tiny.assets() / "target", world / "target")
+    method = tiny_recipe.Method(ObjectiveConfig("hass"), share=0.01, mixtures=tiny.DOMAINS)
+    recipe = tiny_recipe.Recipe(
+        num_own_texts=20, threads=torch.get_num_threads(), batch_size=4, methods={"quick": method}, shipped="quick"
+    )
+    tiny_recipe.make(recipe, world, has_target=True)
+    target, _ = tiny.load_target()
+    folders = {domain: world / "drafters" / domain for domain in tiny.DOMAINS}
+    taps.load_drafters({**folders, "average": world / "runs" / "quick-averaged" / "final"}, target)
+    facts = json.loads((world / "recipe.json").read_text())
+    assert set(facts["runs"]) == {"quick-math", "quick-chat"}
+    assert set(facts["drafters"]) == set(tiny.DOMAINS)
+    for folder in folders.values():
+        assert str(tmp_path) not in (folder / "config.json").read_text()
+    with pytest.raises(FileExistsError, match="texts exists already; give another folder"):
+        tiny_recipe.make(recipe, world, has_target=True)
 
 
 # --- what the drafters are worth -------------------------------------------------------------------------------------

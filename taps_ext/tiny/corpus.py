@@ -30,11 +30,6 @@ def prompts(domain: str, count: int, seed: int = 0) -> list[Conversation]:
     return list(islice(unseen, count))
 
 
-def training_prompts(domain: str, count: int, seed: int) -> list[Conversation]:
-    """Prompts cut from the conversations of a training seed."""
-    return list(islice(_starts(domain, f"train/{seed}"), count))
-
-
 def _starts(domain: str, key: str) -> Iterator[Conversation]:
     """Conversations up to one of their user turns, mostly the first."""
     for index, conversation in enumerate(_stream(domain, key)):

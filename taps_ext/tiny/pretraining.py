@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ..training.dataset import TokenBatch, TokenDataset
+from ..training.dataset import BatchOrder, TokenBatch, TokenDataset
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def pretrain(
 
 
 def _steps(dataset: TokenDataset, config: PretrainingConfig) -> Iterator[tuple[int, TokenBatch]]:
-    return zip(range(config.steps), dataset.batches(config.batch_size, config.seed), strict=False)
+    order = BatchOrder(dataset, config.batch_size, config.seed)
+    return ((step, dataset.batch(order[step])) for step in range(config.steps))
 
 
 def _optimizers(model: LlamaForCausalLM, config: PretrainingConfig) -> list[torch.optim.Optimizer]:

@@ -1,6 +1,7 @@
 """Re-makes the tiny world: `python -m taps_ext.tiny.recipe --output DIR` (see benchmarks/runs/tiny.sh).
 
-Corpus, tokenizer, target, texts that the target writes itself, one drafter a domain; recipe.json beside them says how.
+target/, texts/ that the target writes itself, runs/ of both objectives on every mixture of the two domains, drafters/
+with the shipped specialists, and recipe.json, which says how all of it was made.
 """
 
 from __future__ import annotations
@@ -8,73 +9,113 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..training import Example, TokenDataset, TrainingConfig, chat_sequence, train_drafter
-from .corpus import DOMAINS, DRAFTER_SEED, TARGET_SEED, TRAINING_CONVERSATIONS, conversations, training_prompts
+from ..drafters import average_drafters
+from ..training import TokenDataset
+from ..training.chat_format import ChatFormat
+from ..training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
+from ..training.config import Recipe as TrainingRecipe
+from ..training.conversations import Conversation
+from ..training.progress import choose
+from ..training.regeneration import regenerate
+from ..training.run import train
+from .corpus import DOMAINS, DRAFTER_SEED, TARGET_SEED, TRAINING_CONVERSATIONS, conversations
 from .pretraining import PretrainingConfig, new_target, pretrain
-from .regeneration import regenerate
 from .tokenizer import save_tokenizer, train_tokenizer
 
 MAX_LENGTH = 512  # tokens of a training text
+WRITING_BATCH = 128  # conversations that the target answers at once
+TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # half of a domain's texts each
+MIXED_HALF, MIXED_FULL = "mixed-half", "mixed-full"  # half of each domain's texts, all of both domains'
+MIXTURES = (*DOMAINS, MIXED_HALF, MIXED_FULL)
+UPDATES = {"math": 200, "chat": 120, MIXED_HALF: 120, MIXED_FULL: 120}  # for about equal times: chat is longer
+
+
+@dataclass(frozen=True)
+class Method:
+    """An objective, with how many updates for each of `UPDATES`, and on which mixtures of the domains."""
+
+    objective: ObjectiveConfig
+    share: float = 1.0
+    mixtures: tuple[str, ...] = MIXTURES
+
+    def steps(self, mixture: str) -> int:
+        """Updates on a mixture."""
+        return max(1, round(self.share * UPDATES[mixture]))
+
+
+def _methods() -> dict[str, Method]:
+    """The objectives for equal times, as an update of HASS takes 2.5 times as long: the first three, and the long two.
+
+    `hass-long` has as many updates as `eagle2`, too. The shipped drafters stop at the short time: of the 7 tokens that
+    a step can add they add 4 to 6, so that what tells drafters and compositions apart can still show.
+    """
+    eagle2, hass = ObjectiveConfig("eagle2"), ObjectiveConfig("hass")
+    return {
+        "eagle2": Method(eagle2),
+        "hass": Method(hass, 0.4),
+        "hass-two-passes": Method(replace(hass, alignment_passes=2), 0.57, DOMAINS),
+        "eagle2-long": Method(eagle2, 2.5, DOMAINS),
+        "hass-long": Method(hass, 1.0, DOMAINS),
+    }
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the assets depend on, besides the code and the versions."""
+    """Everything that the assets depend on, besides the code and the versions."""
 
     num_conversations: int = TRAINING_CONVERSATIONS[TARGET_SEED]  # of each domain, for the tokenizer and the target
-    num_own_texts: int = TRAINING_CONVERSATIONS[
-        DRAFTER_SEED
-    ]  # for a drafter: written by the target, of the drafter's own domain
-    other_share: float = 0.1  # of a drafter's texts that are of the other domain
-    max_new_tokens: int = 128  # of a text that the target writes
-    threads: int = 2
+    num_own_texts: int = TRAINING_CONVERSATIONS[DRAFTER_SEED]  # of each domain, for drafters: written by the target
+    other_share: float = 0.05  # of a specialist's texts that are of the other domain
+    max_new_tokens: int = 256  # of an answer that the target writes
+    threads: int = 1
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
-    drafter: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=150, batch_size=8, learning_rate=4e-3))
+    methods: dict[str, Method] = field(default_factory=_methods)
+    shipped: str = "eagle2"  # the method of the specialists that come with the package
+    batch_size: int = 8
+    learning_rate: float = 8e-3
+    warmup_steps: int = 30
+    seed: int = 1  # of drafters and their texts
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Make the assets in the folder given by the command line."""
     parser = argparse.ArgumentParser(prog="python -m taps_ext.tiny.recipe", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for target/, drafters/ and recipe.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder for all of it")
     parser.add_argument("--threads", type=int, default=Recipe.threads)
     parser.add_argument("--target-steps", type=int, default=PretrainingConfig.steps)
-    parser.add_argument("--drafter-steps", type=int, default=Recipe().drafter.steps)
-    parser.add_argument(
-        "--keep-target", action="store_true", help="train only the drafters, for the target found there"
-    )
+    parser.add_argument("--keep-target", action="store_true", help="train only drafters, for the target found there")
     given = parser.parse_args(arguments)
-    recipe = Recipe(threads=given.threads)
-    recipe = replace(
-        recipe,
-        pretraining=replace(recipe.pretraining, steps=given.target_steps),
-        drafter=replace(recipe.drafter, steps=given.drafter_steps),
-    )
-    make(recipe, given.output, given.keep_target)
+    pretraining = PretrainingConfig(steps=given.target_steps)
+    make(Recipe(threads=given.threads, pretraining=pretraining), given.output, given.keep_target)
 
 
 def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
-    """Train everything and write target/, drafters/<domain>/ and recipe.json under `output`."""
+    """Train everything and write it under `output`."""
+    for name in ("texts", "runs", "drafters"):
+        if (output / name).exists():
+            raise FileExistsError(f"{output / name} exists already; give another folder, or delete it")
     torch.set_num_threads(recipe.threads)
     facts: dict[str, Any] = _read_facts(output) if has_target else {}
     if not has_target:
         facts["target"] = _make_target(recipe, output / "target")
-    target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(output / "target")
-    start = time.monotonic()
-    texts = {domain: _own_texts(recipe, target, tokenizer, domain) for domain in DOMAINS}
-    facts["texts_seconds"] = round(time.monotonic() - start, 1)
-    facts["drafters"] = {domain: _make_drafter(recipe, target, texts, domain, output) for domain in DOMAINS}
+    facts["texts"] = _write_texts(recipe, output)
+    facts["runs"] = _train_all(recipe, output)
+    for domain in DOMAINS:
+        shutil.copytree(output / "runs" / f"{recipe.shipped}-{domain}" / "final", output / "drafters" / domain)
+    facts["drafters"] = {domain: {"run": f"{recipe.shipped}-{domain}"} for domain in DOMAINS}
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     _write_facts(recipe, facts, output)
@@ -84,11 +125,11 @@ def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train tokenizer and target, save both (bfloat16); what there is to say about it."""
     texts = [text for domain in DOMAINS for text in conversations(domain, recipe.num_conversations, TARGET_SEED)]
     tokenizer = train_tokenizer(message["content"] for text in texts for message in text)
-    dataset = TokenDataset([chat_sequence(tokenizer, text) for text in texts], MAX_LENGTH)
+    chat_format = ChatFormat(tokenizer)
+    dataset = TokenDataset(chat_format.encode(text).cut(MAX_LENGTH) for text in texts)
     model = new_target(tokenizer, recipe.pretraining.seed)
-    report = _progress_line("target", recipe.pretraining.steps)
     start = time.monotonic()
-    loss = pretrain(model, dataset, recipe.pretraining, report)
+    loss = pretrain(model, dataset, recipe.pretraining, _say_step)
     seconds = time.monotonic() - start
     model.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
@@ -101,46 +142,89 @@ def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     }
 
 
-def _make_drafter(
-    recipe: Recipe, target: PreTrainedModel, texts: dict[str, list[Example]], domain: str, output: Path
-) -> dict[str, Any]:
-    """Train and save one specialist; what there is to say about it."""
-    config = replace(recipe.drafter, seed=recipe.drafter.seed + 1 + DOMAINS.index(domain))
-    start = time.monotonic()
-    result = train_drafter(
-        target,
-        TokenDataset(_mixture(recipe, texts, domain), MAX_LENGTH),
-        config,
-        output / "drafters" / domain,
-        metadata={"target": "tiny", "domain": domain, "trained_length": MAX_LENGTH},
-        report=_progress_line(f"drafter {domain}", config.steps),
+def _write_texts(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """What the target says in the corpus's conversations: a file of each domain and temperature; facts about them."""
+    target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "target")
+    facts: dict[str, Any] = {}
+    for domain in DOMAINS:
+        texts = [
+            Conversation(tuple(text), f"{domain}:{number}")
+            for number, text in enumerate(conversations(domain, recipe.num_own_texts, DRAFTER_SEED))
+        ]
+        for part, (name, temperature) in enumerate(TEMPERATURES.items()):
+            start = time.monotonic()
+            report = regenerate(
+                target,
+                tokenizer,
+                texts[part :: len(TEMPERATURES)],
+                _texts(output, domain, name),
+                max_new_tokens=recipe.max_new_tokens,
+                temperature=temperature,
+                seed=recipe.seed,
+                batch_size=WRITING_BATCH,
+                progress=partial(_say_texts, f"{domain}, {name}"),
+            )
+            facts[f"{domain}-{name}"] = asdict(report) | {"seconds": round(time.monotonic() - start, 1)}
+    return facts
+
+
+def _texts(output: Path, domain: str, name: str) -> Path:
+    return output / "texts" / f"{domain}-{name}.jsonl"
+
+
+def _train_all(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """Every method on each of its mixtures, and the average of its two specialists; facts about the runs."""
+    facts = {}
+    for name, method in recipe.methods.items():
+        for mixture in method.mixtures:
+            run = f"{name}-{mixture}"
+            _say(run)
+            start = time.process_time()  # equal times are compared, whatever else the machine does
+            result = train(_training_recipe(recipe, method, mixture, output, run), choose(100, sys.stderr))
+            seconds = round(time.process_time() - start, 1)
+            assert result.validation
+            facts[run] = {"steps": method.steps(mixture), "cpu_seconds": seconds, "estimate": asdict(result.validation)}
+        specialists = [output / "runs" / f"{name}-{domain}" / "final" for domain in DOMAINS]
+        average_drafters(specialists, None, output / "runs" / f"{name}-averaged" / "final")
+    return facts
+
+
+def _training_recipe(recipe: Recipe, method: Method, mixture: str, output: Path, run: str) -> TrainingRecipe:
+    steps = method.steps(mixture)
+    return TrainingRecipe(
+        target=str(output / "target"),
+        target_dtype="float32",
+        output=str(output / "runs" / run),
+        data=DataConfig(tuple(sources(recipe, mixture, output)), max_length=MAX_LENGTH, validation=64),
+        objective=method.objective,
+        training=TrainingConfig(
+            steps=steps,
+            batch_size=recipe.batch_size,
+            learning_rate=recipe.learning_rate,
+            warmup_steps=recipe.warmup_steps,
+            clip_norm=1.0,
+            clip_value=None,
+            seed=recipe.seed,
+            validate_every=steps,
+            save_every=steps,
+        ),
     )
-    return {
-        "config": asdict(config),
-        "final_loss": round(result.losses[-1], 4),
-        "num_parameters": sum(p.numel() for p in result.network.parameters()),
-        "seconds": round(time.monotonic() - start, 1),
-    }
 
 
-def _own_texts(
-    recipe: Recipe, target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, domain: str
-) -> list[Example]:
-    """Prompts of one domain with answers that the target wrote: what a drafter will have to foresee."""
-    starts = training_prompts(domain, recipe.num_own_texts, DRAFTER_SEED)
-    report = _progress_line(f"texts {domain}", len(starts))
-    return regenerate(target, tokenizer, starts, recipe.max_new_tokens, recipe.drafter.seed, report)
-
-
-def _mixture(recipe: Recipe, texts: dict[str, list[Example]], domain: str) -> list[Example]:
-    """Mostly the domain's texts, and `other_share` of the other's."""
-    others = [example for other in DOMAINS if other != domain for example in texts[other]]
-    num_others = round(len(texts[domain]) * recipe.other_share / (1 - recipe.other_share))
-    return texts[domain] + others[:num_others]
+def sources(recipe: Recipe, mixture: str, output: Path) -> Iterator[SourceConfig]:
+    """The files of a mixture: all of a domain's texts, or as many of each file as make its share."""
+    others = recipe.other_share / (1 - recipe.other_share)
+    shares = {domain: {MIXED_HALF: 0.5, MIXED_FULL: 1.0, domain: 1.0}.get(mixture, others) for domain in DOMAINS}
+    for domain, share in shares.items():
+        count = None if share == 1 else round(share * recipe.num_own_texts / len(TEMPERATURES))
+        for name in TEMPERATURES:
+            yield SourceConfig(str(_texts(output, domain, name)), count=count)
 
 
 def _write_facts(recipe: Recipe, facts: dict[str, Any], output: Path) -> None:
-    facts["corpus"] = {name: getattr(recipe, name) for name in ("num_conversations", "num_own_texts", "other_share")}
+    names = ("num_conversations", "num_own_texts", "other_share", "max_new_tokens")
+    facts["corpus"] = {name: getattr(recipe, name) for name in names}
     facts["versions"] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -156,18 +240,17 @@ def _read_facts(output: Path) -> dict[str, Any]:
     return {"target": facts.get("target")}
 
 
-def _progress_line(what: str, total: int) -> Callable[[int, float], None]:
-    """A report that rewrites one line on a terminal and adds a line now and then in a log."""
-    start = time.monotonic()
-    every = 10 if sys.stderr.isatty() else max(1, total // 10)
+def _say(sentence: str) -> None:
+    sys.stderr.write(f"{sentence}\n")
 
-    def report(done: int, value: float) -> None:
-        if done % every == 0 or done == total:
-            end = "\n" if done == total or not sys.stderr.isatty() else ""
-            sys.stderr.write(f"\r{what}: {done}/{total}, {value:.3f}, {time.monotonic() - start:.0f} s{end}")
-            sys.stderr.flush()
 
-    return report
+def _say_step(step: int, loss: float) -> None:
+    if step % 100 == 0:
+        _say(f"target: step {step}, loss {loss:.3f}")
+
+
+def _say_texts(what: str, done: int, total: int) -> None:
+    _say(f"texts, {what}: {done} of {total}")
 
 
 if __name__ == "__main__":
