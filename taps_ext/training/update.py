@@ -73,7 +73,7 @@ class Updater:
         sums = torch.cat((sums, sums.new_tensor([is_stop_requested])))
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        loss, *correct, stop, norm_value = torch.cat((sums, norm.to(sums)[None])).tolist()  # the update's one host read
+        loss, *correct, stop, norm_value = torch.cat((sums, norm.to(sums)[None])).tolist()  # one host read
         facts = UpdateFacts(
             loss=loss / num_learned,
             accuracy=tuple(number / num_learned for number in correct),
