@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Generator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import processors, transformers_door
-from .composition import Composed, make_composition
+from .composition import Composed, make_composition, share_budget
 from .drafters import Drafter, GroupedDrafters
 from .requests import Request
 from .sampling import SamplingParams
@@ -42,10 +44,16 @@ class SpeculativeDecoder:
     Args:
         target: a Hugging Face causal LM, or a `TargetModel`.
         drafters: by name, from `load_drafters`; their order breaks ties.
-        composition: "single", "confidence", "entropy" or "merged".
+        composition: "single", "confidence", "entropy", "evidence" or "merged".
         drafter: the name to use with "single" when there are several.
         shape: the tree that each drafter grows.
         max_nodes: the node budget of a merged tree; None verifies the whole union.
+        drafting: "coupled" lets calibrated drafters look at the noise that the target will draw with, so that they
+            propose what it is about to draw; "topk" proposes what is likely. The same at temperature 0.
+        evidence_decay: what is left of the evidence for a drafter after a token. "evidence" has 0.9 by default;
+            "merged" weights its scores by evidence where this is given.
+        joint_budget: the nodes that all rows of a batch verify together in a step, roots included: the best ones,
+            wherever they are.
     """
 
     def __init__(
@@ -57,14 +65,27 @@ class SpeculativeDecoder:
         drafter: str | None = None,
         shape: TreeShape | None = None,
         max_nodes: int | None = None,
+        drafting: str = "coupled",
+        evidence_decay: float | None = None,
+        joint_budget: int | None = None,
     ) -> None:
-        self.composition = make_composition(composition, max_nodes)
-        self.drafters = _used_drafters(drafters, composition, drafter)
+        self.composition = make_composition(composition, max_nodes, evidence_decay)
+        self.drafting = _check_drafting(drafting)
+        self.joint_budget = joint_budget
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
-        for name, one in self.drafters.items():
-            _refuse_other_sizes(name, one, self.target)
+        self.drafters = _checked_drafters(_used_drafters(drafters, composition, drafter), self.target)
         self.grouped_drafters = GroupedDrafters(list(self.drafters.values()))
+
+    def with_drafters(self, drafters: Mapping[str, Drafter]) -> SpeculativeDecoder:
+        """The same decoder with other drafters: to load or drop one while the target stays. Running calls keep theirs.
+
+        >>> decoder = decoder.with_drafters({**decoder.drafters, "code": load_drafter("code", model)})  # doctest: +SKIP
+        """
+        other = copy(self)
+        other.drafters = _checked_drafters(drafters, self.target)
+        other.grouped_drafters = GroupedDrafters(list(other.drafters.values()))
+        return other
 
     def generate(
         self,
@@ -151,10 +172,16 @@ class SpeculativeDecoder:
         batch_size, device = len(request.input_ids), self.target.device
         longest = [a + b for a, b in zip(request.prompt_lengths, request.rules.max_new_tokens, strict=True)]
         self.target.refuse_longer_than_exact(max(longest))
+        if self.joint_budget is not None and self.joint_budget < batch_size:
+            raise ValueError(f"joint_budget {self.joint_budget} is less than a node for each of the {batch_size} rows")
+        sampling = request.sampling.rows(batch_size, device)
+        looks = self.drafting == "coupled" and request.sampling.is_sampled
+        if looks:
+            _warn_of_uncalibrated(self.drafters)
         return DecodeState(
             kv=self.target.new_cache(batch_size),
-            drafter_states=self.grouped_drafters.reset(batch_size),
-            sampling=request.sampling.rows(batch_size, device),
+            drafter_states=self.grouped_drafters.reset(batch_size, sampling if looks else None, self.composition.decay),
+            sampling=sampling,
             rules=request.rules,
             rows=[RowText(prompt) for prompt in request.input_ids.tolist()],
             stats=DecodeStats(tuple(self.drafters), batch_size),
@@ -201,8 +228,16 @@ class SpeculativeDecoder:
         return event
 
     def _propose(self, state: DecodeState) -> Composed:
-        trees = self.grouped_drafters.propose(state.drafter_states, state.root_tokens, self.shape, state.active)
-        composed = self.composition.compose(trees)
+        """The tree to verify. Where one drafter is chosen before any drafts, the host waits to know which."""
+        drafters, evidence = self.grouped_drafters, None
+        if self.composition.decay is not None:
+            evidence = drafters.evidence(state.drafter_states).to(state.root_tokens.device)
+        choice = self.composition.choose(evidence)
+        chosen = None if choice is None else choice.tolist()
+        trees = drafters.propose(state.drafter_states, state.root_tokens, self.shape, state.active, chosen)
+        composed = self.composition.compose(trees, evidence)
+        if self.joint_budget is not None:
+            composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
         if composed.tree.tokens.device.type != "cpu":
             return composed  # there the static capacity saves a host synchronisation
         return replace(composed, tree=composed.tree.trimmed(int(composed.tree.num_nodes.max())))
@@ -261,6 +296,27 @@ def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> Non
             f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
             f"{target.config.hidden_size}; use a drafter trained for this target"
         )
+
+
+def _check_drafting(drafting: str) -> str:
+    if drafting not in ("coupled", "topk"):
+        raise ValueError(f"drafting must be coupled or topk, got {drafting!r}")
+    return drafting
+
+
+def _warn_of_uncalibrated(drafters: Mapping[str, Drafter]) -> None:
+    if names := ", ".join(name for name, drafter in drafters.items() if drafter.calibration is None):
+        warnings.warn(
+            f"not calibrated, and drafted as with drafting='topk': {names}; to accept more at temperatures above 0, "
+            f"run: taps-ext calibrate DRAFTER --target TARGET --data FILE",
+            stacklevel=5,
+        )
+
+
+def _checked_drafters(drafters: Mapping[str, Drafter], target: TargetModel) -> dict[str, Drafter]:
+    for name, drafter in drafters.items():
+        _refuse_other_sizes(name, drafter, target)
+    return dict(drafters)
 
 
 def _used_drafters(drafters: Mapping[str, Drafter], composition: str, name: str | None) -> dict[str, Drafter]:

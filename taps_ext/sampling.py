@@ -34,6 +34,12 @@ class SamplingParams:
         _check("min_p", self.min_p, Real, 0, 1, "between 0 and 1 (0: off)")
         _check("seed", self.seed, Integral, -INT64_MAX - 1, INT64_MAX, "a 64-bit integer")
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether any row is drawn at a temperature above 0."""
+        values = self.temperature if isinstance(self.temperature, Sequence) else [self.temperature]
+        return any(value > 0 for value in values)
+
     def rows(self, batch_size: int, device: torch.device | str = "cpu") -> SamplingRows:
         """The parameters as tensors, one value a row."""
 

@@ -65,17 +65,22 @@ class TreeShape:
 
     `depth` counts drafted levels (EAGLE's `depth=5` is `depth=6` here), `branching` the children kept per
     expanded node and the nodes expanded per level (EAGLE's `top_k`), `max_nodes` the nodes kept, root included.
+    Nodes that score below `min_score` are not worth verifying: log(0.01) drops what the drafter thinks will be
+    accepted once in a hundred times.
     """
 
     depth: int = 6
     branching: int = 10
     max_nodes: int = 60
+    min_score: float | None = None  # nats, at most 0; None: the budget alone decides
 
     def __post_init__(self) -> None:
         for name in ("depth", "branching", "max_nodes"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"TreeShape.{name} must be an integer of at least 1, got {value!r}")
+        if self.min_score is not None and not self.min_score <= 0:
+            raise ValueError(f"TreeShape.min_score must be at most 0, a log-probability, got {self.min_score!r}")
 
 
 def _check_shapes(tree: DraftTree) -> None:

@@ -5,24 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .base import Composed, Composition
+from .budget import share_budget
 from .merging import Merging
-from .routing import ConfidenceRouting, EntropyRouting
+from .routing import ConfidenceRouting, EntropyRouting, EvidenceRouting
 from .single import Single
 
-__all__ = ["COMPOSITIONS", "Composed", "Composition", "make_composition"]
+__all__ = ["COMPOSITIONS", "Composed", "Composition", "make_composition", "share_budget"]
 
-COMPOSITIONS: dict[str, Callable[[int | None], Composition]] = {
-    "single": lambda max_nodes: Single(),
-    "confidence": lambda max_nodes: ConfidenceRouting(),
-    "entropy": lambda max_nodes: EntropyRouting(),
+COMPOSITIONS: dict[str, Callable[[int | None, float | None], Composition]] = {
+    "single": lambda max_nodes, decay: Single(),
+    "confidence": lambda max_nodes, decay: ConfidenceRouting(),
+    "entropy": lambda max_nodes, decay: EntropyRouting(),
+    "evidence": lambda max_nodes, decay: EvidenceRouting() if decay is None else EvidenceRouting(decay),
     "merged": Merging,
 }
 
 
-def make_composition(name: str, max_nodes: int | None = None) -> Composition:
-    """The composition of that name; `max_nodes` is the node budget of a merged tree (None: the whole union)."""
+def make_composition(name: str, max_nodes: int | None = None, evidence_decay: float | None = None) -> Composition:
+    """The composition of that name.
+
+    Args:
+        max_nodes: the node budget of a merged tree; None: the whole union.
+        evidence_decay: how much of the evidence for a drafter is left after a token. "evidence" has 0.9 by default,
+            "merged" weights its scores by evidence where it is given.
+    """
     if name not in COMPOSITIONS:
         raise ValueError(f"composition must be one of {', '.join(COMPOSITIONS)}, got {name!r}")
     if max_nodes is not None and name != "merged":
         raise ValueError(f"max_nodes budgets a merged tree, got composition {name!r}; set TreeShape.max_nodes instead")
-    return COMPOSITIONS[name](max_nodes)
+    if evidence_decay is not None and name not in ("evidence", "merged"):
+        raise ValueError(f"evidence_decay goes with composition evidence or merged, got {name!r}")
+    return COMPOSITIONS[name](max_nodes, evidence_decay)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,28 @@ class Composed:
     choice: Tensor | None  # int64 [B]
 
 
-class Composition(Protocol):
-    """A policy over trees. It sees nothing but them: any drafter, any number."""
+class Composition(ABC):
+    """A policy over trees. It sees nothing but them, and how well their drafters did: any drafter, any number."""
 
-    def compose(self, trees: Sequence[DraftTree]) -> Composed: ...
+    decay: float | None = None  # of the evidence that it looks at, a token; None: it looks at none
+
+    def choose(self, evidence: Tensor | None) -> Tensor | None:
+        """int64 [B], the drafter of each row that is to draft, chosen before any does; None: all of them draft.
+
+        `evidence` is float32 [D, B], see `DrafterState`; None where `decay` is.
+        """
+        return None
+
+    @abstractmethod
+    def compose(self, trees: Sequence[DraftTree], evidence: Tensor | None = None) -> Composed:
+        """One tree of all drafters' trees, in their order; those that were not to draft bring their root."""
+
+
+def check_decay(decay: float) -> float:
+    """`decay`; ValueError unless evidence can be discounted by it."""
+    if not 0 < decay <= 1:
+        raise ValueError(f"evidence_decay must be above 0 and at most 1, got {decay}")
+    return decay
 
 
 def choose(trees: Sequence[DraftTree], choice: Tensor) -> Composed:

@@ -7,11 +7,20 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
+from .calibration import Calibration
 
 
 class DrafterState:
-    """What a drafter remembers of one call (KV, lengths, last output): opaque, made by `reset`, owned by the call."""
+    """What a drafter remembers of one call (KV, lengths, last output): opaque, made by `reset`, owned by the call.
+
+    `evidence`, where `reset` was asked for it: float32 [D, B], for each of the state's drafters and each row the
+    discounted log-probability (nats, temperature 1) that it gave to the tokens observed, as far as it predicted them:
+    `sum_i decay^(t - i) log q(x_i)`.
+    """
+
+    evidence: Tensor | None = None
 
 
 class Drafter(Protocol):
@@ -29,8 +38,18 @@ class Drafter(Protocol):
     def hidden_size(self) -> int:
         """H, the size of the target's features that it takes."""
 
-    def reset(self, batch_size: int) -> DrafterState:
-        """A fresh state for `batch_size` rows that have observed nothing."""
+    @property
+    def calibration(self) -> Calibration | None:
+        """How it weighs the noise in coupled drafting; None: it drafts without a look at it."""
+
+    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> DrafterState:
+        """A fresh state for `batch_size` rows that have observed nothing.
+
+        Args:
+            sampling: how the target will draw. A calibrated drafter then looks at the same noise (coupled drafting);
+                one that is not drafts as without. Rows of temperature 0 are drafted as without, too.
+            decay: keep evidence in the state, discounted by this a token; a drafter that cannot raises ValueError.
+        """
 
     def observe(
         self,
@@ -60,14 +79,15 @@ class Drafter(Protocol):
                 with K = min(branching, V).
             active: bool [B]; other rows get a tree that is only its root.
 
-        No node lies deeper than `shape.depth`. A drafter reads nothing from the device here.
+        No node lies deeper than `shape.depth`, none scores below `shape.min_score`. A drafter reads nothing from the
+        device here.
         """
 
 
 class DrafterGroup(Protocol):
     """Drafters that do together what each would do alone, in fewer calls: one state, and a tree each."""
 
-    def reset(self, batch_size: int) -> DrafterState:
+    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> DrafterState:
         """See `Drafter.reset`."""
 
     def observe(
@@ -80,5 +100,15 @@ class DrafterGroup(Protocol):
     ) -> None:
         """See `Drafter.observe`: every drafter observes the same."""
 
-    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> list[DraftTree]:
-        """The trees that the drafters would propose one by one, in their order."""
+    def propose(
+        self,
+        state: DrafterState,
+        root_tokens: Tensor,
+        shape: TreeShape,
+        active: Tensor,
+        chosen: Sequence[Sequence[int]] | None = None,
+    ) -> list[DraftTree]:
+        """The trees that the drafters would propose one by one, in their order.
+
+        `chosen` names the rows that each of them drafts for (None: all); its other rows get only their root.
+        """

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
 from .base import DrafterState
+from .calibration import Calibration
 from .eagle_group import EagleGroup, EagleState, compute_dtype_and_device
 from .eagle_network import EagleConfig, EagleNetwork
 
@@ -17,20 +19,31 @@ __all__ = ["EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "compute
 class EagleDrafter:
     """An EAGLE-2 network with the target's own embedding and lm_head (held by reference, never copied)."""
 
-    def __init__(self, network: EagleNetwork, embedding: nn.Module, lm_head: nn.Module, name: str = "eagle") -> None:
-        """`network` stays as it is: put it on the lm_head's device. A network still in training can be measured so."""
+    def __init__(
+        self,
+        network: EagleNetwork,
+        embedding: nn.Module,
+        lm_head: nn.Module,
+        name: str = "eagle",
+        calibration: Calibration | None = None,
+    ) -> None:
+        """`network` stays as it is: put it on the lm_head's device. A network still in training can be measured so.
+
+        `calibration` is what coupled drafting needs; without it the drafter drafts as EAGLE-2 does.
+        """
         self.name = name
         self.vocab_size = network.config.vocab_size
         self.hidden_size = network.config.hidden_size
         self.network = network
+        self.calibration = calibration
         self.embedding = embedding
         self.lm_head = lm_head
         self.dtype, self.device = network.fc.weight.dtype, network.fc.weight.device
-        self._alone = EagleGroup([network], embedding, lm_head)
+        self._alone = EagleGroup([network], embedding, lm_head, [calibration])
 
-    def reset(self, batch_size: int) -> EagleState:
+    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> EagleState:
         """See `Drafter.reset`."""
-        return self._alone.reset(batch_size)
+        return self._alone.reset(batch_size, sampling, decay)
 
     def observe(
         self,
@@ -61,4 +74,5 @@ class EagleDrafter:
 def in_lockstep(drafters: Sequence[EagleDrafter]) -> EagleGroup:
     """Drafters that are alike (`is_like`), as one."""
     first = drafters[0]
-    return EagleGroup([drafter.network for drafter in drafters], first.embedding, first.lm_head)
+    networks, calibrations = [one.network for one in drafters], [one.calibration for one in drafters]
+    return EagleGroup(networks, first.embedding, first.lm_head, calibrations)

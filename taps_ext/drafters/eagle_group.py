@@ -17,9 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
+from . import evidence
 from .base import DrafterState
+from .calibration import Calibration
+from .coupling import CoupledRows, couple
 from .eagle_network import EagleNetwork
+from .levels import Level, capacity_of, is_complete, root_only, scatter_rows, split, to_tree
 
 MIN_CAPACITY = 256  # slots; capacities are powers of two, so a growth at least doubles
 
@@ -33,6 +38,10 @@ class EagleState(DrafterState):
     last_output: Tensor  # [D, B, H], the output of each row's last observed slot
     keys: Tensor  # [D, B, kv_heads, capacity, head_dim]
     values: Tensor  # [D, B, kv_heads, capacity, head_dim]
+    coupled: CoupledRows | None = None  # None: drafted without a look at the noise
+    decay: float | None = None  # of the evidence; None: none is kept
+    evidence: Tensor | None = None  # float32 [D, B]
+    last_logits: Tensor | None = None  # [D, B, V], of `last_output`, where evidence is kept
 
     @property
     def kv_length(self) -> int:
@@ -44,33 +53,49 @@ class EagleState(DrafterState):
         """Slots of a row in the cache, committed and transient."""
         return self.keys.shape[3]
 
+    def part(self, drafter: int, rows: Sequence[int]) -> EagleState:
+        """One drafter's state of some rows, to draft from: it may share memory with this one, past the rows' ends."""
+        one, places = slice(drafter, drafter + 1), torch.tensor(rows, device=self.lengths.device)
 
-@dataclass(frozen=True)
-class _Level:
-    """The nodes of one tree level, F * K of them, and the K of them that are expanded next."""
+        def some(values: Tensor) -> Tensor:
+            return values[one] if len(rows) == len(self.row_lengths) else values[one, places]
 
-    tokens: Tensor  # int64 [R, F * K]
-    parents: Tensor  # int64 [R, F * K], pool indices
-    scores: Tensor  # float32 [R, F * K]
-    entropies: Tensor  # float32 [R, F * K]
-    frontier: Tensor  # int64 [R, K], indices into this level
-    frontier_parents: Tensor  # int64 [R, K], the parents' rows in the expanded layer, 0..F-1
+        return EagleState(
+            lengths=self.lengths[places],
+            row_lengths=[self.row_lengths[row] for row in rows],
+            last_output=some(self.last_output),
+            keys=some(self.keys),
+            values=some(self.values),
+            coupled=None if self.coupled is None else self.coupled.part(drafter, places),
+            last_logits=None if self.last_logits is None else some(self.last_logits),
+        )
 
 
 class EagleGroup:
     """Networks of one cache shape, dtype and device over one embedding and lm_head. See `DrafterGroup`."""
 
-    def __init__(self, networks: Sequence[EagleNetwork], embedding: nn.Module, lm_head: nn.Module) -> None:
+    def __init__(
+        self,
+        networks: Sequence[EagleNetwork],
+        embedding: nn.Module,
+        lm_head: nn.Module,
+        calibrations: Sequence[Calibration | None] | None = None,
+    ) -> None:
         self.networks = list(networks)
         self.config = self.networks[0].config
         self.embedding = embedding
         self.lm_head = lm_head
+        self.calibrations = list(calibrations or [None] * len(self.networks))
         weight = self.networks[0].fc.weight
         self.dtype, self.device = weight.dtype, weight.device
         self._lm_head_dtype, _ = compute_dtype_and_device(lm_head, embedding)
+        self._alone = [self]
+        if len(self.networks) > 1:
+            pairs = zip(self.networks, self.calibrations, strict=True)
+            self._alone = [EagleGroup([network], embedding, lm_head, [found]) for network, found in pairs]
 
-    def reset(self, batch_size: int) -> EagleState:
-        """A state for `batch_size` rows; the caches are allocated by the first observe, when their size is known."""
+    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> EagleState:
+        """See `Drafter.reset`; the caches are allocated by the first observe, when their size is known."""
         config, rows = self.config, (len(self.networks), batch_size)
         with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
             empty = torch.zeros(
@@ -82,6 +107,9 @@ class EagleGroup:
                 last_output=torch.zeros(*rows, config.hidden_size, dtype=self.dtype, device=self.device),
                 keys=empty,
                 values=empty,
+                coupled=None if sampling is None else couple(self.calibrations, sampling, self.device),
+                decay=decay,
+                evidence=None if decay is None else torch.zeros(rows, device=self.device),
             )
 
     @torch.no_grad()
@@ -109,10 +137,25 @@ class EagleGroup:
         tokens = torch.where(is_slot, next_tokens[:, :num_slots].to(self.device), 0)
         features = torch.where(is_slot[..., None], features[:, :num_slots].to(self.device, self.dtype), 0)
         out = self._forward_committed(state, self._embed(tokens), features, slots)
+        if state.decay is not None:
+            self._keep_evidence(state, out, tokens, num_tokens, state.decay)
         last = (num_tokens - 1).clamp(min=0)[None, :, None, None].expand(*out.shape[:2], 1, out.shape[-1])
         state.last_output = torch.where((num_tokens > 0)[:, None], out.gather(2, last)[:, :, 0], state.last_output)
         state.lengths = state.lengths + num_tokens
         state.row_lengths = [length + count for length, count in zip(state.row_lengths, counts, strict=True)]
+
+    def _keep_evidence(self, state: EagleState, out: Tensor, tokens: Tensor, num_tokens: Tensor, decay: float) -> None:
+        """Discount the evidence by the tokens observed, and add what their predictions say."""
+        assert state.evidence is not None
+        found, logits = evidence.observed(out, tokens, num_tokens, decay, self._logits, self.config.vocab_size)
+        is_observed = num_tokens > 0
+        if state.last_logits is not None:  # the first token was predicted by the slot before
+            first = evidence.log_probability(state.last_logits, tokens[:, 0].expand(len(self.networks), -1))
+            is_predicted = is_observed & (state.lengths > 0)
+            found = found + torch.where(is_predicted, first * decay ** (num_tokens - 1).clamp(min=0).float(), 0)
+            logits = torch.where(is_observed[:, None], logits, state.last_logits)
+        state.last_logits = logits
+        state.evidence = torch.where(is_observed, state.evidence * decay ** num_tokens.float() + found, state.evidence)
 
     def _forward_committed(self, state: EagleState, embeddings: Tensor, features: Tensor, slots: Tensor) -> Tensor:
         """The outputs [D, B, T, H] of new slots behind each row's own, of embeddings and features [B, T, H].
@@ -131,30 +174,64 @@ class EagleGroup:
         return self._forward(state, embeddings, features, columns, columns, end, mask)
 
     @torch.no_grad()
-    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> list[DraftTree]:
-        """A tree a drafter, see `Drafter.propose`. Reads nothing from the device."""
-        state, num_drafters, device = _own(state), len(self.networks), root_tokens.device
+    def propose(
+        self,
+        state: DrafterState,
+        root_tokens: Tensor,
+        shape: TreeShape,
+        active: Tensor,
+        chosen: Sequence[Sequence[int]] | None = None,
+    ) -> list[DraftTree]:
+        """A tree a drafter, see `DrafterGroup.propose`. Reads nothing from a device that it would have to wait for."""
+        state, device = _own(state), root_tokens.device
         branching = min(shape.branching, self.config.vocab_size)
         _reserve(state, state.kv_length + (shape.depth - 1) * branching)
-        root_tokens, active = (values.to(self.device).repeat(num_drafters) for values in (root_tokens, active))
+        root_tokens, active = root_tokens.to(self.device), active.to(self.device)
+        if chosen is None:
+            return split(self._grow(state, root_tokens, active, shape), len(self.networks), device)
+        trees = []
+        for d, rows in enumerate(chosen):
+            tree = root_only(root_tokens, capacity_of(shape, branching))
+            if len(rows) > 0:
+                places = torch.tensor(rows, device=self.device)
+                part = self._alone[d]._grow(state.part(d, rows), root_tokens[places], active[places], shape)
+                tree = scatter_rows(tree, places, part)
+            trees += split(tree, 1, device)
+        return trees
+
+    def _grow(self, state: EagleState, root_tokens: Tensor, active: Tensor, shape: TreeShape) -> DraftTree:
+        """The trees [R, capacity] of all networks and rows, level by level, no further than the budget can tell."""
+        num_drafters, branching = len(self.networks), min(shape.branching, self.config.vocab_size)
+        root_tokens, active = root_tokens.repeat(num_drafters), active.repeat(num_drafters)
         last_output = state.last_output.flatten(0, 1)[:, None]
+        logits = self._logits(last_output) if state.last_logits is None else state.last_logits.flatten(0, 1)[:, None]
         root_scores = torch.zeros_like(root_tokens, dtype=torch.float32)[:, None]
         root_scores.masked_fill_(~active[:, None], -torch.inf)  # -inf: no child survives pruning
-        expanded = ops.expand_frontier(self._logits(last_output), root_scores, branching)
-        levels = [_level(expanded, torch.zeros_like(expanded.frontier[:, :1]))]
+        expanded = self._expand(state, logits, root_scores, branching, 1)
+        levels = [Level.of(expanded, torch.zeros_like(expanded.frontier[:, :1]))]
         mask = _prefix_mask(state, branching, shape.depth - 1)
         features = last_output.expand(-1, branching, -1)
         pool_start = 1
         for depth in range(1, shape.depth):
             level = levels[-1]
+            if can_read(self.device) and bool(is_complete(levels, shape).all()):
+                break
             out = self._forward_frontier(state, level, features, mask, depth)
-            expanded = ops.expand_frontier(self._logits(out), level.scores.gather(1, level.frontier), branching)
-            levels.append(_level(expanded, pool_start + level.frontier))
+            expanded = self._expand(state, self._logits(out), level.frontier_scores, branching, depth + 1)
+            levels.append(Level.of(expanded, pool_start + level.frontier))
             pool_start += level.tokens.shape[1]
             features = _gather_rows(out, levels[-1].frontier_parents)
-        return _split(ops.prune_tree(_pool(root_tokens, levels), shape.max_nodes), num_drafters, device)
+        return to_tree(root_tokens, levels, shape, capacity_of(shape, branching))
 
-    def _forward_frontier(self, state: EagleState, level: _Level, features: Tensor, mask: Tensor, depth: int) -> Tensor:
+    def _expand(
+        self, state: EagleState, logits: Tensor, scores: Tensor, branching: int, depth: int
+    ) -> ops.ExpandedFrontier:
+        """The children, of depth `depth`, of nodes with these logits [R, F, V] and scores [R, F]."""
+        if state.coupled is None:
+            return ops.expand_frontier(logits, scores, branching)
+        return ops.expand_frontier(logits, scores, branching, state.coupled.at(depth, state.lengths))
+
+    def _forward_frontier(self, state: EagleState, level: Level, features: Tensor, mask: Tensor, depth: int) -> Tensor:
         """The outputs [R, K, H] of a level's frontier; its keys and values join the transient slots.
 
         `features` are the outputs of the frontier's parents, `mask` [R, K, kv_length + all tree slots] is updated.
@@ -226,6 +303,11 @@ def compute_dtype_and_device(lm_head: nn.Module, embedding: nn.Module) -> tuple[
     return (weight if computes else embedded).dtype, weight.device
 
 
+def can_read(device: torch.device) -> bool:
+    """Whether the host may read a value there without waiting: then drafting ends where no further level can matter."""
+    return device.type == "cpu"
+
+
 def _own(state: DrafterState) -> EagleState:
     if not isinstance(state, EagleState):
         raise TypeError(f"an EAGLE drafter needs the state that its reset() made, got {type(state).__name__}")
@@ -259,44 +341,6 @@ def _prefix_mask(state: EagleState, branching: int, num_rounds: int) -> Tensor:
     length = state.kv_length + num_rounds * branching
     columns = torch.arange(length, device=state.lengths.device)
     return (columns < state.lengths[:, None])[:, None].repeat(state.keys.shape[0], branching, 1)
-
-
-def _level(expanded: ops.ExpandedFrontier, parent_nodes: Tensor) -> _Level:
-    """The level below the nodes `parent_nodes` (int64 [R, F], pool indices), flattened."""
-    branching = expanded.tokens.shape[2]
-    return _Level(
-        tokens=expanded.tokens.flatten(1),
-        parents=parent_nodes.repeat_interleave(branching, dim=1),
-        scores=expanded.scores.flatten(1),
-        entropies=expanded.entropies.repeat_interleave(branching, dim=1),
-        frontier=expanded.frontier,
-        frontier_parents=expanded.frontier // branching,
-    )
-
-
-def _pool(root_tokens: Tensor, levels: list[_Level]) -> DraftTree:
-    """All nodes drafted, root first, level by level."""
-    root = torch.zeros_like(levels[0].scores[:, :1])
-    tokens = torch.cat([root_tokens[:, None], *(level.tokens for level in levels)], dim=1)
-    return DraftTree(
-        tokens=tokens,
-        parents=torch.cat([torch.full_like(root_tokens[:, None], -1), *(level.parents for level in levels)], dim=1),
-        scores=torch.cat([root, *(level.scores for level in levels)], dim=1),
-        num_nodes=torch.full_like(root_tokens, tokens.shape[1]),
-        entropies=torch.cat([root, *(level.entropies for level in levels)], dim=1),
-    )
-
-
-def _split(trees: DraftTree, num_drafters: int, device: torch.device) -> list[DraftTree]:
-    """The trees of each drafter, of those of all, drafter by drafter, on the device that asked for them."""
-    assert trees.entropies is not None
-    fields = (trees.tokens, trees.parents, trees.scores, trees.num_nodes, trees.entropies)
-    return [
-        DraftTree(tokens, parents, scores, num_nodes, entropies=entropies)
-        for tokens, parents, scores, num_nodes, entropies in zip(
-            *(field.to(device).chunk(num_drafters) for field in fields), strict=True
-        )
-    ]
 
 
 def _gather_rows(source: Tensor, rows: Tensor) -> Tensor:

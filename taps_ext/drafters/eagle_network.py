@@ -190,7 +190,7 @@ class EagleNetwork(nn.Module):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         cos, sin = (angle[:, None] for angle in self.rotary(position_ids, x.dtype))
-        return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin, value
+        return query * cos + rotate_half(query) * sin, key * cos + _rotate_half(key) * sin, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """What each query reads, [B, T, heads * head_dim].
@@ -224,7 +224,7 @@ class EagleNetwork(nn.Module):
         return self.finish(x, self.attend(query, key, value, mask))
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor) -> Tensor:
     """The two halves of the last axis, swapped, the new first one negated."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)

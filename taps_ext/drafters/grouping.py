@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
 from .base import Drafter, DrafterGroup, DrafterState
 from .eagle import EagleDrafter, in_lockstep
@@ -25,9 +27,19 @@ class GroupedDrafters:
                 group.append(place)
         self._groups = [_group([drafters[place] for place in places]) for places in self.members]
 
-    def reset(self, batch_size: int) -> list[DrafterState]:
-        """A fresh state a group."""
-        return [group.reset(batch_size) for group in self._groups]
+    def reset(
+        self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None
+    ) -> list[DrafterState]:
+        """A fresh state a group; see `Drafter.reset`."""
+        return [group.reset(batch_size, sampling, decay) for group in self._groups]
+
+    def evidence(self, states: Sequence[DrafterState]) -> Tensor:
+        """float32 [D, B], of every drafter, in their order; see `DrafterState`."""
+        found: dict[int, Tensor] = {}
+        for places, state in zip(self.members, states, strict=True):
+            assert state.evidence is not None
+            found |= zip(places, state.evidence, strict=True)
+        return torch.stack([found[place].to(found[0].device) for place in sorted(found)])
 
     def observe(
         self,
@@ -42,12 +54,23 @@ class GroupedDrafters:
             group.observe(state, features, next_tokens, num_tokens, counts)
 
     def propose(
-        self, states: Sequence[DrafterState], root_tokens: Tensor, shape: TreeShape, active: Tensor
+        self,
+        states: Sequence[DrafterState],
+        root_tokens: Tensor,
+        shape: TreeShape,
+        active: Tensor,
+        choice: Sequence[int] | None = None,
     ) -> list[DraftTree]:
-        """A tree a drafter, in the drafters' order; see `Drafter.propose`."""
+        """A tree a drafter, in the drafters' order; see `Drafter.propose`.
+
+        `choice` names the one drafter of each row that drafts (None: all do); the others' trees are only the root.
+        """
         trees: dict[int, DraftTree] = {}
         for places, group, state in zip(self.members, self._groups, states, strict=True):
-            trees |= zip(places, group.propose(state, root_tokens, shape, active), strict=True)
+            chosen = None
+            if choice is not None:
+                chosen = [[row for row, drafter in enumerate(choice) if drafter == place] for place in places]
+            trees |= zip(places, group.propose(state, root_tokens, shape, active, chosen), strict=True)
         return [trees[place] for place in sorted(trees)]
 
 
@@ -57,8 +80,8 @@ class _Alone:
 
     drafter: Drafter
 
-    def reset(self, batch_size: int) -> DrafterState:
-        return self.drafter.reset(batch_size)
+    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> DrafterState:
+        return self.drafter.reset(batch_size, sampling, decay)
 
     def observe(
         self,
@@ -70,7 +93,18 @@ class _Alone:
     ) -> None:
         self.drafter.observe(state, features, next_tokens, num_tokens, counts)
 
-    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> list[DraftTree]:
+    def propose(
+        self,
+        state: DrafterState,
+        root_tokens: Tensor,
+        shape: TreeShape,
+        active: Tensor,
+        chosen: Sequence[Sequence[int]] | None = None,
+    ) -> list[DraftTree]:
+        if chosen is not None:
+            is_chosen = torch.zeros_like(active)
+            is_chosen[list(chosen[0])] = True
+            active = active & is_chosen
         return [self.drafter.propose(state, root_tokens, shape, active)]
 
 
@@ -80,6 +114,5 @@ def _are_alike(one: Drafter, other: Drafter) -> bool:
 
 
 def _group(drafters: list[Drafter]) -> DrafterGroup:
-    if len(drafters) == 1:
-        return _Alone(drafters[0])
-    return in_lockstep([drafter for drafter in drafters if isinstance(drafter, EagleDrafter)])
+    eagles = [drafter for drafter in drafters if isinstance(drafter, EagleDrafter) and _are_alike(drafter, drafter)]
+    return in_lockstep(eagles) if eagles else _Alone(drafters[0])

@@ -1,0 +1,57 @@
+"""Running evidence: how probable each drafter found what was emitted, a by-product of observing it.
+
+Evidence of drafter k is `sum_i decay^(t - i) log q_k(x_i)` over the tokens x_1 .. x_t of a row, at temperature 1: what
+remains of the log-likelihood of the text. Its softmax over drafters is the probability that each is the one to ask.
+It depends on the past alone, so that whatever is decided by it leaves the text as it is.
+
+Dims: D drafters, B rows, T slots, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+MOST_SLOTS = 64  # of one observation: a prompt's last ones; 0.9 ** 64 is a thousandth
+MOST_ELEMENTS = 1 << 25  # logits at a time, a prompt's
+
+
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """float32 [...], of tokens int64 [...] under the softmax of logits [..., V]."""
+    logits = logits.float()
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+
+
+def observed(
+    out: Tensor,
+    next_tokens: Tensor,
+    num_tokens: Tensor,
+    decay: float,
+    logits_of: Callable[[Tensor], Tensor],
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """What an observation says of all its tokens but the first, float32 [D, B], and the last slots' logits [D, B, V].
+
+    Args:
+        out: [D, B, T, H], the drafters' outputs; slot t predicts the token of slot t + 1.
+        next_tokens, num_tokens: int64 [B, T] and [B], as observed. Of a row without tokens the logits mean nothing.
+        logits_of: the logits [R, t, V] of outputs [R, t, H].
+    """
+    num_drafters, batch, num_slots, hidden = out.shape
+    window = min(num_slots, MOST_SLOTS)
+    slots = num_tokens[:, None] - window + torch.arange(window, device=out.device)  # [B, W], up to the row's last one
+    is_predicting = (slots >= 0) & (slots + 1 < num_tokens[:, None])
+    weights = decay ** (num_tokens[:, None] - 2 - slots).clamp(min=0).float()
+    places = slots.clamp(min=0)
+    tokens = next_tokens.gather(1, (places + 1).clamp(max=num_slots - 1)).expand(num_drafters, -1, -1)
+    outputs = out.gather(2, places[None, :, :, None].expand(num_drafters, -1, -1, hidden)).flatten(0, 1)
+    evidence = torch.zeros(num_drafters, batch, device=out.device)
+    size = max(1, MOST_ELEMENTS // (num_drafters * batch * vocab_size))
+    for first in range(0, window, size):
+        part = slice(first, first + size)
+        logits = logits_of(outputs[:, part]).unflatten(0, (num_drafters, batch))
+        found = weights[:, part] * log_probability(logits, tokens[:, :, part])
+        evidence += torch.where(is_predicting[:, part], found, 0).sum(dim=-1)
+    return evidence, logits[:, :, -1]
