@@ -39,6 +39,8 @@ SAMPLINGS = {
 }
 BY_NODES = {**sides.BY_NODES, "tree work": sides.tree_work}
 
+EXPANSIONS = {"expand_frontier": sides.expand_frontier, "expand_frontier, coupled": sides.expand_coupled}
+
 MOST_INPUT_BYTES = 20 << 30
 MOST_PLAIN_BYTES = 16 << 30  # of B * N * V float32 numbers
 MOST_PLAIN_US = 0.5e6
@@ -62,8 +64,8 @@ class Case:
             sampling = SAMPLINGS[self.sampling or ""]
             shape = (self.nodes, self.vocabulary, torch.bfloat16, self.batch, device)
             return sides.verify_tree(*shape, rows=rows, sampling=sampling, **options)
-        if self.op == "expand_frontier":
-            return sides.expand_frontier(self.vocabulary, torch.bfloat16, self.batch, device)
+        if self.op in EXPANSIONS:
+            return EXPANSIONS[self.op](self.vocabulary, torch.bfloat16, self.batch, device)
         return BY_NODES[self.op](self.nodes, self.batch, device)
 
     def rank(self) -> int:
@@ -93,7 +95,7 @@ def every_case() -> list[Case]:
     cases = [Case(op, batch, nodes) for op in BY_NODES for nodes in NODES for batch in BATCHES]
     for vocabulary in VOCABULARIES:
         for batch in BATCHES:
-            cases.append(Case("expand_frontier", batch, vocabulary=vocabulary))
+            cases += [Case(op, batch, vocabulary=vocabulary) for op in EXPANSIONS]
             cases += [
                 Case("verify_tree", batch, nodes, vocabulary, sampling) for nodes in NODES for sampling in SAMPLINGS
             ]
@@ -136,7 +138,7 @@ class Meter:
         if not case.has_plain() or case.batch * self.plain_row_us.get(alone, 0) > MOST_PLAIN_US:
             return
         found = gpu_timing.plain_us(built.plain, PLAIN_SECONDS)
-        if case == alone and case.op != "expand_frontier":  # whose plain way takes a batch at once
+        if case == alone and case.op not in EXPANSIONS:  # whose plain way takes a batch at once
             self.plain_row_us[alone] = found.median
         yield "plain_us", found
         if case.op == "verify_tree" and case.sampling != "0" and case.nodes == 60:

@@ -43,9 +43,10 @@ def op_cases() -> dict[str, Callable[[], Sides]]:
     for vocabulary in VOCABULARIES:
         for name, dtype in DTYPES.items():
             for batch in BATCHES:
-                cases[f"expand_frontier V={vocabulary} B={batch} {name}"] = partial(
-                    sides.expand_frontier, vocabulary, dtype, batch
-                )
+                for kind, expand in (("", sides.expand_frontier), (", coupled", sides.expand_coupled)):
+                    cases[f"expand_frontier{kind} V={vocabulary} B={batch} {name}"] = partial(
+                        expand, vocabulary, dtype, batch
+                    )
                 for nodes in NODES:
                     if batch == 1 or batch * nodes * vocabulary * dtype.itemsize <= MOST_BYTES:
                         cases[f"verify_tree N={nodes} V={vocabulary} B={batch} {name}"] = partial(
@@ -67,6 +68,14 @@ def headline_cases() -> dict[str, tuple[Callable[[], Sides], float | None]]:
         cases[f"verify_tree T=1 rows={rows}"] = (partial(verify, rows=rows), 8.0 if rows == 4 else None)
     cases["verify_tree T=1 rows=4 bfloat16"] = (partial(verify, torch.bfloat16), None)
     cases["verify_tree T=1 rows=4, against lazy softmax"] = (partial(verify, method=plain.verify_sampled_lazily), None)
+    for frontier in (sides.FRONTIER, 1):
+        coupled = partial(sides.expand_coupled, 128_256, torch.float32, 1, frontier=frontier)
+        goal = 0.4 if frontier == sides.FRONTIER else None  # 2.5 times as long at most
+        cases[f"expand_frontier coupled F={frontier}, against uncoupled"] = (
+            partial(coupled, against_uncoupled=True),
+            goal,
+        )
+        cases[f"expand_frontier coupled F={frontier}"] = (coupled, None)
     cases["verify_tree T=0 rows=4"] = (partial(verify, sampling=SamplingParams(temperature=0.0)), None)
     return cases
 
@@ -119,10 +128,10 @@ def measure(name: str, built: Sides, pairs: int, clock: str, goal: float | None 
 
 def print_row(row: dict[str, Any]) -> None:
     ratio = row["ratio"]
-    quartiles = f"({ratio['lower_quartile']:.1f} - {ratio['upper_quartile']:.1f})"
+    quartiles = f"({ratio['lower_quartile']:.3g} - {ratio['upper_quartile']:.3g})"
     goal = "" if row["goal"] is None else f"{row['goal']:g}"
     times = f"{row['ours_us']['median']:9.1f}us {row['plain_us']['median']:10.1f}us {row['floor_us']:7.1f}us"
-    print(f"{row['name']:48} {times} {ratio['median']:14.1f} {quartiles:>16}  {goal}", flush=True)
+    print(f"{row['name']:48} {times} {ratio['median']:14.3g} {quartiles:>16}  {goal}", flush=True)
 
 
 def main() -> None:

@@ -43,6 +43,13 @@ def expand(logits: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tens
     return best.indices, cumulative, frontier, entropies
 
 
+def expand_coupled(
+    logits: Tensor, scores: Tensor, branching: int, scale: float, beta: float, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same by scale * logits + beta * noise. The noise [..., V] is given: torch has none that is keyed by token."""
+    return expand(torch.add(logits.float() * scale, noise[..., None, :], alpha=beta), scores, branching)
+
+
 def prune(pool: Pool, max_nodes: int) -> tuple[Tensor, list[int]]:
     """Tokens [N] and parents of the best nodes and the root, in pool order. Exact score ties may orphan a node."""
     top = torch.topk(pool.scores, min(max_nodes - 1, pool.scores.numel()), sorted=False).indices

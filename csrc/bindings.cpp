@@ -51,9 +51,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
   py::register_local_exception_translator(&translate_exception);
 
   m.def("build_info", &build_info, "What this module was built with.");
-  m.def("expand_frontier", &taps::expand_frontier, no_gil(), arg("logits"), arg("scores"), arg("branching"));
+  m.def("expand_frontier", &taps::expand_frontier, no_gil(), arg("logits"), arg("scores"), arg("branching"),
+        arg("seeds") = py::none(), arg("positions") = py::none(), arg("temperature") = py::none(),
+        arg("alpha") = py::none(), arg("beta") = py::none());
   m.def("prune_tree", &taps::prune_tree, no_gil(), arg("tokens"), arg("parents"), arg("scores"), arg("num_nodes"),
-        arg("entropies"), arg("max_nodes"));
+        arg("entropies"), arg("proposers"), arg("max_nodes"));
   m.def("merge_trees", &taps::merge_trees, no_gil(), arg("tokens"), arg("parents"), arg("scores"), arg("num_nodes"),
         arg("max_nodes") = py::none());
   m.def("tree_depths", &taps::tree_depths, no_gil(), arg("parents"), arg("num_nodes"));
@@ -74,11 +76,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
 
 TORCH_LIBRARY(taps_ext, m) {
   m.def(
-      "expand_frontier(Tensor logits, Tensor scores, int branching) -> "
+      "expand_frontier(Tensor logits, Tensor scores, int branching, Tensor? seeds=None, Tensor? positions=None, "
+      "Tensor? temperature=None, Tensor? alpha=None, Tensor? beta=None) -> "
       "(Tensor tokens, Tensor scores, Tensor frontier, Tensor entropies)");
   m.def(
-      "prune_tree(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor entropies, int max_nodes) "
-      "-> (Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor entropies)");
+      "prune_tree(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor entropies, "
+      "Tensor? proposers, int max_nodes) -> "
+      "(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor entropies, Tensor proposers)");
   m.def(
       "merge_trees(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, int? max_nodes) -> "
       "(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor proposers, Tensor node_map)");

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from test_coupled_expansion import coupled_case
 from test_kv_compaction import random_compaction
 from test_tree_attention import MASK_DTYPES, random_prefix
-from test_tree_expansion import expansion_case, with_entropies
+from test_tree_expansion import expansion_case, with_entropies, with_proposers
 from test_tree_merging import random_proposals
 from test_tree_verification import random_case
 from torch import Tensor
@@ -50,9 +51,15 @@ def _expansion(seed: int) -> Arguments:
     return dict(zip(("logits", "scores", "branching"), expansion_case(seed), strict=True))
 
 
+def _coupled_expansion(seed: int) -> Arguments:
+    *arguments, coupling = coupled_case(seed)
+    return {**dict(zip(("logits", "scores", "branching"), arguments, strict=True)), **coupling._asdict()}
+
+
 def _pruning(seed: int) -> Arguments:
     tree = with_entropies(random_tree(seed))
-    names = ("tokens", "parents", "scores", "num_nodes", "entropies")
+    tree = with_proposers(tree) if seed % 2 else tree
+    names = ("tokens", "parents", "scores", "num_nodes", "entropies", "proposers")
     return {**{name: getattr(tree, name) for name in names}, "max_nodes": max(1, tree.capacity * 2 // 3)}
 
 
@@ -78,6 +85,7 @@ CALLS: dict[str, tuple[str, Callable[[int], Arguments]]] = {
     "tree_paths of nodes": ("tree_paths", _paths_of_nodes),
     "tree_attention_mask": ("tree_attention_mask", _mask),
     "expand_frontier": ("expand_frontier", _expansion),
+    "expand_frontier, coupled": ("expand_frontier", _coupled_expansion),
     "prune_tree": ("prune_tree", _pruning),
     "merge_trees": ("merge_trees", _merging),
     "verify_tree": ("verify_tree", _verification),

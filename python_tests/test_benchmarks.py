@@ -22,6 +22,7 @@ import cases
 import gpu_report
 import plain
 import provenance
+import sides
 import timing
 from transformers import TopPLogitsWarper
 
@@ -84,6 +85,15 @@ def test_plain_expansion_gives_the_same_children() -> None:
     # float32 sums of 1,000 terms against float64
     torch.testing.assert_close(cumulative, expected.scores[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(entropies, expected.entropies[0], rtol=1e-4, atol=1e-4)
+
+
+def test_plain_coupled_expansion_gives_the_same_children() -> None:
+    built = sides.expand_coupled(1000, torch.float32, 2)
+    ours, expected = built.ours(), built.plain()
+    assert torch.equal(ours.tokens, expected[0])  # type: ignore[attr-defined]
+    assert torch.equal(ours.frontier, expected[2])  # type: ignore[attr-defined]
+    for i in (1, 3):  # float32 sums, and noise to 2e-6
+        torch.testing.assert_close(ours[i], expected[i], rtol=1e-4, atol=1e-4)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 7])
@@ -224,7 +234,7 @@ def test_the_cases_of_a_gpu_agree_with_themselves_on_the_cpu() -> None:
     small = [bench_gpu.Case(case.op, 1, case.nodes, 500 if case.vocabulary else None, case.sampling)
              for case in bench_gpu.dry_cases()]  # fmt: skip
     rows = [meter.row(case) for case in small]
-    assert len(rows) == 12
+    assert len(rows) == 13
     assert all(row["agrees_with_cpu"] for row in rows)
 
 

@@ -84,7 +84,7 @@ RANGES: dict[str, Callable[[Arguments], Ranges]] = {
     "expand_frontier": lambda a: [
         (0, a["logits"].shape[2] - 1), None, (0, a["scores"].shape[1] * a["branching"] - 1), None
     ],
-    "prune_tree": lambda a: [None, (-1, a["max_nodes"] - 1), None, (1, a["max_nodes"]), None],
+    "prune_tree": lambda a: [None, (-1, a["max_nodes"] - 1), None, (1, a["max_nodes"]), None, None],
     "merge_trees": lambda a: [None, (-1, union(a) - 1), None, (1, union(a)), None, (-1, union(a) - 1)],
     "verify_tree": lambda a: [
         (-1, a["tokens"].shape[1] - 1), (0, a["tokens"].shape[1] - 1), (-1, a["logits"].shape[2] - 1), (0, 1)

@@ -14,6 +14,7 @@ import torch
 from test_ops_errors import (
     Arguments,
     compaction_arguments,
+    coupled_arguments,
     expansion_arguments,
     mask_arguments,
     merging_arguments,
@@ -49,8 +50,12 @@ BUILDERS: dict[str, Callable[[], Arguments]] = {
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "tree_paths": [{"nodes": None}],
     "tree_attention_mask": [{"dtype": torch.bfloat16}, {"kv_length": 7}],
-    "expand_frontier": [{"logits": torch.randn(2, 3, 10).bfloat16()}, {"branching": 10}],
-    "prune_tree": [{"max_nodes": 50}],
+    "expand_frontier": [
+        {"logits": torch.randn(2, 3, 10).bfloat16()},
+        {"branching": 10},
+        {name: coupled_arguments()[name] for name in ops.Coupling._fields},
+    ],
+    "prune_tree": [{"max_nodes": 50}, {"proposers": None}],
     "merge_trees": [{"max_nodes": None}, {"max_nodes": 500}],
     "verify_tree": [{"logits": torch.randn(2, 4, 10).half()}],
 }
@@ -101,11 +106,14 @@ def attention(parents: Tensor, num_nodes: Tensor, prefix_lengths: Tensor) -> tup
     )
 
 
-def proposing(logits: Tensor, tree: DraftTree) -> tuple[ops.ExpandedFrontier, DraftTree, ops.MergedTrees]:
+def proposing(
+    logits: Tensor, tree: DraftTree, coupling: ops.Coupling
+) -> tuple[ops.ExpandedFrontier | DraftTree | ops.MergedTrees, ...]:
     pruned = ops.prune_tree(tree, 3)
     fields = (tree.tokens, tree.parents, tree.scores, tree.num_nodes)
     merged = ops.merge_trees(*(torch.stack([field, field], dim=1) for field in fields))
-    return ops.expand_frontier(logits, torch.zeros(2, 4), 3), pruned, merged
+    expanded = ops.expand_frontier(logits, torch.zeros(2, 4), 3)
+    return expanded, ops.expand_frontier(logits, expanded.scores[:, :, 0], 3, coupling), pruned, merged
 
 
 def committing(
@@ -128,7 +136,8 @@ def test_tree_attention_compiles_into_one_graph() -> None:
 
 def test_proposing_compiles_into_one_graph() -> None:
     logits = torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(0))
-    assert equal(compiled(proposing)(logits, some_tree()), proposing(logits, some_tree()))
+    coupling = ops.Coupling(*(coupled_arguments()[name] for name in ops.Coupling._fields))
+    assert equal(compiled(proposing)(logits, some_tree(), coupling), proposing(logits, some_tree(), coupling))
 
 
 def test_verifying_and_committing_compile_into_one_graph() -> None:

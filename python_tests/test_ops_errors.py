@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from taps_ext import ops
+from taps_ext.ops import Coupling
 from taps_ext.tree import DraftTree
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -43,12 +44,24 @@ def expansion_arguments() -> Arguments:
     return {"logits": torch.randn(2, 3, 10), "scores": torch.zeros(2, 3), "branching": 4}
 
 
+def coupled_arguments() -> Arguments:
+    return {
+        **expansion_arguments(),
+        "seeds": ints(1, 2),
+        "positions": ints(0, 9),
+        "temperature": ints(0.0, 1.0),
+        "alpha": torch.ones(2),
+        "beta": torch.ones(2),
+    }
+
+
 def pruning_arguments() -> Arguments:
     return {
         "tokens": ints([1, 2, 3, 4], [5, 6, 7, 0]),
         **tree_arguments(),
         "scores": torch.zeros(2, 4),
         "entropies": torch.zeros(2, 4),
+        "proposers": ints([3, 1, 2, 3], [3, 1, 1, 0]),
         "max_nodes": 3,
     }
 
@@ -87,10 +100,20 @@ def compaction_arguments() -> Arguments:
     }
 
 
+def expand(logits: Tensor, scores: Tensor, branching: int, **coupling: Any) -> None:
+    ops.expand_frontier(logits, scores, branching, Coupling(**coupling))
+
+
 def prune(
-    tokens: Tensor, parents: Tensor, num_nodes: Tensor, scores: Tensor, entropies: Tensor, max_nodes: int
+    tokens: Tensor,
+    parents: Tensor,
+    num_nodes: Tensor,
+    scores: Tensor,
+    entropies: Tensor,
+    proposers: Tensor,
+    max_nodes: int,
 ) -> None:
-    ops.prune_tree(DraftTree(tokens, parents, scores, num_nodes, entropies=entropies), max_nodes)
+    ops.prune_tree(DraftTree(tokens, parents, scores, num_nodes, proposers, entropies), max_nodes)
 
 
 def verify(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, **sampling: Tensor) -> None:
@@ -103,6 +126,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "tree_paths": (ops.tree_paths, path_arguments),
     "tree_attention_mask": (ops.tree_attention_mask, mask_arguments),
     "expand_frontier": (ops.expand_frontier, expansion_arguments),
+    "coupled expand_frontier": (expand, coupled_arguments),
     "prune_tree": (prune, pruning_arguments),
     "merge_trees": (ops.merge_trees, merging_arguments),
     "verify_tree": (verify, verification_arguments),
@@ -164,6 +188,32 @@ BROKEN: list[tuple[str, str, Any]] = [
     ("expand_frontier", "branching", 0),
     ("expand_frontier", "branching", -1),
     ("expand_frontier", "branching", 11),
+    ("coupled expand_frontier", "seeds", ints(1, 2).int()),
+    ("coupled expand_frontier", "seeds", ints(1)),
+    ("coupled expand_frontier", "seeds", None),
+    ("coupled expand_frontier", "positions", ints(0, -1)),
+    ("coupled expand_frontier", "positions", ints(0, 2**62 + 1)),
+    ("coupled expand_frontier", "positions", ints(0, 9).int()),
+    ("coupled expand_frontier", "positions", None),
+    ("coupled expand_frontier", "temperature", ints(1.0, math.inf)),
+    ("coupled expand_frontier", "temperature", ints(math.nan, 1.0)),
+    ("coupled expand_frontier", "temperature", ints(1.0, -0.5)),
+    ("coupled expand_frontier", "temperature", torch.ones(2).double()),
+    ("coupled expand_frontier", "temperature", torch.ones(2, 3)),
+    ("coupled expand_frontier", "temperature", None),
+    ("coupled expand_frontier", "alpha", ints(1.0, 0.0)),
+    ("coupled expand_frontier", "alpha", ints(1.0, -1.0)),
+    ("coupled expand_frontier", "alpha", ints(math.nan, 1.0)),
+    ("coupled expand_frontier", "alpha", ints(math.inf, 1.0)),
+    ("coupled expand_frontier", "alpha", torch.ones(3)),
+    ("coupled expand_frontier", "alpha", torch.ones(2).half()),
+    ("coupled expand_frontier", "alpha", None),
+    ("coupled expand_frontier", "beta", ints(1.0, -0.1)),
+    ("coupled expand_frontier", "beta", ints(math.inf, 1.0)),
+    ("coupled expand_frontier", "beta", ints(1.0, math.nan)),
+    ("coupled expand_frontier", "beta", torch.ones(2, 1)),
+    ("coupled expand_frontier", "beta", torch.ones(2).double()),
+    ("coupled expand_frontier", "beta", None),
     # prune_tree
     ("prune_tree", "max_nodes", 0),
     ("prune_tree", "max_nodes", -5),
@@ -174,6 +224,8 @@ BROKEN: list[tuple[str, str, Any]] = [
     ("prune_tree", "scores", torch.zeros(2, 4).double()),
     ("prune_tree", "entropies", torch.zeros(2, 5)),
     ("prune_tree", "entropies", torch.zeros(2, 4).half()),
+    ("prune_tree", "proposers", ints([3, 1, 2], [3, 1, 1])),
+    ("prune_tree", "proposers", ints([3, 1, 2, 3], [3, 1, 1, 0]).int()),
     # merge_trees
     ("merge_trees", "tokens", ints([[1, 2, 3], [2, 4, 5]])),  # roots that differ
     ("merge_trees", "tokens", ints([[1, 2, 3], [1, -4, 5]])),
@@ -309,6 +361,14 @@ SAYS: list[tuple[str, str, Any, str]] = [
         torch.randn(2, 3, 10).double(),
         "logits must be float32, bfloat16 or float16, got float64",
     ),
+    (
+        "coupled expand_frontier",
+        "alpha",
+        None,
+        "alpha must be given with the seeds, positions, temperature, alpha and beta of a coupling, got none",
+    ),
+    ("coupled expand_frontier", "alpha", ints(1.0, 0.0), "alpha must be finite and above 0, row 1 has 0"),
+    ("coupled expand_frontier", "beta", ints(-1.0, 0.0), "beta must be finite and at least 0, row 0 has -1"),
     ("prune_tree", "max_nodes", 0, "max_nodes must be at least 1, got 0"),
     ("merge_trees", "tokens", ints([[1, 2, 3], [2, 4, 5]]), "root"),
     ("verify_tree", "tokens", ints([1, 2, 3, 10], [5, 6, 7, 0]), r"tokens .*0\.\.9.*10"),

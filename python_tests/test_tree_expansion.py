@@ -199,6 +199,11 @@ def with_entropies(tree: DraftTree) -> DraftTree:
     return replace(tree, entropies=torch.rand(tree.scores.shape, generator=torch.Generator().manual_seed(3)))
 
 
+def with_proposers(tree: DraftTree) -> DraftTree:
+    masks = torch.randint(1, 2**62, tree.tokens.shape, generator=torch.Generator().manual_seed(4))
+    return replace(tree, proposers=masks)
+
+
 def shuffled_scores(tree: DraftTree, seed: int) -> DraftTree:
     """Scores that do not fall along paths, NaN and -inf among them: what a drafter with a bug would hand over."""
     generator = torch.Generator().manual_seed(seed)
@@ -221,6 +226,7 @@ def test_pruning_equals_the_reference(num_cases: int) -> None:
     """
     for i, (name, tree) in enumerate(random_trees(num_cases)):
         tree = with_entropies(tree) if i % 2 else tree
+        tree = with_proposers(tree) if i % 3 == 0 else tree
         tree = shuffled_scores(tree, i) if i % 4 == 3 else tree
         for max_nodes in budgets(tree, i):
             actual, expected = ops.prune_tree(tree, max_nodes), reference.prune_tree(tree, max_nodes)
@@ -290,11 +296,13 @@ def test_absent_nodes_take_their_descendants_with_them(absent: float) -> None:
     pruned.validate()
 
 
-def test_entropies_travel_with_their_nodes() -> None:
-    tree = with_entropies(batch([row([-1, 0, 0, 2], scores=[0.0, -3.0, -1.0, -2.0])]))
+def test_entropies_and_proposers_travel_with_their_nodes() -> None:
+    tree = with_proposers(with_entropies(batch([row([-1, 0, 0, 2], scores=[0.0, -3.0, -1.0, -2.0])])))
     pruned = ops.prune_tree(tree, 3)
     assert tree.entropies is not None and pruned.entropies is not None
+    assert tree.proposers is not None and pruned.proposers is not None
     assert torch.equal(pruned.entropies, tree.entropies[:, [0, 2, 3]])
+    assert torch.equal(pruned.proposers, tree.proposers[:, [0, 2, 3]])
 
 
 def test_pruning_to_the_tree_itself_changes_nothing() -> None:
@@ -310,7 +318,17 @@ def test_trees_of_2500_nodes_are_pruned_alike() -> None:
         assert_same_tree(ops.prune_tree(tree, max_nodes), reference.prune_tree(tree, max_nodes), f"{max_nodes}")
 
 
-def test_merged_trees_are_not_pruned_by_accident() -> None:
-    tree = batch([row([-1, 0])])
-    with pytest.raises(ValueError, match="prune while merging"):
-        ops.prune_tree(replace(tree, proposers=torch.ones_like(tree.tokens)), 2)
+def test_a_merged_tree_is_pruned_as_if_it_had_been_pruned_while_merging(num_cases: int) -> None:
+    for seed in range(num_cases // 12):
+        trees = [random_tree(seed + d, vocabulary=6) for d in (0, 1)]
+        capacity = max(tree.capacity for tree in trees)
+        fields = [
+            torch.stack([torch.nn.functional.pad(getattr(t, name)[:1], (0, capacity - t.capacity)) for t in trees], 1)
+            for name in ("tokens", "parents", "scores")
+        ]
+        fields[0][..., 0] = 0
+        counts = torch.stack([tree.num_nodes[:1] for tree in trees], 1)
+        whole = ops.merge_trees(*fields, counts).tree
+        for max_nodes in budgets(whole, seed):
+            expected = ops.merge_trees(*fields, counts, max_nodes).tree
+            assert_same_tree(ops.prune_tree(whole, max_nodes), expected, f"seed {seed}, max_nodes {max_nodes}")

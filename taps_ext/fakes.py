@@ -22,7 +22,16 @@ def register(module: Any) -> None:
 _registered: set[str] = set()
 
 
-def _expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _expand_frontier(
+    logits: Tensor,
+    scores: Tensor,
+    branching: int,
+    seeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    temperature: Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, nodes, _ = logits.shape
     return (
         logits.new_empty((rows, nodes, branching), dtype=torch.int64),
@@ -33,8 +42,14 @@ def _expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> tuple[Te
 
 
 def _prune_tree(
-    tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: Tensor, entropies: Tensor, max_nodes: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens: Tensor,
+    parents: Tensor,
+    scores: Tensor,
+    num_nodes: Tensor,
+    entropies: Tensor,
+    proposers: Tensor | None,
+    max_nodes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, nodes = tokens.shape
     size = (rows, torch.sym_min(max_nodes, nodes))
     return (
@@ -43,6 +58,7 @@ def _prune_tree(
         scores.new_empty(size),
         tokens.new_empty((rows,)),
         scores.new_empty(size),
+        tokens.new_empty(size),
     )
 
 

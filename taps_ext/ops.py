@@ -22,6 +22,7 @@ from . import native
 from .tree import DraftTree
 
 __all__ = [
+    "Coupling",
     "ExpandedFrontier",
     "MergedTrees",
     "VerifiedPaths",
@@ -37,6 +38,16 @@ __all__ = [
 ]
 
 INVALID_LOGITS = 1  # status bit of verify_tree
+
+
+class Coupling(NamedTuple):
+    """Which noise the target's draws will use, by request, and what it weighs in a drafter's ranking."""
+
+    seeds: Tensor  # int64 [B]
+    positions: Tensor  # int64 [B], the absolute position where the children would stand
+    temperature: Tensor  # float32 [B]; 0: this request is not coupled
+    alpha: Tensor  # float32 [B], weight of logits / temperature, above 0
+    beta: Tensor  # float32 [B], weight of the noise, at least 0
 
 
 class ExpandedFrontier(NamedTuple):
@@ -66,25 +77,37 @@ def _ops() -> Any:
     return native.load()
 
 
-def expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> ExpandedFrontier:
+def expand_frontier(
+    logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None
+) -> ExpandedFrontier:
     """The best `branching` children of every frontier node, and the best `branching` of them all, in one pass.
 
     Per row: log-softmax in float32 or better, top K by logit (ties to the lowest token), entropy. NaN counts as
     -inf; a row without a finite maximum gives children of score -inf and entropy 0. The next frontier is ordered by
     (cumulative score descending, flat index ascending). Children of score -inf are "not there": prune_tree drops them.
 
+    With a coupling, all of this goes by alpha / T * logits + beta * gumbel(seed, position, token) in the logits' place,
+    in float32: the noise of `verify_tree`, so that a drafter can follow draws that are still to come. All nodes of a
+    request share its position. A filtered token is one whose logit is -inf, and stays so. Where T = 0 nothing changes.
+
     Args:
         logits: [B, F, V], of the drafter.
         scores: float32 [B, F], cumulative log-probabilities of the frontier nodes, at most 0 (-inf: not there).
         branching: K, at most V; on a CUDA device at most 256.
 
-    Source: EAGLE-2 (arXiv 2406.16858), section 4.1.
+    Source: EAGLE-2 (arXiv 2406.16858), section 4.1; the coupling is ours.
 
     >>> logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25]]]))
     >>> expand_frontier(logits, torch.zeros(1, 1), 2).tokens
     tensor([[[0, 1]]])
+    >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
+    >>> coupling = Coupling(zero, zero + 9, one, one, one)  # with this noise the target would draw token 2
+    >>> coupled = expand_frontier(logits, torch.zeros(1, 1), 2, coupling)
+    >>> coupled.tokens, coupled.scores.exp()
+    (tensor([[[2, 1]]]), tensor([[[0.7579, 0.1280]]]))
     """
-    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching))
+    columns = () if coupling is None else coupling
+    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *columns))
 
 
 def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
@@ -92,7 +115,8 @@ def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
 
     Nodes are ranked by (score descending, index ascending), where a node counts at most its parent's score, so that
     an ancestor always ranks before its descendants, exact ties included. Nodes of score -inf or NaN are dropped.
-    Kept nodes keep their order (parents before children); the capacity is min(max_nodes, N). Proposers must be None.
+    Kept nodes keep their order (parents before children), their entropies and their proposers; the capacity is
+    min(max_nodes, N).
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.2.
 
@@ -101,13 +125,19 @@ def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
     >>> prune_tree(pool, 3).tokens
     tensor([[7, 1, 3]])
     """
-    if candidates.proposers is not None:
-        raise ValueError("prune_tree takes one drafter's candidates, got proposers; prune while merging instead")
-    entropies = torch.zeros_like(candidates.scores) if candidates.entropies is None else candidates.entropies
-    tokens, parents, scores, num_nodes, entropies = _ops().prune_tree(
-        candidates.tokens, candidates.parents, candidates.scores, candidates.num_nodes, entropies, max_nodes
+    given = candidates
+    entropies = torch.zeros_like(given.scores) if given.entropies is None else given.entropies
+    tokens, parents, scores, num_nodes, entropies, proposers = _ops().prune_tree(
+        given.tokens, given.parents, given.scores, given.num_nodes, entropies, given.proposers, max_nodes
     )
-    return DraftTree(tokens, parents, scores, num_nodes, entropies=None if candidates.entropies is None else entropies)
+    return DraftTree(
+        tokens,
+        parents,
+        scores,
+        num_nodes,
+        proposers=None if given.proposers is None else proposers,
+        entropies=None if given.entropies is None else entropies,
+    )
 
 
 def merge_trees(

@@ -20,13 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import INVALID_LOGITS, ExpandedFrontier, MergedTrees, VerifiedPaths
+from .ops import INVALID_LOGITS, Coupling, ExpandedFrontier, MergedTrees, VerifiedPaths
 from .tree import DraftTree
 
 __all__ = [
     "Filters",
     "ancestor_bits",
     "compact_kv",
+    "coupled_logits",
     "draw_margin",
     "draw_token",
     "expand_frontier",
@@ -118,30 +119,51 @@ def tree_attention_mask(
 # ---- tree expansion
 
 
-def expand_frontier(logits: Tensor, scores: Tensor, branching: int) -> ExpandedFrontier:
+def expand_frontier(
+    logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None
+) -> ExpandedFrontier:
     """The best children of each frontier node, and the best of them all; ties to the lowest index throughout."""
-    tokens, cumulative, entropies = _children(logits, scores, branching)
+    tokens, cumulative, entropies = _children(coupled_logits(logits, coupling), scores, branching)
     flat = cumulative.float().flatten(1)
     frontier = flat.sort(dim=-1, descending=True, stable=True).indices[:, :branching]
     return ExpandedFrontier(tokens, cumulative.float(), frontier, entropies.float())
 
 
-def expansion_margin(logits: Tensor, scores: Tensor, branching: int) -> Tensor:
-    """float64 [B]: the smallest gap between cumulative scores that decides the frontier or its order.
+def coupled_logits(logits: Tensor, coupling: Coupling | None) -> Tensor:
+    """float64 [B, F, V]: the logits that rank children, NaN as -inf; a row of temperature 0 keeps its own."""
+    ranked = logits.double()
+    ranked = ranked.masked_fill(ranked.isnan(), -math.inf)
+    for b, temperature in enumerate([] if coupling is None else coupling.temperature.tolist()):
+        if coupling is not None and temperature > 0:
+            noise = gumbel_noise(int(coupling.seeds[b]), int(coupling.positions[b]), logits.shape[-1])
+            ranked[b] = float(coupling.alpha[b]) / temperature * ranked[b] + float(coupling.beta[b]) * noise
+    return ranked
 
-    Gaps of exactly 0 are no decision: equal numbers come from equal logits, and the lowest index wins.
+
+def expansion_margin(logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None) -> Tensor:
+    """float64 [B]: the smallest gap that decides the children of a coupled row, the frontier, or their order.
+
+    The logits of other rows are exact. Gaps of exactly 0 are no decision: equal numbers come from equal logits, and the
+    lowest index wins.
     """
-    cumulative = _children(logits, scores, branching)[1].flatten(1)
-    best = cumulative.sort(dim=-1, descending=True).values[:, : branching + 1]
-    gaps = best[:, :-1] - best[:, 1:]
+    ranked = coupled_logits(logits, coupling)
+    margin = _smallest_gap(_children(ranked, scores, branching)[1].flatten(1), branching)
+    if coupling is None:
+        return margin
+    of_children = _smallest_gap(ranked, branching).amin(-1)
+    return torch.where(coupling.temperature > 0, torch.minimum(margin, of_children), margin)
+
+
+def _smallest_gap(values: Tensor, branching: int) -> Tensor:
+    """Between neighbours among the largest branching + 1 of the last axis."""
+    best = values.sort(dim=-1, descending=True).values[..., : branching + 1]
+    gaps = best[..., :-1] - best[..., 1:]
     decided = gaps > 0  # NaN (-inf minus -inf) is an exact tie as well
     return torch.nn.functional.pad(gaps.masked_fill(~decided, math.inf), (0, 1), value=math.inf).amin(-1)
 
 
-def _children(logits: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor]:
+def _children(x: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor]:
     """tokens [B, F, K], cumulative float64 scores [B, F, K], entropies float64 [B, F]."""
-    x = logits.double()
-    x = x.masked_fill(x.isnan(), -math.inf)
     best, tokens = x.sort(dim=-1, descending=True, stable=True)
     has_maximum = best[..., :1].isfinite()
     normaliser = torch.where(has_maximum, x.logsumexp(-1, keepdim=True), 0)
@@ -153,8 +175,6 @@ def _children(logits: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, T
 
 def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
     """The best `max_nodes` nodes of each tree, in their old order."""
-    if candidates.proposers is not None:
-        raise ValueError("prune_tree takes one drafter's candidates, got proposers; prune while merging instead")
     rows = []
     for b in range(candidates.batch_size):
         count = int(candidates.num_nodes[b])
@@ -166,9 +186,11 @@ def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
                 [-1, *(kept.index(parents[node]) for node in kept[1:])],
                 [scores[node] for node in kept],
                 None if candidates.entropies is None else candidates.entropies[b, kept].tolist(),
+                None if candidates.proposers is None else candidates.proposers[b, kept].tolist(),
             )
         )
-    return _tree(rows, min(max_nodes, candidates.capacity), candidates.entropies is not None)
+    capacity = min(max_nodes, candidates.capacity)
+    return _tree(rows, capacity, candidates.entropies is not None, candidates.proposers is not None)
 
 
 def _best_nodes(parents: Sequence[int], scores: Sequence[float], max_nodes: int) -> list[int]:

@@ -4,8 +4,10 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -93,6 +95,35 @@ inline void check_values(const at::Tensor& tensor, const char* name, int64_t low
     TORCH_CHECK_VALUE(lowest <= value && value <= highest, name, " must lie in ", lowest, "..", highest, ", row ", b,
                       " has ", value);
   }
+}
+
+// One value a row, contiguous.
+inline at::Tensor checked_column(const at::Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
+  check_dtype(tensor, name, dtype);
+  check_sizes(tensor, name, {rows}, "one a row");
+  return tensor.contiguous();
+}
+
+// The same; `expected` says which values `is_allowed` lets pass.
+template <typename Value>
+at::Tensor checked_column(const at::Tensor& tensor, const char* name, int64_t rows, const char* expected,
+                          bool (*is_allowed)(Value)) {
+  at::Tensor column = checked_column(tensor, name, c10::CppTypeToScalarType<Value>::value, rows);
+  const Value* values = column.const_data_ptr<Value>();
+  for (int64_t b = 0; can_read(tensor) && b < rows; ++b) {
+    TORCH_CHECK_VALUE(is_allowed(values[b]), name, " must be ", expected, ", row ", b, " has ", values[b]);
+  }
+  return column;
+}
+
+inline at::Tensor checked_temperature(const at::Tensor& temperature, int64_t rows) {
+  const auto is_allowed = [](float value) { return std::isfinite(value) && value >= 0; };
+  return checked_column<float>(temperature, "temperature", rows, "finite and at least 0", is_allowed);
+}
+
+inline at::Tensor checked_positions(const at::Tensor& positions, int64_t rows) {
+  const auto is_allowed = [](int64_t value) { return 0 <= value && value <= int64_t{1} << 62; };  // room for a depth
+  return checked_column<int64_t>(positions, "positions", rows, "between 0 and 2^62", is_allowed);
 }
 
 // Where the r-th tree of a batch stands: "row 3", or with several trees a row "row 1, tree 1".

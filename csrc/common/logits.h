@@ -107,9 +107,10 @@ inline float bound_of_k_best(const std::vector<float>& block_maxima, int64_t k, 
   return scratch[k - 1];
 }
 
-// Calls visit(token, logit) for the tokens of at least `bound`, in order, NaN left out.
-template <typename Visit>
-void for_each_token_from(const LogitsRow& row, const std::vector<float>& block_maxima, float bound, Visit visit) {
+// Calls visit(token, logit) for the tokens of at least `bound`, in order, NaN left out. A row has a vocabulary and
+// blocks.
+template <typename Row, typename Visit>
+void for_each_token_from(const Row& row, const std::vector<float>& block_maxima, float bound, Visit visit) {
   alignas(64) float buffer[kBlock];
   for (int64_t index = 0; index < static_cast<int64_t>(block_maxima.size()); ++index) {
     if (block_maxima[index] < bound) {

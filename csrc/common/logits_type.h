@@ -19,6 +19,12 @@ TAPS_INLINE float float_from_bits(uint32_t bits) {
   return value;
 }
 
+TAPS_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
 // Without a branch, for the vectoriser, and without a subnormal float32, which could be flushed to 0: a subnormal half
 // is read as 2^-14 plus its value, and 2^-14 is taken off.
 TAPS_INLINE float float_from_half(uint16_t half) {
@@ -32,9 +38,7 @@ TAPS_INLINE float float_from_half(uint16_t half) {
   const uint32_t is_subnormal = 0u - (magnitude < 0x0400u);
   const uint32_t bits = (magnitude << 13) + 0x38000000u + (is_full & 0x38000000u) + (is_subnormal & 0x00800000u);
   const float value = float_from_bits(bits) - float_from_bits(is_subnormal & 0x38800000u);
-  uint32_t signless;
-  memcpy(&signless, &value, sizeof(signless));
-  return float_from_bits(signless | static_cast<uint32_t>(half & 0x8000u) << 16);
+  return float_from_bits(bits_of(value) | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
 // How one logit lies in memory.

@@ -8,6 +8,15 @@
 
 namespace taps {
 
+// Of each request, as common/coupling_rule.h has them; all null where no request is coupled.
+struct CouplingColumns {
+  const int64_t* seeds;      // [B]
+  const int64_t* positions;  // [B], where the children would stand
+  const float* temperature;  // [B]
+  const float* alpha;        // [B]
+  const float* beta;         // [B]
+};
+
 struct ExpandFrontierParams {
   const void* logits;  // [B, F, V]
   LogitsType logits_type;
@@ -17,12 +26,14 @@ struct ExpandFrontierParams {
   int64_t vocabulary;          // V
   int64_t branching;           // K
   const float* parent_scores;  // [B, F]
-  int64_t* tokens;             // [B, F, K]
-  float* scores;               // [B, F, K]
-  int64_t* frontier;           // [B, K]
-  float* entropies;            // [B, F]
-  int64_t* workspace;          // on a device [expansion_workspace_length(B, F, V, K)]
-  uint64_t nonce;              // on a device launch_nonce()
+  CouplingColumns coupling;
+  int64_t* tokens;     // [B, F, K]
+  float* scores;       // [B, F, K]
+  int64_t* frontier;   // [B, K]
+  float* entropies;    // [B, F]
+  float* noise;        // on the CPU, where coupled: [B, whole blocks of V], shared by a request's nodes
+  int64_t* workspace;  // on a device [expansion_workspace_length(B, F, V, K)]
+  uint64_t nonce;      // on a device launch_nonce()
 };
 
 // What the kernel is made for. The loop on the CPU has no limits.
@@ -61,6 +72,9 @@ constexpr int64_t expansion_workspace_length(int64_t batch, int64_t frontier_len
 }
 
 namespace cpu {
+
+// The noise of blocks begin..end of B * num_blocks(V), but for requests that are not coupled.
+void write_noise(const ExpandFrontierParams& params, int64_t begin, int64_t end);
 
 // The children and the entropies of frontier nodes begin..end of B * F.
 void expand_nodes(const ExpandFrontierParams& params, int64_t begin, int64_t end);

@@ -6,11 +6,37 @@
 #include <numeric>
 #include <vector>
 
+#include "common/coupling_rule.h"
 #include "common/logits.h"
+#include "common/noise_block.h"
 
 namespace taps::cpu {
 
 namespace {
+
+// The logits by which a node's children are ranked: the drafter's own, or with the noise of the node's request.
+struct NodeRow {
+  LogitsRow own;
+  const float* noise;  // whole blocks of the vocabulary, or null
+  Coupling coupling;
+  int64_t vocabulary;
+
+  TAPS_INLINE float at(int64_t token) const {
+    return noise != nullptr ? coupling(own.at(token), noise[token]) : own.at(token);
+  }
+
+  TAPS_INLINE const float* block(int64_t index, float* buffer) const {
+    if (noise == nullptr) {
+      return own.block(index, buffer);
+    }
+    alignas(64) float converted[kBlock];
+    const float* logits = own.block(index, converted);
+    for (int j = 0; j < kBlock; ++j) {
+      buffer[j] = coupling(logits[j], noise[index * kBlock + j]);
+    }
+    return buffer;
+  }
+};
 
 constexpr int kChunk = 64;  // blocks, 4096 tokens: from memory once, then from the nearest cache
 
@@ -58,7 +84,7 @@ struct Distribution {
 };
 
 // Sums in float32 within a block, in float64 over blocks: rounding does not grow with the vocabulary.
-TAPS_EACH_CPU void add_blocks(const LogitsRow& row, int64_t first, int64_t last, Distribution& distribution) {
+TAPS_EACH_CPU void add_blocks(const NodeRow& row, int64_t first, int64_t last, Distribution& distribution) {
   alignas(64) float buffer[kBlock];
   alignas(64) double sums[16] = {};
   alignas(64) double weighted[16] = {};
@@ -86,7 +112,7 @@ TAPS_EACH_CPU void add_blocks(const LogitsRow& row, int64_t first, int64_t last,
   }
 }
 
-TAPS_EACH_CPU void find_maxima(const LogitsRow& row, int64_t first, int64_t last, float* block_maxima) {
+TAPS_EACH_CPU void find_maxima(const NodeRow& row, int64_t first, int64_t last, float* block_maxima) {
   alignas(64) float buffer[kBlock];
   for (int64_t index = first; index < last; ++index) {
     block_maxima[index] = maximum_of(row.block(index, buffer));
@@ -108,7 +134,7 @@ struct Scratch {
   std::vector<Child> children;
 };
 
-Distribution distribution_of(const LogitsRow& row, std::vector<float>& block_maxima) {
+Distribution distribution_of(const NodeRow& row, std::vector<float>& block_maxima) {
   const int64_t blocks = num_blocks(row.vocabulary);
   block_maxima.resize(blocks);
   Distribution distribution;
@@ -127,7 +153,7 @@ Distribution distribution_of(const LogitsRow& row, std::vector<float>& block_max
 }
 
 // The best K tokens of the row, best first, ties to the lowest token, NaN as -inf.
-void find_children(const LogitsRow& row, int64_t branching, Scratch& scratch) {
+void find_children(const NodeRow& row, int64_t branching, Scratch& scratch) {
   const float bound = bound_of_k_best(scratch.block_maxima, branching, scratch.selection);
   std::vector<Child>& children = scratch.children;
   children.clear();
@@ -146,9 +172,35 @@ void find_children(const LogitsRow& row, int64_t branching, Scratch& scratch) {
   std::sort(children.begin(), children.begin() + branching);
 }
 
+bool is_request_coupled(const ExpandFrontierParams& p, int64_t b) {
+  return p.coupling.seeds != nullptr && is_coupled(p.coupling.temperature[b]);
+}
+
+NodeRow node_row(const ExpandFrontierParams& p, int64_t index) {
+  const int64_t b = index / p.frontier_length;
+  const int64_t offset = b * p.batch_stride + index % p.frontier_length * p.frontier_stride;
+  const LogitsRow own = logits_row(p.logits, p.logits_type, offset, p.vocabulary);
+  if (!is_request_coupled(p, b)) {
+    return {own, nullptr, {}, p.vocabulary};
+  }
+  const CouplingColumns& columns = p.coupling;
+  return {own, p.noise + b * num_blocks(p.vocabulary) * kBlock,
+          coupling_of(columns.temperature[b], columns.alpha[b], columns.beta[b]), p.vocabulary};
+}
+
+TAPS_EACH_CPU void write_noise_blocks(NoiseBlock write_words, int64_t seed, int64_t position, int64_t first,
+                                      int64_t last, float* noise) {
+  alignas(64) uint32_t words[kBlock];
+  for (int64_t index = first; index < last; ++index) {
+    write_words(seed, position, index * kBlock, words);
+    for (int j = 0; j < kBlock; ++j) {
+      noise[index * kBlock + j] = coupling_noise(words[j]);
+    }
+  }
+}
+
 void expand_node(const ExpandFrontierParams& p, int64_t index, Scratch& scratch) {
-  const int64_t offset = index / p.frontier_length * p.batch_stride + index % p.frontier_length * p.frontier_stride;
-  const LogitsRow row = logits_row(p.logits, p.logits_type, offset, p.vocabulary);
+  const NodeRow row = node_row(p, index);
   const Distribution distribution = distribution_of(row, scratch.block_maxima);
   find_children(row, p.branching, scratch);
   const bool is_valid = std::isfinite(distribution.maximum);
@@ -163,6 +215,20 @@ void expand_node(const ExpandFrontierParams& p, int64_t index, Scratch& scratch)
 }
 
 }  // namespace
+
+void write_noise(const ExpandFrontierParams& params, int64_t begin, int64_t end) {
+  const int64_t blocks = num_blocks(params.vocabulary);
+  const NoiseBlock write_words = noise_block();
+  while (begin < end) {
+    const int64_t b = begin / blocks;
+    const int64_t last = std::min(end, (b + 1) * blocks);
+    if (is_request_coupled(params, b)) {
+      write_noise_blocks(write_words, params.coupling.seeds[b], params.coupling.positions[b], begin - b * blocks,
+                         last - b * blocks, params.noise + b * blocks * kBlock);
+    }
+    begin = last;
+  }
+}
 
 void expand_nodes(const ExpandFrontierParams& params, int64_t begin, int64_t end) {
   Scratch scratch;

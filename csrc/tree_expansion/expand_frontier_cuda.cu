@@ -4,6 +4,7 @@
 
 #include "common/launch.cuh"
 #include "common/tree_rules.h"
+#include "tree_expansion/coupled_logits.cuh"
 #include "tree_expansion/logits_row.cuh"
 #include "tree_expansion/power_of_two.cuh"
 #include "tree_expansion/top_keys.cuh"
@@ -86,11 +87,12 @@ __device__ __forceinline__ void collect_chunk(const float* logits, float least, 
 
 // A thread holds 32 tokens, in chunks that it loads at once. The chunks of a group's threads lie 32 chunks apart, so
 // that equal logits in a row do not meet in one group; a warp still loads whole lines.
-template <int kThreads, LogitsType kType, typename Meanwhile>
-__device__ void expand_tile(const Row<kType>& row, bool is_aligned, int tile, int k, TopKeys& top, uint64_t* keys,
-                            TileStatistics* statistics, Meanwhile meanwhile) {
+template <int kThreads, LogitsType kType, bool kIsCoupled, typename Meanwhile>
+__device__ void expand_tile(const NodeLogits<kType, kIsCoupled>& node, bool is_aligned, int tile, int k, TopKeys& top,
+                            uint64_t* keys, TileStatistics* statistics, Meanwhile meanwhile) {
   constexpr int kPerChunk = Row<kType>::kPerChunk;
   constexpr int kChunks = kTokensPerThread / kPerChunk;
+  const Row<kType>& row = node.row;
   TAPS_SHARED(unsigned, best_of_warp, kThreads / kWarp);
   TAPS_SHARED(float2, sums, kThreads);
   const int begin = tile * kThreads * kTokensPerThread;
@@ -111,6 +113,9 @@ __device__ void expand_tile(const Row<kType>& row, bool is_aligned, int tile, in
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     Row<kType>::unpack(chunks[c], logits[c]);
+    if (node.is_coupled) {
+      node.template couple<kPerChunk>(first_of(c), logits[c]);
+    }
     largest[c] = -kInfinity;
 #pragma unroll
     for (int j = 0; j < kPerChunk; ++j) {
@@ -156,7 +161,7 @@ __device__ void expand_tile(const Row<kType>& row, bool is_aligned, int tile, in
   __syncthreads();
 
   const int count = min(kThreads * kTokensPerThread, row.vocabulary - begin);
-  const auto key = [&](int i) { return key_of(row.at(begin + i), begin + i); };
+  const auto key = [&](int i) { return key_of(node.at(begin + i), begin + i); };
   visit_collected<kThreads>(top, count, k, key, [&](int rank, uint64_t found) { keys[rank] = found; });
   for (int i = top.count + static_cast<int>(threadIdx.x); i < k; i += kThreads) {
     keys[i] = kNoKey;  // a tile of fewer tokens
@@ -238,15 +243,15 @@ __device__ Row<kType> row_at(const ExpandFrontierParams& p, int64_t b, int64_t n
 }
 
 // Blocks on a multiprocessor: as many as leave registers enough to spill none.
-template <int kThreads, LogitsType kType>
+template <int kThreads, LogitsType kType, bool kIsCoupled>
 constexpr int kResidentBlocks = kThreads == 32                  ? 16
-                                : kType == LogitsType::kFloat32 ? 7
-                                                                : 8;
+                                : kType == LogitsType::kFloat32 ? (kIsCoupled ? 5 : 7)
+                                                                : (kIsCoupled ? 6 : 8);
 
 // `blocks` blocks per row, each on its share of the tiles: rows are few. The last of them to finish combines the tiles,
 // and the one that finishes a request's last row chooses the frontier.
-template <int kThreads, LogitsType kType>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType>)
+template <int kThreads, LogitsType kType, bool kIsCoupled>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType, kIsCoupled>)
     expand_frontier_kernel(const ExpandFrontierParams p, int num_tiles, int blocks, bool is_aligned) {
   TAPS_SHARED(TopKeys, top, 1);
   const ExpansionWorkspace layout(num_tiles, p.branching);
@@ -258,7 +263,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType>)
   auto* statistics = reinterpret_cast<TileStatistics*>(workspace + layout.statistics);
   auto* row_ticket = reinterpret_cast<unsigned long long*>(workspace + layout.ticket);
   auto* request_ticket = reinterpret_cast<unsigned long long*>(request_tickets) + b;
-  const Row<kType> row = row_at<kType>(p, b, index - b * static_cast<unsigned>(p.frontier_length));
+  const auto node = node_logits<kType, kIsCoupled>(
+      row_at<kType>(p, b, index - b * static_cast<unsigned>(p.frontier_length)), p.coupling, b);
 
   const int own = static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks));
   for (int tile = own; tile < num_tiles; tile += blocks) {
@@ -270,8 +276,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType>)
         ready_ticket(request_ticket, p.nonce);
       }
     };
-    expand_tile<kThreads, kType>(row, is_aligned, tile, static_cast<int>(p.branching), top[0],
-                                 keys + tile * p.branching, statistics + tile, ready_tickets);
+    expand_tile<kThreads>(node, is_aligned, tile, static_cast<int>(p.branching), top[0], keys + tile * p.branching,
+                          statistics + tile, ready_tickets);
     __syncthreads();
   }
   if (blocks > 1 && !arrives_last(row_ticket, p.nonce, blocks, true)) {
@@ -303,8 +309,14 @@ void launch(const ExpandFrontierParams& params, int64_t rows, int num_tiles, Str
   const int blocks = static_cast<int>((num_tiles + tiles_per_block - 1) / tiles_per_block);
   const bool aligned = is_aligned<kType>(params, rows);
   const size_t staged_bytes = aligned ? 0 : kThreads * kTokensPerThread * sizeof(typename Row<kType>::Element);
-  TAPS_LAUNCH((expand_frontier_kernel<kThreads, kType>), static_cast<unsigned>(rows * blocks), kThreads, staged_bytes,
-              stream, params, num_tiles, blocks, aligned);
+  const auto grid = static_cast<unsigned>(rows * blocks);
+  if (params.coupling.seeds != nullptr) {
+    TAPS_LAUNCH((expand_frontier_kernel<kThreads, kType, true>), grid, kThreads, staged_bytes, stream, params,
+                num_tiles, blocks, aligned);
+  } else {
+    TAPS_LAUNCH((expand_frontier_kernel<kThreads, kType, false>), grid, kThreads, staged_bytes, stream, params,
+                num_tiles, blocks, aligned);
+  }
 }
 
 template <LogitsType kType>

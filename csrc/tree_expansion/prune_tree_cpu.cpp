@@ -23,6 +23,7 @@ int64_t copy_kept(const PruneTreeParams& params, int64_t b, const uint64_t* keys
     params.kept_parents[to + kept] = node == 0 ? -1 : numbers[params.parents[from + node]];
     params.kept_scores[to + kept] = params.scores[from + node];
     params.kept_entropies[to + kept] = params.entropies[from + node];
+    params.kept_proposers[to + kept] = params.proposers != nullptr ? params.proposers[from + node] : 0;
     ++kept;
   }
   return kept;
@@ -46,6 +47,7 @@ void prune_tree(const PruneTreeParams& params, int64_t begin, int64_t end) {
     std::fill_n(params.kept_parents + tail, padding, 0);
     std::fill_n(params.kept_scores + tail, padding, -std::numeric_limits<float>::infinity());
     std::fill_n(params.kept_entropies + tail, padding, 0.0f);
+    std::fill_n(params.kept_proposers + tail, padding, 0);
     params.num_kept[b] = kept;
   }
 }

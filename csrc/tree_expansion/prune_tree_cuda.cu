@@ -67,21 +67,24 @@ __device__ void write_nodes(const PruneTreeParams& params, int64_t b, int count,
     params.kept_parents[at] = parent < 0 ? -1 : static_cast<int64_t>(numbers[parent] / 2);
     params.kept_scores[at] = params.scores[from + node];
     params.kept_entropies[at] = params.entropies[from + node];
+    params.kept_proposers[at] = params.proposers != nullptr ? params.proposers[from + node] : 0;
   }
   for (int64_t place = kept + static_cast<int64_t>(threadIdx.x); place < params.capacity; place += kThreads) {
     params.kept_tokens[to + place] = 0;
     params.kept_parents[to + place] = 0;
     params.kept_scores[to + place] = -__builtin_inff();
     params.kept_entropies[to + place] = 0;
+    params.kept_proposers[to + place] = 0;
   }
   if (threadIdx.x == 0) {
     params.num_kept[b] = kept;
   }
 }
 
-// One block per request: ranks by pointer doubling, the worst kept key by selection, the new numbers by a scan.
+// One block per request: ranks by pointer doubling, the worst kept key by selection, the new numbers by a scan. (Launch
+// bounds of one block a multiprocessor: left to itself, nvcc spills registers for the sake of occupancy.)
 template <int kThreads>
-__global__ void __launch_bounds__(kThreads) prune_tree_kernel(const PruneTreeParams params, bool is_shared) {
+__global__ void __launch_bounds__(kThreads, 1) prune_tree_kernel(const PruneTreeParams params, bool is_shared) {
   TAPS_DYNAMIC_SHARED(uint64_t, shared_words);
   const int64_t b = blockIdx.x;
   const int nodes = static_cast<int>(params.nodes);

@@ -4,9 +4,9 @@
 #include <cmath>
 #include <numeric>
 
+#include "common/noise_block.h"
 #include "common/philox.h"
 #include "common/sampling_rule.h"
-#include "tree_verification/noise_block.h"
 
 namespace taps::cpu {
 

@@ -1,9 +1,6 @@
 #include "tree_verification/verify_tree.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/ScalarType.h>
-
-#include <cmath>
 
 #include "common/allocate.h"
 #include "common/check.h"
@@ -18,35 +15,8 @@ namespace taps {
 
 namespace {
 
-// One value a row, contiguous.
-Tensor checked_column(const Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
-  check_dtype(tensor, name, dtype);
-  check_sizes(tensor, name, {rows}, "one a row");
-  return tensor.contiguous();
-}
-
-// The same; `expected` says which values `is_allowed` lets pass.
-template <typename Value>
-Tensor checked_column(const Tensor& tensor, const char* name, int64_t rows, const char* expected,
-                      bool (*is_allowed)(Value)) {
-  Tensor column = checked_column(tensor, name, c10::CppTypeToScalarType<Value>::value, rows);
-  const Value* values = column.const_data_ptr<Value>();
-  for (int64_t b = 0; can_read(tensor) && b < rows; ++b) {
-    TORCH_CHECK_VALUE(is_allowed(values[b]), name, " must be ", expected, ", row ", b, " has ", values[b]);
-  }
-  return column;
-}
-
-bool is_temperature(float value) {
-  return std::isfinite(value) && value >= 0;
-}
-
 bool is_count(int64_t value) {
   return value >= 0;
-}
-
-bool is_position(int64_t value) {  // with room for the depth
-  return value >= 0 && value <= int64_t{1} << 62;
 }
 
 bool is_probability(float value) {
@@ -79,13 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify_tree(const Tensor& logits, con
   check_tokens(tokens, num_nodes, logits.size(2));
   const int64_t rows = parents.size(0);
   const int64_t nodes = parents.size(1);
-  const Tensor temperature =
-      checked_column(temperature_in, "temperature", rows, "finite and at least 0", is_temperature);
+  const Tensor temperature = checked_temperature(temperature_in, rows);
   const Tensor top_k = checked_column(top_k_in, "top_k", rows, "at least 0", is_count);
   const Tensor top_p = checked_column(top_p_in, "top_p", rows, "between 0 and 1", is_probability);
   const Tensor min_p = checked_column(min_p_in, "min_p", rows, "between 0 and 1", is_probability);
   const Tensor seeds = checked_column(seeds_in, "seeds", at::kLong, rows);
-  const Tensor positions = checked_column(positions_in, "positions", rows, "between 0 and 2^62", is_position);
+  const Tensor positions = checked_positions(positions_in, rows);
 
   Tensor path = empty({rows, nodes}, parents);
   Tensor num_accepted = empty({rows}, parents);

@@ -1,4 +1,4 @@
-#include "tree_verification/noise_block.h"
+#include "common/noise_block.h"
 
 #include "common/philox.h"
 
