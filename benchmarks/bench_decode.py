@@ -14,7 +14,6 @@ import argparse
 import functools
 import json
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,7 +24,7 @@ from unittest import mock
 
 import torch
 from provenance import provenance, write_json
-from timing import no_garbage_collection, spread
+from timing import CLOCKS, no_garbage_collection, spread
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,10 +51,11 @@ LARGE = LlamaConfig(
 class SectionClock:
     """Time spent in named sections, each without the sections entered inside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: str = "wall") -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._now = CLOCKS[clock]
         self._stack: list[str] = []
-        self._since = 0.0
+        self._since = 0
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -83,9 +83,9 @@ class SectionClock:
         return taken
 
     def _charge(self) -> None:
-        now = time.perf_counter()
+        now = self._now()
         if self._stack:
-            self.seconds[self._stack[-1]] += now - self._since
+            self.seconds[self._stack[-1]] += (now - self._since) / 1e9
         self._since = now
 
 
@@ -136,15 +136,21 @@ def tiny_world(num_prompts: int) -> World:
 def random_world(num_prompts: int, config: LlamaConfig = LARGE) -> World:
     """A Llama of random weights with two random drafters: nothing is accepted, but every step costs what it costs."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config).requires_grad_(False)
+    model.lm_head.weight.mul_(40)  # logits as peaked as trained ones: over flat ones a tree is complete at two levels
     target = TargetModel(model)
     drafters = {
-        name: EagleDrafter(EagleNetwork(EagleConfig.for_target(config)).eval(), target.embedding, target.lm_head, name)
+        name: EagleDrafter(random_network(config), target.embedding, target.lm_head, name)
         for name in ("first", "second")
     }
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     prompts = [torch.randint(0, config.vocab_size, (1, 128)) for _ in range(num_prompts)]
     return World(f"random Llama, {size:.0f} M", target, drafters, prompts, 10)
+
+
+def random_network(config: LlamaConfig) -> EagleNetwork:
+    """A network of random weights, frozen as a loaded one is."""
+    return EagleNetwork(EagleConfig.for_target(config)).eval().requires_grad_(False)
 
 
 def measure(world: World, composition: str) -> dict[str, Any]:
@@ -156,9 +162,9 @@ def measure(world: World, composition: str) -> dict[str, Any]:
     decoder = taps_ext.SpeculativeDecoder(world.target, world.drafters, composition, drafter=drafter)
     steps: list[dict[str, float]] = []
     with no_garbage_collection():
-        _decode(decoder, world.prompts[0], world.max_new_tokens)  # warm-up
+        decode_steps(decoder, world.prompts[0], world.max_new_tokens)  # warm-up
         for prompt in world.prompts:
-            steps += _decode(decoder, prompt, world.max_new_tokens)
+            steps += decode_steps(decoder, prompt, world.max_new_tokens)
     for step in steps:
         step["tree work"] = sum(step.get(name, 0.0) for name in OPS)
     median_us = {
@@ -176,9 +182,9 @@ def measure(world: World, composition: str) -> dict[str, Any]:
     }
 
 
-def _decode(decoder: Any, prompt: Tensor, max_new_tokens: int) -> list[dict[str, float]]:
+def decode_steps(decoder: Any, prompt: Tensor, max_new_tokens: int, clock_name: str = "wall") -> list[dict[str, float]]:
     """Each step's seconds by section; the prefill is no step."""
-    clock = SectionClock()
+    clock = SectionClock(clock_name)
     steps: list[dict[str, float]] = []
     events = decoder.stream(prompt, max_new_tokens=max_new_tokens)
     with instrumented(clock):

@@ -12,6 +12,7 @@ from .base import DrafterState
 from .calibration import Calibration
 from .eagle_group import EagleGroup, EagleState, compute_dtype_and_device
 from .eagle_network import EagleConfig, EagleNetwork
+from .eagle_stack import layout
 
 __all__ = ["EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "compute_dtype_and_device", "in_lockstep"]
 
@@ -61,13 +62,16 @@ class EagleDrafter:
         return self._alone.propose(state, root_tokens, shape, active)[0]
 
     def is_like(self, other: EagleDrafter) -> bool:
-        """Whether both can draft in lockstep: one embedding and lm_head, caches of one shape, one dtype and device."""
-        mine, its = self.network.config, other.network.config
+        """Whether both can draft in lockstep: one embedding and lm_head, and networks that make one stack (`layout`).
+
+        Networks in training make none: such drafters draft alone.
+        """
+        mine = layout(self.network)
         return (
             self.embedding is other.embedding
             and self.lm_head is other.lm_head
-            and (self.dtype, self.device) == (other.dtype, other.device)
-            and (mine.num_key_value_heads, mine.head_dim) == (its.num_key_value_heads, its.head_dim)
+            and mine is not None
+            and mine == layout(other.network)
         )
 
 

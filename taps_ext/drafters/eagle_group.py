@@ -24,6 +24,7 @@ from .base import DrafterState
 from .calibration import Calibration
 from .coupling import CoupledRows, couple
 from .eagle_network import EagleNetwork
+from .eagle_stack import EagleStack
 from .levels import Level, capacity_of, is_complete, root_only, scatter_rows, split, to_tree
 
 MIN_CAPACITY = 256  # slots; capacities are powers of two, so a growth at least doubles
@@ -53,12 +54,14 @@ class EagleState(DrafterState):
         """Slots of a row in the cache, committed and transient."""
         return self.keys.shape[3]
 
-    def part(self, drafter: int, rows: Sequence[int]) -> EagleState:
-        """One drafter's state of some rows, to draft from: it may share memory with this one, past the rows' ends."""
-        one, places = slice(drafter, drafter + 1), torch.tensor(rows, device=self.lengths.device)
+    def part(self, drafter: int, rows: Sequence[int], places: Tensor | slice) -> EagleState:
+        """One drafter's state of some rows, to draft from: it may share memory with this one, past the rows' ends.
+
+        `places` are the rows again, on the device.
+        """
 
         def some(values: Tensor) -> Tensor:
-            return values[one] if len(rows) == len(self.row_lengths) else values[one, places]
+            return values[drafter : drafter + 1, places]
 
         return EagleState(
             lengths=self.lengths[places],
@@ -72,7 +75,7 @@ class EagleState(DrafterState):
 
 
 class EagleGroup:
-    """Networks of one cache shape, dtype and device over one embedding and lm_head. See `DrafterGroup`."""
+    """Networks that make one stack, over one embedding and lm_head. See `DrafterGroup`."""
 
     def __init__(
         self,
@@ -89,6 +92,7 @@ class EagleGroup:
         weight = self.networks[0].fc.weight
         self.dtype, self.device = weight.dtype, weight.device
         self._lm_head_dtype, _ = compute_dtype_and_device(lm_head, embedding)
+        self._stack = EagleStack(self.networks)
         self._alone = [self]
         if len(self.networks) > 1:
             pairs = zip(self.networks, self.calibrations, strict=True)
@@ -155,7 +159,7 @@ class EagleGroup:
             found = found + torch.where(is_predicted, first * decay ** (num_tokens - 1).clamp(min=0).float(), 0)
             logits = torch.where(is_observed[:, None], logits, state.last_logits)
         state.last_logits = logits
-        state.evidence = torch.where(is_observed, state.evidence * decay ** num_tokens.float() + found, state.evidence)
+        state.evidence = state.evidence * decay ** num_tokens.float() + found
 
     def _forward_committed(self, state: EagleState, embeddings: Tensor, features: Tensor, slots: Tensor) -> Tensor:
         """The outputs [D, B, T, H] of new slots behind each row's own, of embeddings and features [B, T, H].
@@ -193,9 +197,9 @@ class EagleGroup:
         for d, rows in enumerate(chosen):
             tree = root_only(root_tokens, capacity_of(shape, branching))
             if len(rows) > 0:
-                places = torch.tensor(rows, device=self.device)
-                part = self._alone[d]._grow(state.part(d, rows), root_tokens[places], active[places], shape)
-                tree = scatter_rows(tree, places, part)
+                places = slice(None) if len(rows) == len(active) else torch.tensor(rows, device=self.device)
+                part = self._alone[d]._grow(state.part(d, rows, places), root_tokens[places], active[places], shape)
+                tree = part if isinstance(places, slice) else scatter_rows(tree, places, part)
             trees += split(tree, 1, device)
         return trees
 
@@ -263,17 +267,14 @@ class EagleGroup:
         """Every network over its own slots: outputs [D, B, T, H] of embeddings and features [D, B, T, H].
 
         Keys and values go to `columns`, a slice or int64 [B, T], all below `end`; `mask` is bool [D, B, 1, T, end], or
-        None for a causal one. The one place where the networks run, one after the other: the rest is done once for all.
+        None for a causal one. The one place where the networks run.
         """
-        outs = []
-        for d, network in enumerate(self.networks):
-            x = network.project(embeddings[d], features[d])
-            query, key, value = network.qkv(x, positions)
-            _write(state.keys[d], columns, key)
-            _write(state.values[d], columns, value)
-            keys, values = state.keys[d][:, :, :end], state.values[d][:, :, :end]
-            outs.append(network.finish(x, network.attend(query, keys, values, None if mask is None else mask[d])))
-        return torch.stack(outs)
+        x = self._stack.project(embeddings, features)
+        query, key, value = self._stack.qkv(x, positions)
+        _write(state.keys, columns, key)
+        _write(state.values, columns, value)
+        attended = self._stack.attend(query, state.keys[:, :, :, :end], state.values[:, :, :, :end], mask)
+        return self._stack.finish(x, attended)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """The target's embeddings [..., T, H] of the tokens; a target over several devices may hold them elsewhere."""
@@ -328,12 +329,12 @@ def _reserve(state: EagleState, num_slots: int) -> None:
 
 
 def _write(cache: Tensor, columns: Tensor | slice, states: Tensor) -> None:
-    """Put states [B, heads, T, head_dim] into the columns of cache [B, heads, capacity, head_dim]."""
+    """Put states [D, B, heads, T, head_dim] into the columns of cache [D, B, heads, capacity, head_dim]."""
     if isinstance(columns, slice):
-        cache[:, :, columns] = states
+        cache[:, :, :, columns] = states
     else:
-        rows = torch.arange(len(cache), device=cache.device)[:, None]
-        cache[rows, :, columns] = states.transpose(1, 2)
+        rows = torch.arange(cache.shape[1], device=cache.device)[:, None]
+        cache[:, rows, :, columns] = states.permute(1, 3, 0, 2, 4)
 
 
 def _prefix_mask(state: EagleState, branching: int, num_rounds: int) -> Tensor:

@@ -190,7 +190,7 @@ class EagleNetwork(nn.Module):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         cos, sin = (angle[:, None] for angle in self.rotary(position_ids, x.dtype))
-        return query * cos + rotate_half(query) * sin, key * cos + _rotate_half(key) * sin, value
+        return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """What each query reads, [B, T, heads * head_dim].

@@ -1,8 +1,8 @@
 """EAGLE networks of one shape as one: each linear layer is a single batched product over all of them.
 
-The stack owns the weights, and the networks' own parameters are slices of it, so that memory is paid once: decoders over
-the same drafters in the same order share one stack. Decoders over other selections have a stack each, and the memory of
-one is freed with its last decoder: whatever network outlives its stack takes its weights with it.
+The stack owns the weights and the networks' own parameters are slices of it, so that memory is paid once. Decoders over
+the same drafters in the same order share one stack, those over other selections have one each. The memory of a stack is
+freed with its last decoder: a network that outlives it takes its weights with it.
 
 Dims: D networks, B rows, T slots, S keys, H hidden.
 """
@@ -52,14 +52,21 @@ class EagleStack:
     def __init__(self, networks: Sequence[EagleNetwork]) -> None:
         self.networks = list(networks)
         self.config = self.networks[0].config
-        self._held = _held_weights(self.networks) if len(self.networks) > 1 else None
-        ropes = [network.rotary for network in self.networks]
-        with torch.inference_mode(False):
-            self._inv_freq = torch.stack([rope.inv_freq for rope in ropes])[:, None, None]
-            self._rope_scaling = self._inv_freq.new_tensor([rope.scaling for rope in ropes])[:, None, None, None]
+        self._alone = self.networks[0] if len(self.networks) == 1 else None
+        if self._alone is None:
+            self._held = _held_weights(self.networks)
+            ropes = [network.rotary for network in self.networks]
+            with torch.inference_mode(False):
+                self._inv_freq = torch.stack([rope.inv_freq for rope in ropes])[:, None, None]
+                scaling = torch.tensor(
+                    [rope.scaling for rope in ropes], dtype=torch.float32, device=self._inv_freq.device
+                )
+                self._rope_scaling = scaling[:, None, None, None]
 
     def project(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """The layers' input [D, B, T, H], see `EagleNetwork.project`; both are [D, B, T, H]."""
+        if self._alone is not None:
+            return self._alone.project(embeddings[0], features[0])[None]
         return self._linear("fc", torch.cat((embeddings, features), dim=-1))
 
     def qkv(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +74,9 @@ class EagleStack:
 
         `position_ids` is int64 [B, T], for all networks; each has its own rope.
         """
+        if self._alone is not None:
+            query, key, value = self._alone.qkv(x[0], position_ids)
+            return query[None], key[None], value[None]
         split = (-1, self.config.head_dim)
         query, key, value = (
             self._linear(f"layers.0.self_attn.{part}_proj", x).unflatten(-1, split).transpose(2, 3) for part in "qkv"
@@ -75,36 +85,32 @@ class EagleStack:
         return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """What each query reads, [D, B, T, heads * head_dim]; `mask` is bool [D, B, 1, T, S], see `EagleNetwork.attend`.
+        """What each query reads, [D, B, T, heads * head_dim], see `EagleNetwork.attend`; `mask` bool [D, B, 1, T, S].
 
-        No weights take part: the networks' rows are rows of one batch.
+        No weights take part: the rows of all networks are rows of one batch.
         """
         rows = None if mask is None else mask.flatten(0, 1)
         out = self.networks[0].attend(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), rows)
-        return out.unflatten(0, query.shape[:2])
+        return out.view(*query.shape[:2], *out.shape[1:])
 
     def finish(self, x: Tensor, attention_out: Tensor) -> Tensor:
         """The layers' output [D, B, T, H], see `EagleNetwork.finish`."""
-        if self._held is None:
-            return self.networks[0].finish(x[0], attention_out[0])[None]
+        if self._alone is not None:
+            return self._alone.finish(x[0], attention_out[0])[None]
         hidden = x + self._linear("layers.0.self_attn.o_proj", attention_out)
-        normal, mlp = self._norm(hidden), self.networks[0].layer.mlp
+        normal = self._norm(hidden)
         gate, up = (self._linear(f"layers.0.mlp.{part}_proj", normal) for part in ("gate", "up"))
-        return hidden + self._linear("layers.0.mlp.down_proj", mlp.act_fn(gate) * up)
+        return hidden + self._linear("layers.0.mlp.down_proj", self.networks[0].layer.mlp.act_fn(gate) * up)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
-        """The linear layers [D, B, T, out] of x [D, B, T, in]."""
-        if self._held is None:
-            out: Tensor = self.networks[0].get_submodule(name)(x[0])[None]
-            return out
+        """The linear layers' [D, B, T, out] of x [D, B, T, in]."""
         weight, bias = self._held.tensors[f"{name}.weight"], self._held.tensors.get(f"{name}.bias")
         rows = x.flatten(1, 2)
-        product = rows.bmm(weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
-        return product.unflatten(1, x.shape[1:3])
+        product = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
+        return product.view(*x.shape[:3], -1)
 
     def _norm(self, hidden: Tensor) -> Tensor:
         """The root-mean-square norms, in float32 as the networks' own are."""
-        assert self._held is not None
         exact = hidden.float()
         exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.config.rms_norm_eps)
         return self._held.tensors[NORM][:, None, None] * exact.to(hidden.dtype)

@@ -12,6 +12,7 @@ from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
 from .base import Drafter, DrafterGroup, DrafterState
 from .eagle import EagleDrafter, in_lockstep
+from .levels import capacity_of, root_only
 
 
 class GroupedDrafters:
@@ -102,6 +103,9 @@ class _Alone:
         chosen: Sequence[Sequence[int]] | None = None,
     ) -> list[DraftTree]:
         if chosen is not None:
+            if len(chosen[0]) == 0:
+                branching = min(shape.branching, self.drafter.vocab_size)
+                return [root_only(root_tokens, capacity_of(shape, branching))]
             is_chosen = torch.zeros_like(active)
             is_chosen[list(chosen[0])] = True
             active = active & is_chosen
