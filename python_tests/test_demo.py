@@ -36,7 +36,9 @@ def test_every_text_of_every_variant_equals_plain_decoding(result: dict) -> None
 def test_the_table_holds_every_variant_on_every_domain(result: dict) -> None:
     cells = {(cell["variant"], cell["domain"]) for cell in result["cells"]}
     singles = {f"single {name}" for name in tiny.drafter_paths()}
-    variants = singles | {"averaged weights", "confidence", "entropy", "merged, 60 nodes", MERGED, CONTROL}
+    routed = {"confidence", "entropy", "evidence"}
+    merged = {"merged, 60 nodes", "merged, 60 nodes, evidence", MERGED}
+    variants = singles | routed | merged | {"averaged weights", CONTROL}
     assert cells == {(variant, domain) for variant in variants for domain in tiny.DOMAINS}
 
 

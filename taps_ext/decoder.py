@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection, Generator, Mapping, Sequence
 from copy import copy
@@ -22,6 +23,8 @@ from .stats import DecodeStats
 from .target import TargetModel
 from .tree import DraftTree, TreeShape
 from .verification import Acceptance, verify
+
+LIBRARIES = ("taps_ext", "transformers", "torch")  # through which a call may come
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,27 @@ class SpeculativeDecoder:
         joint_budget: int | None = None,
     ) -> None:
         self.composition = make_composition(composition, max_nodes, evidence_decay)
-        self.drafting = _check_drafting(drafting)
-        self.joint_budget = joint_budget
+        self.drafting = check_drafting(drafting)
+        self.joint_budget = _check_joint_budget(joint_budget)
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
-        self.drafters = _checked_drafters(_used_drafters(drafters, composition, drafter), self.target)
+        self._use = composition, drafter
+        self.drafters = _used_drafters(drafters, composition, drafter, self.target)
         self.grouped_drafters = GroupedDrafters(list(self.drafters.values()))
 
-    def with_drafters(self, drafters: Mapping[str, Drafter]) -> SpeculativeDecoder:
+    def with_drafters(self, drafters: Mapping[str, Drafter], drafter: str | None = None) -> SpeculativeDecoder:
         """The same decoder with other drafters: to load or drop one while the target stays. Running calls keep theirs.
+
+        `drafter` is the name to use with "single", by default the same as here where it is still there.
 
         >>> decoder = decoder.with_drafters({**decoder.drafters, "code": load_drafter("code", model)})  # doctest: +SKIP
         """
+        composition, name = self._use
+        if drafter is None and isinstance(drafters, Mapping) and name in drafters:
+            drafter = name
         other = copy(self)
-        other.drafters = _checked_drafters(drafters, self.target)
+        other._use = composition, drafter
+        other.drafters = _used_drafters(drafters, composition, drafter, self.target)
         other.grouped_drafters = GroupedDrafters(list(other.drafters.values()))
         return other
 
@@ -298,10 +308,17 @@ def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> Non
         )
 
 
-def _check_drafting(drafting: str) -> str:
+def check_drafting(drafting: str) -> str:
+    """`drafting`; ValueError unless it is one of the two."""
     if drafting not in ("coupled", "topk"):
         raise ValueError(f"drafting must be coupled or topk, got {drafting!r}")
     return drafting
+
+
+def _check_joint_budget(joint_budget: int | None) -> int | None:
+    if joint_budget is None or (isinstance(joint_budget, int) and joint_budget is not True and joint_budget >= 1):
+        return joint_budget
+    raise ValueError(f"joint_budget must be an integer of at least 1, got {joint_budget!r}")
 
 
 def _warn_of_uncalibrated(drafters: Mapping[str, Drafter]) -> None:
@@ -309,25 +326,37 @@ def _warn_of_uncalibrated(drafters: Mapping[str, Drafter]) -> None:
         warnings.warn(
             f"not calibrated, and drafted as with drafting='topk': {names}; to accept more at temperatures above 0, "
             f"run: taps-ext calibrate DRAFTER --target TARGET --data FILE",
-            stacklevel=5,
+            stacklevel=_level_of_caller(),
         )
 
 
-def _checked_drafters(drafters: Mapping[str, Drafter], target: TargetModel) -> dict[str, Drafter]:
-    for name, drafter in drafters.items():
-        _refuse_other_sizes(name, drafter, target)
-    return dict(drafters)
+def _level_of_caller() -> int:
+    """The `stacklevel` of whoever called this library, whether or not transformers stands between."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
-def _used_drafters(drafters: Mapping[str, Drafter], composition: str, name: str | None) -> dict[str, Drafter]:
+def _used_drafters(
+    drafters: Mapping[str, Drafter], composition: str, name: str | None, target: TargetModel
+) -> dict[str, Drafter]:
+    """Those that the composition uses, each of the target's sizes."""
     if not isinstance(drafters, Mapping):
         raise ValueError(f"drafters must be a dict from name to drafter, got {type(drafters).__name__}")
     if not 1 <= len(drafters) <= 63:
         raise ValueError(f"give 1 to 63 drafters, got {len(drafters)}")
-    if composition != "single":
-        if name is not None:
-            raise ValueError(f'drafter={name!r} goes with composition="single", got {composition!r}')
-        return dict(drafters)
+    used = dict(drafters)
+    if composition == "single":
+        used = _single_drafter(used, name)
+    elif name is not None:
+        raise ValueError(f'drafter={name!r} goes with composition="single", got {composition!r}')
+    for one, drafter in used.items():
+        _refuse_other_sizes(one, drafter, target)
+    return used
+
+
+def _single_drafter(drafters: dict[str, Drafter], name: str | None) -> dict[str, Drafter]:
     if name is None and len(drafters) > 1:
         raise ValueError(f'composition="single" needs drafter=..., one of {", ".join(drafters)}')
     chosen = name if name is not None else next(iter(drafters))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import info, tiny
+from .composition import EVIDENCE_DECAY
 from .decoder import SpeculativeDecoder
 from .drafters import Drafter, average_drafters, load_drafter, load_drafters
 from .plain_generation import plain_generate
@@ -35,6 +36,7 @@ class DemoSettings:
     temperature: float = 0.0
     seed: int = 0
     device: str = "cpu"
+    drafting: str = "coupled"
     shape: TreeShape = field(default_factory=TreeShape)
 
     def __post_init__(self) -> None:
@@ -146,12 +148,12 @@ def _run(settings: DemoSettings, report: Report) -> DemoResult:
     model.to(settings.device)
     paths = {name: str(path) for name, path in tiny.drafter_paths().items()}
     drafters = load_drafters(paths, model)
-    variants = _variants(model, drafters, _load_average(list(paths.values()), model), settings.shape)
+    variants = _variants(model, drafters, _load_average(list(paths.values()), model), settings)
     cells: list[Cell] = []
     for domain in tiny.DOMAINS:
         prompts = _Prompts.of(domain, tokenizer, settings)
         measured = _measure(model, prompts, variants, settings, report)
-        control = {CONTROL: _control(model, drafters, measured, settings.shape)}
+        control = {CONTROL: _control(model, drafters, measured, settings)}
         cells += measured + _measure(model, prompts, control, settings, report)
     return DemoResult(
         settings=settings,
@@ -165,19 +167,23 @@ def _run(settings: DemoSettings, report: Report) -> DemoResult:
 
 
 def _variants(
-    model: Any, drafters: Mapping[str, Drafter], average: Drafter, shape: TreeShape
+    model: Any, drafters: Mapping[str, Drafter], average: Drafter, settings: DemoSettings
 ) -> dict[str, SpeculativeDecoder]:
     """A decoder a row of the table; all share the target and the drafters."""
+    shape = settings.shape
 
     def decoder(composition: str, **options: Any) -> SpeculativeDecoder:
-        return SpeculativeDecoder(model, drafters, composition, shape=shape, **options)
+        return SpeculativeDecoder(model, drafters, composition, shape=shape, drafting=settings.drafting, **options)
 
+    budgeted = f"{MERGED}, {shape.max_nodes} nodes"
     return {
         **{_single(name): decoder("single", drafter=name) for name in drafters},
-        "averaged weights": SpeculativeDecoder(model, {"average": average}, "single", shape=shape),
+        "averaged weights": decoder("single", drafter=next(iter(drafters))).with_drafters({"average": average}),
         "confidence": decoder("confidence"),
         "entropy": decoder("entropy"),
-        f"{MERGED}, {shape.max_nodes} nodes": decoder("merged", max_nodes=shape.max_nodes),
+        "evidence": decoder("evidence"),
+        budgeted: decoder("merged", max_nodes=shape.max_nodes),
+        f"{budgeted}, evidence": decoder("merged", max_nodes=shape.max_nodes, evidence_decay=EVIDENCE_DECAY),
         MERGED: decoder("merged"),
     }
 
@@ -194,13 +200,14 @@ def _load_average(paths: Sequence[str], model: Any) -> Drafter:
 
 
 def _control(
-    model: Any, drafters: Mapping[str, Drafter], measured: Sequence[Cell], shape: TreeShape
+    model: Any, drafters: Mapping[str, Drafter], measured: Sequence[Cell], settings: DemoSettings
 ) -> SpeculativeDecoder:
     """The fair control: the domain's best single drafter with as many nodes as the union had on average."""
     by_variant = {cell.variant: cell for cell in measured}
     best = max(drafters, key=lambda name: by_variant[_single(name)].acceptance_length)
     num_nodes = round(by_variant[MERGED].nodes_per_step)
-    return SpeculativeDecoder(model, drafters, "single", drafter=best, shape=replace(shape, max_nodes=num_nodes))
+    shape = replace(settings.shape, max_nodes=num_nodes)
+    return SpeculativeDecoder(model, drafters, "single", drafter=best, shape=shape, drafting=settings.drafting)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from ..state import StepEvent
     from ..terminal import Palette
 
+DRAFTING_HELP = "coupled: look at the target's noise above temperature 0; topk: propose what is likely."
+
 
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per domain.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 96,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
+    drafting: Annotated[str, typer.Option(help=DRAFTING_HELP)] = "coupled",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     output: Annotated[Path, typer.Option(help="Folder for demo.json and the picture.")] = Path("out/demo"),
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
@@ -35,7 +38,7 @@ def demo(
     from ..device import choose
 
     keep_logs_clean()
-    settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed, str(choose(device)))
+    settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed, str(choose(device)), drafting)
     with progress() as bars:
         bar = bars.add_task("loading", total=demonstration.count_reports(settings))
         result = demonstration.run(settings, lambda done: bars.update(bar, advance=1, description=f"{done} prompts"))
@@ -54,7 +57,7 @@ def generate(
     drafter: Annotated[
         list[str] | None, typer.Option(help="[NAME=]FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
     ] = None,
-    composition: Annotated[str, typer.Option(help="single, confidence, entropy or merged.")] = "merged",
+    composition: Annotated[str, typer.Option(help="single, confidence, entropy, evidence or merged.")] = "merged",
     single_drafter: Annotated[str | None, typer.Option(help="The drafter that 'single' uses.")] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The prompt; without it and --prompt-file: standard input.")
@@ -76,6 +79,13 @@ def generate(
     merged_nodes: Annotated[
         int | None, typer.Option(help="Node budget of the merged tree; default: the union.")
     ] = None,
+    min_score: Annotated[
+        float | None, typer.Option(help="Drop nodes less probable than exp of this, such as -5.")
+    ] = None,
+    drafting: Annotated[str, typer.Option(help=DRAFTING_HELP)] = "coupled",
+    evidence_decay: Annotated[
+        float | None, typer.Option(help="Of 'evidence' (default 0.9); weights the scores of 'merged'.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
@@ -83,23 +93,33 @@ def generate(
     """Stream a text, each accepted run in the colour of the drafter that proposed it, then the figures."""
     text = _read_prompt(prompt, prompt_file)
     from ..composition import make_composition
-    from ..decoder import SpeculativeDecoder
+    from ..decoder import SpeculativeDecoder, check_drafting
     from ..device import choose
     from ..drafters import load_drafters
     from ..sampling import SamplingParams
     from ..tree import TreeShape
 
     place = choose(device)
-    make_composition(composition, merged_nodes)  # a wrong name should not wait for a large target to load
+    make_composition(
+        composition, merged_nodes, evidence_decay
+    )  # a wrong name should not wait for a large target to load
+    check_drafting(drafting)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
-    shape = TreeShape(depth, branching, max_nodes)
+    shape = TreeShape(depth, branching, max_nodes, min_score)
     paths = _drafter_paths(target, drafter or [])
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
     keep_logs_clean()
     model, tokenizer = load_target(target, dtype, place)
     decoder = SpeculativeDecoder(
-        model, load_drafters(paths, model), composition, drafter=single_drafter, shape=shape, max_nodes=merged_nodes
+        model,
+        load_drafters(paths, model),
+        composition,
+        drafter=single_drafter,
+        shape=shape,
+        max_nodes=merged_nodes,
+        drafting=drafting,
+        evidence_decay=evidence_decay,
     )
     inputs = {**_encode(tokenizer, text, raw), "sampling": sampling, "max_new_tokens": max_new_tokens}
     inputs |= {"stop_strings": stop, "tokenizer": tokenizer}

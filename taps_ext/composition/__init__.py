@@ -10,13 +10,15 @@ from .merging import Merging
 from .routing import ConfidenceRouting, EntropyRouting, EvidenceRouting
 from .single import Single
 
-__all__ = ["COMPOSITIONS", "Composed", "Composition", "make_composition", "share_budget"]
+__all__ = ["COMPOSITIONS", "EVIDENCE_DECAY", "Composed", "Composition", "make_composition", "share_budget"]
+
+EVIDENCE_DECAY = 0.9  # a token; the evidence of 22 tokens ago counts a tenth
 
 COMPOSITIONS: dict[str, Callable[[int | None, float | None], Composition]] = {
     "single": lambda max_nodes, decay: Single(),
     "confidence": lambda max_nodes, decay: ConfidenceRouting(),
     "entropy": lambda max_nodes, decay: EntropyRouting(),
-    "evidence": lambda max_nodes, decay: EvidenceRouting() if decay is None else EvidenceRouting(decay),
+    "evidence": lambda max_nodes, decay: EvidenceRouting(EVIDENCE_DECAY if decay is None else decay),
     "merged": Merging,
 }
 

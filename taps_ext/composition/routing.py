@@ -34,7 +34,7 @@ class EvidenceRouting(Composition):
     drafting would raise in all of them.
     """
 
-    def __init__(self, decay: float = 0.9) -> None:
+    def __init__(self, decay: float) -> None:
         self.decay: float = check_decay(decay)
 
     def choose(self, evidence: Tensor | None) -> Tensor:
