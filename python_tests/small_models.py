@@ -2,7 +2,8 @@
 
 The text is a two-domain Markov language over 64 tokens: each token has four likely successors, and the domain (told by
 the first token) decides which. A drafter is an EAGLE network trained on the target's features over one domain, so that
-it accepts some of its own domain and little of the other: with random drafters losslessness would prove nothing.
+it accepts some of its own domain and little of the other: with random drafters losslessness would prove nothing. It is
+calibrated, so that it drafts coupled above temperature 0.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from taps_ext.drafters.calibration import Calibration
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 
 VOCAB, HIDDEN, PAD, EOS = 64, 64, 0, 1
 DOMAIN_TOKENS = {"math": 2, "chat": 3}
 FIRST_WORD = 4
 SUCCESSOR_PROBABILITIES = (0.62, 0.23, 0.1, 0.05)
+# About what a fit gives; unlike one another, so that a drafter, depth or temperature taken for another shows.
+CALIBRATIONS = {
+    "math": Calibration((0.5, 1.0), alpha=((1.2, 1.1), (1.4, 1.2)), beta=((0.8, 0.7), (1.1, 0.9))),
+    "chat": Calibration((0.7,), alpha=((1.3,),), beta=((1.0,),)),
+}
 FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -130,4 +137,4 @@ def _train_drafter(target: PreTrainedModel, domain: str, seed: int) -> EagleDraf
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return EagleDrafter(network.requires_grad_(False).eval(), embedding, lm_head, domain)
+    return EagleDrafter(network.requires_grad_(False).eval(), embedding, lm_head, domain, CALIBRATIONS[domain])

@@ -45,7 +45,9 @@ def paths(tree: DraftTree, row: int) -> set[tuple[int, ...]]:
 def test_every_composition_makes_valid_trees_with_proposers(name: str, num_drafters: int) -> None:
     for seed in range(20):
         trees = [random_tree(seed * 10 + index) for index in range(num_drafters)]
-        composed = make_composition(name).compose(trees)
+        composition, generator = make_composition(name), torch.Generator().manual_seed(seed)
+        evidence = torch.randn(num_drafters, 3, generator=generator) if composition.decay is not None else None
+        composed = composition.compose(trees, evidence)
         composed.tree.validate()
         assert composed.tree.proposers is not None
         for row in range(3):
@@ -83,6 +85,36 @@ def test_confidence_takes_the_highest_mean_over_nodes_and_entropy_the_lowest() -
             ]
             assert confidences[by_confidence[row]] == pytest.approx(max(confidences))
             assert entropies[by_entropy[row]] == pytest.approx(min(entropies))
+
+
+def test_evidence_takes_the_drafter_of_most_whatever_its_tree() -> None:
+    """Before any tree is there, and even where that drafter then proposes nothing."""
+    trees = [random_tree(1), random_tree(2), random_tree(3)]
+    trees[1] = replace(trees[1], num_nodes=torch.ones_like(trees[1].num_nodes))
+    evidence = torch.tensor([[-9.0, -2.0, -5.0], [-1.0, -7.0, -4.0], [-3.0, -2.5, -60.0]])
+    composition = make_composition("evidence")
+    composed = composition.compose(trees, evidence)
+    assert composed.choice is not None and composed.choice.tolist() == [1, 0, 1]
+    assert composed.choice.equal(composition.choose(evidence))
+    assert composed.tree.num_nodes.tolist() == [1, int(trees[0].num_nodes[1]), 1]
+
+
+def test_only_evidence_chooses_before_anything_is_drafted() -> None:
+    for name in COMPOSITIONS:
+        composition = make_composition(name)
+        assert (composition.decay is not None) == (name == "evidence")
+        if name != "evidence":
+            assert composition.choose(None) is None
+    weighted = make_composition("merged", evidence_decay=0.8)
+    assert weighted.decay == 0.8 and weighted.choose(torch.zeros(2, 3)) is None
+
+
+@pytest.mark.parametrize("decay", [0, -0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("name", ["evidence", "merged"])
+def test_a_decay_that_discounts_nothing_or_all_is_refused(name: str, decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"evidence_decay must be above 0 and at most 1, got {decay}"):
+        make_composition(name, evidence_decay=decay)
+    assert make_composition(name, evidence_decay=1).decay == 1
 
 
 def test_ties_go_to_the_first_drafter() -> None:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import linecache
 import string
-from collections.abc import Generator
+import warnings
+from collections.abc import Callable, Generator
 from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small_models import DOMAIN_TOKENS, EOS, PAD, VOCAB, new_target, prompts, trained_drafters, trained_target
+from small_models import (
+    CALIBRATIONS,
+    DOMAIN_TOKENS,
+    EOS,
+    PAD,
+    VOCAB,
+    new_target,
+    prompts,
+    trained_drafters,
+    trained_target,
+)
 from tokenizers import Tokenizer, decoders, models
+from torch import nn
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -25,6 +38,7 @@ from transformers import (
 
 import taps_ext as taps
 from taps_ext.composition.merging import Merging
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
 
 SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)
 
@@ -172,8 +186,8 @@ def test_a_drafted_token_that_overflows_the_target_changes_nothing(monkeypatch: 
     drafted: set[int] = set()
     compose = Merging.compose
 
-    def spy(self: Merging, trees: Any) -> Any:
-        composed = compose(self, trees)
+    def spy(self: Merging, *arguments: Any) -> Any:
+        composed = compose(self, *arguments)
         drafted.update(composed.tree.tokens[:, 1:][composed.tree.is_node()[:, 1:]].tolist())
         return composed
 
@@ -272,6 +286,142 @@ def test_stats_say_who_proposed_what() -> None:
     assert sum(routed.choice_share.values()) == pytest.approx(1.0)
 
 
+def drafters_named(*names: str) -> dict[str, EagleDrafter]:
+    """The trained ones; any other name is an untrained one."""
+    target = trained_target()
+    embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
+    found = {}
+    for name in names:
+        torch.manual_seed(len(name))
+        network = EagleNetwork(EagleConfig.for_target(target.config)).requires_grad_(False)
+        other = EagleDrafter(network, embedding, lm_head, name, CALIBRATIONS["math"])
+        found[name] = trained_drafters().get(name, other)
+    return found
+
+
+@pytest.mark.parametrize("composition", ["merged", "evidence"])
+def test_drafters_come_and_go_and_change_no_text(composition: str) -> None:
+    """Between two calls, and during one: a call that has begun keeps those it began with."""
+    ids, mask = prompts(4)
+    arguments: dict[str, Any] = {"sampling": taps.SamplingParams([0.0, 0.7, 1.0, 1.0], seed=3), "max_new_tokens": 24}
+    expected = taps.plain_generate(trained_target(), ids, mask, **arguments)
+    decoder = make_decoder(composition)
+    begun = decoder.stream(ids, mask, **arguments)
+    events = [next(begun)]
+    for names in (("math", "chat", "code"), ("code",), ("chat", "math"), ("chat", "code", "lists", "math")):
+        other = decoder.with_drafters(drafters_named(*names))
+        result = other.generate(ids, mask, **arguments)
+        assert torch.equal(result.sequences, expected.sequences)
+        events.append(next(begun))
+        assert list(other.drafters) == list(result.stats.drafters) == list(names)
+        used = {name for row in result.stats.accepted_proposers for step in row for node in step for name in node}
+        assert used & {"math", "chat"} == set(names) & {"math", "chat"}
+        assert other.target is decoder.target
+        assert (other.shape, other.drafting, other.composition) == (SHAPE, "coupled", decoder.composition)
+        decoder = other
+    events += begun
+    again = make_decoder(composition).generate(ids, mask, **arguments)
+    for row in range(4):
+        assert [token for event in events for token in event.new_tokens[row]] == expected.new_tokens[row]
+        counts = [event.num_accepted[row] for event in events if event.num_accepted[row] is not None]
+        assert counts == again.stats.num_accepted[row]
+    back = decoder.with_drafters(trained_drafters()).generate(ids, mask, **arguments)
+    assert back.stats.to_dict() == again.stats.to_dict()
+
+
+def test_drafters_that_do_not_fit_are_refused_when_they_come() -> None:
+    decoder, embedding, lm_head = make_decoder(), nn.Embedding(32, 32), nn.Linear(32, 32)
+
+    def sized(**sizes: int) -> dict[str, EagleDrafter]:
+        config = EagleConfig.for_target(trained_target().config, **sizes)
+        return {"other": EagleDrafter(EagleNetwork(config), embedding, lm_head, "other")}
+
+    with pytest.raises(ValueError, match="drafter 'other' has vocabulary 32, the target 64"):
+        decoder.with_drafters(sized(vocab_size=32))
+    with pytest.raises(ValueError, match="'other' takes features of size 32, the target's have 64"):
+        decoder.with_drafters(sized(hidden_size=32))
+    with pytest.raises(ValueError, match="give 1 to 63 drafters, got 0"):
+        decoder.with_drafters({})
+    with pytest.raises(ValueError, match="a dict from name to drafter, got list"):
+        decoder.with_drafters(list(trained_drafters().values()))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="drafter='chat' goes with composition=\"single\", got 'merged'"):
+        decoder.with_drafters(trained_drafters(), "chat")
+
+
+def test_a_single_drafter_stays_the_one_while_it_is_there() -> None:
+    single = make_decoder("single", drafter="math")
+    for names, drafter, used in (
+        (("chat", "math"), None, "math"),
+        (("chat", "math"), "chat", "chat"),
+        (("chat",), None, "chat"),
+        (("chat", "code"), "code", "code"),
+    ):
+        assert list(single.with_drafters(drafters_named(*names), drafter).drafters) == [used]
+    with pytest.raises(ValueError, match=r"needs drafter=\.\.\., one of chat, code"):
+        single.with_drafters(drafters_named("chat", "code"))
+    with pytest.raises(ValueError, match="drafter must be one of chat, got 'lists'"):
+        single.with_drafters(drafters_named("chat"), "lists")
+
+
+def uncalibrated(*names: str) -> taps.SpeculativeDecoder:
+    """A decoder of which the named drafters are not calibrated."""
+    drafters = {
+        name: EagleDrafter(one.network, one.embedding, one.lm_head, name, None if name in names else one.calibration)
+        for name, one in trained_drafters().items()
+    }
+    return taps.SpeculativeDecoder(trained_target(), drafters, shape=SHAPE)
+
+
+def calls(decoder: taps.SpeculativeDecoder, sampling: taps.SamplingParams) -> list[Callable[[], Any]]:
+    """The three doors of a decoder: `generate`, `stream` and transformers'."""
+    ids, _ = prompts(1)
+    own: dict[str, Any] = {"sampling": sampling, "max_new_tokens": 3}
+    chance = {"do_sample": True, "temperature": sampling.temperature} if sampling.is_sampled else {"do_sample": False}
+    theirs: dict[str, Any] = {"custom_generate": decoder, "max_new_tokens": 3, **chance}
+    return [
+        lambda: decoder.generate(ids, **own),
+        lambda: decoder.stream(ids, **own),
+        lambda: trained_target().generate(ids, **theirs),
+    ]
+
+
+@pytest.mark.parametrize("door", [0, 1, 2], ids=["generate", "stream", "transformers"])
+def test_drafters_without_calibration_are_named_with_the_command_where_they_are_used(door: int) -> None:
+    call = calls(uncalibrated("chat"), taps.SamplingParams(0.7))[door]
+    with pytest.warns(UserWarning, match="not calibrated") as caught:
+        call()
+    (warning,) = [one for one in caught if "not calibrated" in str(one.message)]
+    assert "drafting='topk': chat;" in str(warning.message)
+    assert "run: taps-ext calibrate DRAFTER --target" in str(warning.message)
+    called = ("decoder.generate(", "decoder.stream(", "trained_target().generate(")[door]
+    assert warning.filename == __file__ and called in linecache.getline(__file__, warning.lineno)
+
+
+@pytest.mark.parametrize("door", [0, 1, 2], ids=["generate", "stream", "transformers"])
+def test_nothing_is_said_of_calibration_where_it_does_not_matter(door: int) -> None:
+    silent = [
+        calls(uncalibrated("chat", "math"), taps.SamplingParams())[door],
+        calls(uncalibrated(), taps.SamplingParams(0.7))[door],
+        calls(uncalibrated("chat").with_drafters(trained_drafters()), taps.SamplingParams(0.7))[door],
+    ]
+    without = uncalibrated("chat")
+    without.drafting = "topk"
+    silent.append(calls(without, taps.SamplingParams(0.7))[door])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for call in silent:
+            call()
+
+
+def test_drafters_without_calibration_draft_as_without_a_look_at_the_noise() -> None:
+    ids, mask = prompts(4)
+    arguments: dict[str, Any] = {"sampling": taps.SamplingParams(1.0, seed=3), "max_new_tokens": 24}
+    with pytest.warns(UserWarning, match="not calibrated, and drafted as with drafting='topk': math, chat;"):
+        found = uncalibrated("math", "chat").generate(ids, mask, **arguments).stats
+    assert found.to_dict() == make_decoder(drafting="topk").generate(ids, mask, **arguments).stats.to_dict()
+    assert found.to_dict() != make_decoder().generate(ids, mask, **arguments).stats.to_dict()
+
+
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "ids of one dimension": ({"input_ids": torch.tensor([1, 2])}, r"input_ids must be int64 \[B, P\]"),
     "ids beyond the vocabulary": ({"input_ids": torch.tensor([[1, VOCAB]])}, "the target's vocabulary"),
@@ -313,6 +463,16 @@ def test_bad_decoders_get_one_sentence() -> None:
         taps.SpeculativeDecoder(new_target(hidden_size=32, intermediate_size=32), drafters)
     with pytest.raises(ValueError, match="vocabulary 64, the target 32"):
         taps.SpeculativeDecoder(new_target(vocab_size=32), drafters)
+    with pytest.raises(ValueError, match="drafting must be coupled or topk, got 'x'"):
+        taps.SpeculativeDecoder(target, drafters, drafting="x")
+    with pytest.raises(ValueError, match=r"evidence_decay must be above 0 and at most 1, got 1\.5"):
+        taps.SpeculativeDecoder(target, drafters, "evidence", evidence_decay=1.5)
+    for composition in ("confidence", "entropy"):
+        with pytest.raises(ValueError, match=f"goes with composition evidence or merged, got '{composition}'"):
+            taps.SpeculativeDecoder(target, drafters, composition, evidence_decay=0.9)
+    for budget in (0, -3, 2.5, True, "9"):
+        with pytest.raises(ValueError, match=f"joint_budget must be an integer of at least 1, got {budget!r}"):
+            taps.SpeculativeDecoder(target, drafters, joint_budget=budget)
     with pytest.raises(ValueError, match="drives another model"):
         new_target().generate(torch.tensor([[5]]), custom_generate=make_decoder(), max_new_tokens=2)
 

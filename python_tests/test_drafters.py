@@ -2,168 +2,38 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from literal_drafter import (
+    LLAMA3_ROPE,
+    H,
+    LoneDrafter,
+    Text,
+    V,
+    assert_same_tree,
+    literal_tree,
+    make_drafter,
+    new_target,
+    paths_of,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from taps_ext import native, ops
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters
-from taps_ext.tree import DraftTree, TreeShape
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters, eagle_group
+from taps_ext.tree import TreeShape
 
-V, H = 61, 32
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason="the native module is not built")
 
 
 @pytest.fixture(scope="module")
 def target() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=H,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=V,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
-
-
-def make_drafter(target: LlamaForCausalLM, seed: int = 1, **overrides: Any) -> EagleDrafter:
-    torch.manual_seed(seed)
-    network = EagleNetwork(EagleConfig.for_target(target.config, **overrides))
-    for parameter in network.parameters():  # larger than torch's defaults: peaked distributions, visible differences
-        if parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=0.15)
-    network.requires_grad_(False).double()  # what is compared is the algorithm, not the rounding of float32
-    return EagleDrafter(network, target.get_input_embeddings(), target.get_output_embeddings(), "test")
-
-
-class Text:
-    """Rows of random text with the target's true features, fed to a drafter piece by piece."""
-
-    def __init__(self, target: LlamaForCausalLM, batch_size: int, length: int, seed: int = 5) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.tokens = torch.randint(0, V, (batch_size, length), generator=generator)
-        with torch.no_grad():
-            self.features = target.model(self.tokens).last_hidden_state
-        self.fed = [0] * batch_size
-
-    def feed(self, drafter: EagleDrafter, state: Any, counts: list[int], padding: int = 2) -> None:
-        """Observe the next counts[b] slots of each row."""
-        drafter.observe(state, *self.block(counts, padding))
-
-    def block(self, counts: list[int], padding: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-        """Features, next tokens and counts of the next counts[b] slots of each row; behind each row's end garbage."""
-        size = max(counts) + padding
-        features = torch.full((len(counts), size, H), math.nan)
-        next_tokens = torch.full((len(counts), size), -7)
-        for b, (start, count) in enumerate(zip(self.fed, counts, strict=True)):
-            features[b, :count] = self.features[b, start : start + count]
-            next_tokens[b, :count] = self.tokens[b, start + 1 : start + 1 + count]
-            self.fed[b] += count
-        return features, next_tokens, torch.tensor(counts)
-
-    def roots(self) -> Tensor:
-        return torch.stack([self.tokens[b, fed] for b, fed in enumerate(self.fed)])
-
-    def propose(
-        self, drafter: EagleDrafter, state: Any, shape: TreeShape, active: list[bool] | None = None
-    ) -> DraftTree:
-        return drafter.propose(state, self.roots(), shape, torch.tensor(active or [True] * len(self.fed)))
-
-
-# --- the literal drafter -------------------------------------------------------------------------------------------
-
-
-def literal_layer(drafter: EagleDrafter, features: Tensor, tokens: Tensor) -> Tensor:
-    """float64 [T, H]: the network over slots 0..T-1, from the weights and the formulas alone."""
-    config = drafter.network.config
-    weights = {name: weight.double() for name, weight in drafter.network.state_dict().items()}
-    attention = {part: weights[f"layers.0.self_attn.{part}_proj.weight"] for part in "qkvo"}
-    x = torch.cat((drafter.embedding.weight[tokens].double(), features), -1) @ weights["fc.weight"].T
-    if "fc.bias" in weights:
-        x = x + weights["fc.bias"]
-    length, size = x.shape[0], config.head_dim
-    angles = torch.outer(torch.arange(length).float(), drafter.network.rotary.inv_freq).repeat(1, 2)
-    cos, sin = angles.cos().double(), angles.sin().double()  # float32 angles are part of the definition
-
-    def heads(part: str, rotate: bool) -> Tensor:
-        y = (x @ attention[part].T).view(length, -1, size).transpose(0, 1)
-        if rotate:
-            y = y * cos + torch.cat((-y[..., size // 2 :], y[..., : size // 2]), -1) * sin
-        return y.repeat_interleave(config.num_attention_heads // y.shape[0], 0)
-
-    scores = heads("q", True) @ heads("k", True).transpose(1, 2) / math.sqrt(size)
-    future = torch.ones(length, length).triu(1).bool()
-    read = scores.masked_fill(future, -math.inf).softmax(-1) @ heads("v", False)
-    h = x + read.transpose(0, 1).reshape(length, -1) @ attention["o"].T
-    norm = h / (h.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
-    norm = norm * weights["layers.0.post_attention_layernorm.weight"]
-    gate, up, down = (weights[f"layers.0.mlp.{part}_proj.weight"] for part in ("gate", "up", "down"))
-    return h + (torch.nn.functional.silu(norm @ gate.T) * (norm @ up.T)) @ down.T
-
-
-def literal_output(drafter: EagleDrafter, features: Tensor, tokens: Tensor, path: list[int]) -> Tensor:
-    """The output behind the drafted tokens `path`: its slots take the outputs before them as features."""
-    features, tokens = features.double(), tokens.clone()
-    for token in path:
-        guess = literal_layer(drafter, features, tokens)[-1:]
-        features, tokens = torch.cat((features, guess)), torch.cat((tokens, torch.tensor([token])))
-    return literal_layer(drafter, features, tokens)[-1]
-
-
-def literal_tree(drafter: EagleDrafter, features: Tensor, tokens: Tensor, shape: TreeShape) -> list[tuple[Any, ...]]:
-    """EAGLE-2 by the book: (path, score, entropy) of the kept nodes in level order, the root left out."""
-    pool: list[tuple[list[int], float, float]] = []
-    frontier: list[tuple[list[int], float]] = [([], 0.0)]
-    for _ in range(shape.depth):
-        level = []
-        for path, score in frontier:
-            logits = drafter.lm_head.weight.double() @ literal_output(drafter, features, tokens, path)
-            log_probs = logits.log_softmax(-1)
-            entropy = float(-(log_probs.exp() * log_probs).sum())
-            best = log_probs.topk(min(shape.branching, V))
-            for value, token in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                level.append(([*path, token], score + value, entropy))
-        pool += level
-        frontier = [node[:2] for node in sorted(level, key=lambda node: -node[1])[: shape.branching]]
-    kept = sorted(range(len(pool)), key=lambda i: -pool[i][1])[: shape.max_nodes - 1]
-    return [pool[i] for i in sorted(kept)]
-
-
-def paths_of(tree: DraftTree, row: int) -> list[tuple[list[int], float, float]]:
-    tokens, parents = tree.tokens[row].tolist(), tree.parents[row].tolist()
-    paths: list[list[int]] = [[]]
-    for node in range(1, int(tree.num_nodes[row])):
-        paths.append([*paths[parents[node]], tokens[node]])
-    assert tree.entropies is not None
-    return [(paths[i], float(tree.scores[row, i]), float(tree.entropies[row, i])) for i in range(1, len(paths))]
-
-
-def assert_same_tree(found: list[tuple[Any, ...]], expected: list[tuple[Any, ...]]) -> None:
-    assert [node[0] for node in found] == [node[0] for node in expected]
-    for position in (1, 2):  # scores and entropies
-        numbers = torch.tensor([[node[position] for node in nodes] for nodes in (found, expected)])
-        torch.testing.assert_close(numbers[0], numbers[1], atol=1e-5, rtol=1e-5)
-
-
-# --- claims --------------------------------------------------------------------------------------------------------
+    return new_target()
 
 
 @needs_native
@@ -284,6 +154,7 @@ def test_drafting_reads_nothing_on_the_host(target: LlamaForCausalLM, monkeypatc
     text, state = Text(target, 2, 20), drafter.reset(2)
     text.feed(drafter, state, [6, 9])
     block, roots, active = text.block([2, 3]), text.roots(), torch.tensor([True, False])
+    monkeypatch.setattr(eagle_group, "can_read", lambda device: False)  # as where the host would have to wait
     monkeypatch.setattr(Tensor, "tolist", None)  # goes past the dispatcher
     with NoHostRead():
         drafter.observe(state, *block, counts=[2, 3])
@@ -341,10 +212,6 @@ def test_a_bfloat16_target_is_drafted_for_in_bfloat16(target: LlamaForCausalLM) 
 # --- several drafters ----------------------------------------------------------------------------------------------
 
 
-class LoneDrafter(EagleDrafter):
-    """One that may draft otherwise than its class: it is left alone."""
-
-
 @needs_native
 @pytest.mark.parametrize("alike", [2, 3])
 def test_drafters_in_lockstep_propose_the_trees_of_each_alone(target: LlamaForCausalLM, alike: int) -> None:
@@ -374,6 +241,7 @@ def test_drafters_in_lockstep_propose_the_trees_of_each_alone(target: LlamaForCa
 
 @needs_native
 def test_drafters_in_lockstep_take_one_call_a_level(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eagle_group, "can_read", lambda device: False)  # every level
     calls: Counter[str] = Counter()
     for name in ("expand_frontier", "prune_tree"):
         monkeypatch.setattr(ops, name, counted(getattr(ops, name), name, calls))

@@ -6,11 +6,15 @@ Drafters that accept make them worth something: `test_the_proofs_are_not_hollow`
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from small_models import FAMILIES, PAD, new_target, prompts, trained_drafters, trained_target
+from small_models import CALIBRATIONS, FAMILIES, PAD, new_target, prompts, trained_drafters, trained_target
 from torch import Tensor
 
 import taps_ext as taps
@@ -20,10 +24,10 @@ from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.kv_cache import FIRST_CAPACITY
 from taps_ext.verification import Acceptance, verify
 
+pytestmark = pytest.mark.filterwarnings("error:not calibrated")
 SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)
-SAMPLINGS = {
-    f"T={temperature} {name}": taps.SamplingParams(temperature=temperature, seed=11, **filters)
-    for temperature in (0.7, 1.0)
+SAMPLINGS = {  # of a batch of mixed temperatures
+    name: taps.SamplingParams(temperature=[0.0, 0.3, 0.7, 1.0, 1.5], seed=11, **filters)
     for name, filters in {
         "unfiltered": {},
         "top_k": {"top_k": 8},
@@ -32,6 +36,20 @@ SAMPLINGS = {
         "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.05},
     }.items()
 }
+BY_EVIDENCE = {"composition": "merged", "evidence_decay": 0.9}
+WAYS: dict[str, dict[str, Any]] = {
+    **{name: {"composition": name} for name in COMPOSITIONS},
+    "merged, 9 nodes": {"max_nodes": 9},
+    "merged by evidence": BY_EVIDENCE,
+    "merged by evidence, 4 nodes": {**BY_EVIDENCE, "max_nodes": 4},
+    "merged by evidence, 9 nodes": {**BY_EVIDENCE, "max_nodes": 9},
+    "joint budget": {"joint_budget": 27},
+    "min_score": {"shape": replace(SHAPE, min_score=-2.5)},
+    "evidence, all limits": {"composition": "evidence", "joint_budget": 19, "shape": replace(SHAPE, min_score=-3.5)},
+}
+# Every way under every filter, and once without a look at the noise.
+GRID = [(way, name, "coupled") for way in WAYS for name in SAMPLINGS]
+GRID += [(way, name, "topk") for way, name in zip(WAYS, itertools.cycle(SAMPLINGS), strict=False)]
 
 
 def make_decoder(family: str = "llama", composition: str = "merged", **kwargs: object) -> taps.SpeculativeDecoder:
@@ -51,19 +69,23 @@ def test_greedy_text_is_that_of_stock_generate(family: str, composition: str, ba
     assert torch.equal(result.sequences, stock)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("composition", COMPOSITIONS)
-def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(
-    composition: str, sampling: taps.SamplingParams
-) -> None:
-    ids, mask = prompts(4)
-    plain = taps.plain_generate(trained_target(), ids, mask, sampling=sampling, max_new_tokens=32)
-    result = make_decoder(composition=composition).generate(ids, mask, sampling=sampling, max_new_tokens=32)
-    assert torch.equal(result.sequences, plain.sequences)
-    assert result.finish_reasons == plain.finish_reasons
+@cache
+def plain_text(name: str) -> taps.PlainResult:
+    """What plain sampling gives for `prompts(5)`."""
+    return taps.plain_generate(trained_target(), *prompts(5), sampling=SAMPLINGS[name], max_new_tokens=32)
 
 
-@pytest.mark.parametrize("sampling", [SAMPLINGS["T=1.0 unfiltered"], SAMPLINGS["T=0.7 all"]], ids=["T=1", "T=0.7 all"])
+@pytest.mark.parametrize(("way", "name", "drafting"), GRID, ids=map(", ".join, GRID))
+def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(way: str, name: str, drafting: str) -> None:
+    decoder = make_decoder(**WAYS[way], drafting=drafting)
+    result = decoder.generate(*prompts(5), sampling=SAMPLINGS[name], max_new_tokens=32)
+    assert torch.equal(result.sequences, plain_text(name).sequences)
+    assert result.finish_reasons == plain_text(name).finish_reasons
+
+
+@pytest.mark.parametrize(
+    "sampling", [taps.SamplingParams(1.0, seed=11), taps.SamplingParams(0.7, 12, 0.9, 0.05, seed=11)], ids=str
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_text_is_plain_samplings_whatever_the_tree(family: str, sampling: taps.SamplingParams) -> None:
     ids, mask = prompts(3)
@@ -77,10 +99,13 @@ def test_sampled_text_is_plain_samplings_whatever_the_tree(family: str, sampling
     assert all(torch.equal(text, plain) for text in texts)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_rows_text_does_not_depend_on_its_neighbours(temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "way"), [(0.0, "merged"), (1.0, "merged"), (1.0, "evidence"), (1.0, "merged by evidence, 9 nodes")]
+)
+def test_a_rows_text_does_not_depend_on_its_neighbours(temperature: float, way: str) -> None:
+    """Neither do its trees: as much of them is accepted."""
     ids, mask = prompts(5)
-    decoder = make_decoder()
+    decoder = make_decoder(**WAYS[way])
     together = decoder.generate(ids, mask, sampling=taps.SamplingParams(temperature, seed=3), max_new_tokens=30)
     for row in range(5):
         alone = decoder.generate(
@@ -146,16 +171,16 @@ def test_the_proofs_are_not_hollow() -> None:
     gaps = 0
     ids, mask = prompts(6)
 
-    def spy(*arguments: object) -> Acceptance:
+    def spy(*arguments: Any) -> Acceptance:
         nonlocal gaps
-        acceptance = verify(*arguments)  # type: ignore[arg-type]
+        acceptance = verify(*arguments)
         kept = [[n for n in path if n >= 0] for path in acceptance.path.tolist()]
         gaps += sum(path != list(range(len(path))) for path in kept)
         return acceptance
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder_module, "verify", spy)
-        for temperature, composition in itertools.product((0.0, 1.0), ("confidence", "merged")):
+        for temperature, composition in itertools.product((0.0, 1.0), ("confidence", "evidence", "merged")):
             sampling = taps.SamplingParams(temperature, seed=1)
             stats = (
                 make_decoder(composition=composition).generate(ids, mask, sampling=sampling, max_new_tokens=40).stats
@@ -166,18 +191,40 @@ def test_the_proofs_are_not_hollow() -> None:
     assert gaps > 20
 
 
+def acceptance_length(way: str, **kwargs: Any) -> float:
+    sampling = taps.SamplingParams(temperature=1.0, seed=1)
+    decoder = make_decoder(**WAYS[way], **kwargs)
+    return decoder.generate(*prompts(8), sampling=sampling, max_new_tokens=60, eos_token_id=()).stats.acceptance_length
+
+
+@pytest.mark.parametrize("way", ["confidence", "evidence", "merged by evidence, 9 nodes", "joint budget"])
+def test_a_look_at_the_noise_accepts_more_at_temperature_1(way: str) -> None:
+    """By a third or so: drafting that looks at the wrong noise gives the same text, and accepts less than without."""
+    assert acceptance_length(way) > 1.15 * acceptance_length(way, drafting="topk")
+
+
+# ---- three tokens, frequencies
+
 SMALL_VOCAB = 5
+Rule = Callable[[Tensor, taps.DraftTree, Any, Tensor], Acceptance]
 
 
-def small_vocabulary_decoder() -> taps.SpeculativeDecoder:
+def small_vocabulary_decoder(**kwargs: Any) -> taps.SpeculativeDecoder:
+    """Two random drafters that look at the noise, over a target of five tokens."""
     torch.manual_seed(2)
-    target = new_target(vocab_size=SMALL_VOCAB, pad_token_id=None, eos_token_id=None)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    target = new_target(vocab_size=SMALL_VOCAB, pad_token_id=None, eos_token_id=None, **sizes).requires_grad_(False)
     for parameter in target.parameters():
-        parameter.data *= 3.0  # a random model is flat: make its distribution worth drawing from
-    networks = [EagleNetwork(EagleConfig.for_target(target.config)).eval() for _ in range(2)]
+        parameter *= 3.0  # a random model is flat: make its distribution worth drawing from
+    target.get_output_embeddings().weight.mul_(4.0)
+    config = EagleConfig.for_target(target.config)
+    networks = [EagleNetwork(config).eval().requires_grad_(False) for _ in range(2)]
     embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
-    drafters = {name: EagleDrafter(net, embedding, lm_head, name) for name, net in zip("ab", networks, strict=True)}
-    return taps.SpeculativeDecoder(target, drafters, shape=taps.TreeShape(2, 2, 5))
+    drafters = {
+        name: EagleDrafter(network, embedding, lm_head, name, CALIBRATIONS[name])
+        for name, network in zip(CALIBRATIONS, networks, strict=True)
+    }
+    return taps.SpeculativeDecoder(target, drafters, **{"shape": taps.TreeShape(2, 2, 4), **kwargs})
 
 
 def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor) -> Tensor:
@@ -192,7 +239,7 @@ def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor) -> Tensor:
     return joint
 
 
-def chi_square_excess(decoder: taps.SpeculativeDecoder, num_draws: int = 20_000, batch_size: int = 2_000) -> float:
+def chi_square_excess(decoder: taps.SpeculativeDecoder, num_draws: int = 20_000, batch_size: int = 1_000) -> float:
     """The chi-square of the first three tokens, in standard deviations above its mean."""
     prompt = torch.tensor([[1, 2, 0, 3]])
     expected = expected_joint(decoder, prompt).flatten() * num_draws
@@ -209,21 +256,82 @@ def chi_square_excess(decoder: taps.SpeculativeDecoder, num_draws: int = 20_000,
     return float((((observed - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5)
 
 
+@pytest.mark.parametrize("way", ["merged", "evidence", "merged by evidence, 4 nodes"])
 @torch.inference_mode()
-def test_the_joint_frequency_of_three_tokens_is_the_targets() -> None:
-    assert chi_square_excess(small_vocabulary_decoder()) < 4
+def test_the_joint_frequency_of_three_tokens_is_the_targets(way: str) -> None:
+    assert chi_square_excess(small_vocabulary_decoder(**WAYS[way])) < 4
+
+
+def root_only(tokens: Tensor) -> taps.DraftTree:
+    """Trees of nothing but a root; tokens [B]."""
+    count = torch.ones_like(tokens)
+    return taps.DraftTree(tokens[:, None], -count[:, None], torch.zeros(len(tokens), 1), count)
+
+
+def count_twice(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    """A second draw for trees of which the first took nothing: every sibling counts twice."""
+    first = verify(logits, tree, sampling, positions)
+    second = verify(logits, tree, sampling, positions + 1_000_000)
+    take = (first.num_accepted == 0) & (second.num_accepted > 0)
+    pick = {name: (getattr(second, name), getattr(first, name)) for name in Acceptance.__dataclass_fields__}
+    return Acceptance(
+        **{name: torch.where(take if a.ndim == 1 else take[:, None], a, b) for name, (a, b) in pick.items()}
+    )
+
+
+def trust_the_drafter(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    """The drafter saw the noise: its first child is taken for the draw where none carries it."""
+    found = verify(logits, tree, sampling, positions)
+    take = (found.num_accepted == 0) & (tree.num_nodes > 1)
+    if not take.any():
+        return found
+    child = tree.tokens[:, 1]
+    bonus = torch.where(
+        take, verify(logits[:, 1:2], root_only(child), sampling, positions + 1).bonus_tokens, found.bonus_tokens
+    )
+    path, tokens = found.path.clone(), found.tokens.clone()
+    path[take, 1] = 1
+    tokens[take, 0], tokens[take, 1] = child[take], bonus[take]
+    return Acceptance(path, torch.where(take, 1, found.num_accepted), tokens, bonus, found.is_invalid)
+
+
+def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    """EAGLE's way: where no child is accepted, a fresh draw from what is left of the distribution."""
+    found = verify(logits, tree, sampling, positions)
+    rows = torch.arange(len(logits))
+    last = found.path[rows, found.num_accepted]
+    is_child = (tree.parents == last[:, None]) & tree.is_node()
+    left = logits[rows, last].clone()
+    left[rows[:, None].expand_as(is_child)[is_child], tree.tokens[is_child]] = -torch.inf
+    fresh = verify(left[:, None], root_only(tree.tokens[:, 0]), sampling, positions + found.num_accepted + 1_000_000)
+    tokens = found.tokens.scatter(1, found.num_accepted[:, None], fresh.bonus_tokens[:, None])
+    return Acceptance(found.path, found.num_accepted, tokens, fresh.bonus_tokens, found.is_invalid)
+
+
+@pytest.mark.parametrize("rule", [count_twice, trust_the_drafter, redraw_beside_the_candidates])
+@torch.inference_mode()
+def test_the_chi_square_notices_what_coupling_invites(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "verify", rule)
+    assert chi_square_excess(small_vocabulary_decoder(), num_draws=6_000) > 10
 
 
 @torch.inference_mode()
-def test_the_chi_square_notices_a_sibling_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    def count_twice(logits: Tensor, tree: taps.DraftTree, sampling: object, positions: Tensor) -> Acceptance:
-        first = verify(logits, tree, sampling, positions)  # type: ignore[arg-type]
-        second = verify(logits, tree, sampling, positions + 1_000_000)  # type: ignore[arg-type]
-        take = (first.num_accepted == 0) & (second.num_accepted > 0)
-        pick = {name: (getattr(second, name), getattr(first, name)) for name in Acceptance.__dataclass_fields__}
-        return Acceptance(
-            **{name: torch.where(take if a.ndim == 1 else take[:, None], a, b) for name, (a, b) in pick.items()}
-        )
+def test_a_draw_beside_the_candidates_is_right_only_without_a_look_at_the_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Why verification draws before it looks at the tree: a coupled drafter's candidates tell what was drawn."""
+    monkeypatch.setattr(decoder_module, "verify", redraw_beside_the_candidates)
+    assert chi_square_excess(small_vocabulary_decoder(drafting="topk"), num_draws=6_000) < 4
 
-    monkeypatch.setattr(decoder_module, "verify", count_twice)
-    assert chi_square_excess(small_vocabulary_decoder()) > 10
+
+def look_elsewhere(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    """The noise of the next position: right in frequency, and not the text of plain sampling."""
+    return verify(logits, tree, sampling, positions + 1)
+
+
+@pytest.mark.parametrize("rule", [trust_the_drafter, redraw_beside_the_candidates, look_elsewhere])
+def test_equality_with_plain_sampling_notices_it_too(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = plain_text("unfiltered").sequences
+    monkeypatch.setattr(decoder_module, "verify", rule)
+    result = make_decoder().generate(*prompts(5), sampling=SAMPLINGS["unfiltered"], max_new_tokens=32)
+    assert not torch.equal(result.sequences, expected)

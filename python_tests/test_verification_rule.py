@@ -104,6 +104,7 @@ TRIALS = 24_000
 
 PLAIN = Filters()
 Rule = Callable[[Tensor, DraftTree, Tensor, Tensor], ops.VerifiedPaths]
+Candidates = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[DraftTree, Tensor]]
 
 
 def table_of_logits() -> Tensor:
@@ -118,31 +119,60 @@ def next_prefix() -> Tensor:
     return torch.tensor([*steps, [BEYOND] * VOCABULARY])
 
 
-def likely_trees(prefixes: Tensor, logits: Tensor) -> tuple[DraftTree, Tensor]:
-    """For each prefix the two likeliest tokens and the two likeliest after each; and the prefix at each node [B, 7]."""
-    follow, best = next_prefix(), logits.topk(2, dim=-1).indices
-    parents = [-1, 0, 0, 1, 1, 2, 2]
-    tokens, at = [torch.zeros_like(prefixes)], [prefixes]
-    for node in range(1, 7):
-        above = at[parents[node]]
-        tokens.append(best[above, (node - 1) % 2])
-        at.append(follow[above, tokens[node]])
+def trees_of(prefixes: Tensor, best: Callable[[Tensor, int], Tensor]) -> tuple[DraftTree, Tensor]:
+    """For each prefix two tokens, two after each, as `best(prefixes, depth)` [..., 2] says; and each node's prefix."""
+    follow = next_prefix()
+    first = best(prefixes[:, None], 0)[:, 0]
+    at = follow[prefixes[:, None], first]
+    second = best(at, 1)
+    tokens = torch.cat([torch.zeros_like(prefixes[:, None]), first, second.flatten(1)], dim=1)
+    at = torch.cat([prefixes[:, None], at, follow[at[..., None], second].flatten(1)], dim=1)
     size = len(prefixes)
-    tree = DraftTree(
-        torch.stack(tokens, 1), torch.tensor([parents] * size), torch.zeros(size, 7), torch.full((size,), 7)
-    )
-    return tree, torch.stack(at, 1)
+    parents = torch.tensor([[-1, 0, 0, 1, 1, 2, 2]] * size)
+    return DraftTree(tokens, parents, torch.zeros(size, 7), torch.full((size,), 7)), at
 
 
-def three_tokens(rule: Rule) -> tuple[Tensor, float]:
+def likely_trees(prefixes: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> tuple[DraftTree, Tensor]:
+    """The two likeliest tokens, and the two likeliest after each; the prefix at each node is [B, 7]."""
+    return trees_of(prefixes, lambda at, depth: logits[at].topk(2, dim=-1).indices)
+
+
+def coupled_trees(prefixes: Tensor, logits: Tensor, seeds: Tensor, positions: Tensor) -> tuple[DraftTree, Tensor]:
+    """Those that a drafter, no good one, expects the target to draw with the noise that it will use."""
+    known = logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(12)) * 4.0
+    ones = torch.ones(len(seeds))
+
+    def best(at: Tensor, depth: int) -> Tensor:
+        coupling = ops.Coupling(seeds, positions + depth, ones, ones, ones)
+        return ops.expand_frontier(known[at], torch.zeros(at.shape), 2, coupling).tokens
+
+    return trees_of(prefixes, best)
+
+
+def eagle_verify(logits: Tensor, tree: DraftTree, seeds: Tensor, positions: Tensor) -> ops.VerifiedPaths:
+    """EAGLE's last step: where no child was taken, a fresh draw from what is left of the distribution."""
+    walk = verify(logits, tree, seeds, positions)
+    everyone = torch.arange(len(seeds))
+    last = walk.path[everyone, walk.num_accepted]
+    left = logits[everyone, last].clone()
+    for child in range(1, 7):
+        is_child = tree.parents[:, child] == last
+        left[everyone[is_child], tree.tokens[is_child, child]] = -torch.inf
+    nothing = DraftTree(*(field[:, :1] for field in (tree.tokens, tree.parents, tree.scores)), torch.ones_like(seeds))
+    fresh = verify(left[:, None], nothing, seeds, positions + walk.num_accepted + 1_000_000)
+    return walk._replace(bonus_tokens=fresh.bonus_tokens)
+
+
+def three_tokens(rule: Rule, candidates: Candidates = likely_trees) -> tuple[Tensor, float]:
     """The first three tokens of every trial, int64 [TRIALS, 3], and the mean of accepted tokens a step."""
     logits, follow = table_of_logits(), next_prefix()
     text = torch.full((TRIALS, DEPTH + 3), -1)
     lengths, prefixes = torch.zeros(TRIALS, dtype=torch.int64), torch.zeros(TRIALS, dtype=torch.int64)
     accepted = []
     while (active := (lengths < DEPTH).nonzero().flatten()).numel():
-        tree, at = likely_trees(prefixes[active], logits)
-        result = rule(logits[at], tree, active + 1_000_000, lengths[active])
+        seeds, positions = active + 1_000_000, lengths[active]
+        tree, at = candidates(prefixes[active], logits, seeds, positions)
+        result = rule(logits[at], tree, seeds, positions)
         for step in range(3):
             has_token = result.num_accepted >= step
             node = result.path[:, min(step + 1, 2)].clamp(min=0)
@@ -236,15 +266,30 @@ def histogram(text: Tensor) -> Tensor:
     return (text * powers).sum(-1).bincount(minlength=VOCABULARY**DEPTH)
 
 
+@pytest.mark.parametrize("candidates", [likely_trees, coupled_trees])
 @pytest.mark.parametrize(
     "filters", [Filters(), Filters(temperature=0.7, top_k=3), Filters(top_p=0.75), Filters(temperature=1.5, min_p=0.25)]
 )
-def test_three_tokens_through_trees_of_likely_tokens_have_the_targets_joint_frequency(filters: Filters) -> None:
-    text, accepted = three_tokens(lambda *arguments: verify(*arguments, filters))
+def test_three_tokens_through_trees_have_the_targets_joint_frequency(filters: Filters, candidates: Candidates) -> None:
+    text, accepted = three_tokens(lambda *arguments: verify(*arguments, filters), candidates)
     assert accepted > 0.5, "hollow: almost nothing is accepted"
     assert chi_square_p_value(histogram(text), joint_distribution(filters)) > 1e-3
+
+
+def test_candidates_chosen_by_the_noise_change_no_text_and_are_accepted_more() -> None:
+    likely, coupled = (three_tokens(verify, candidates) for candidates in (likely_trees, coupled_trees))
+    assert likely[0].equal(coupled[0])
+    assert coupled[1] > likely[1] + 0.1
 
 
 def test_the_same_test_fails_for_a_rule_that_counts_a_duplicate_twice() -> None:
     text, _ = three_tokens(wrong_verify)
     assert chi_square_p_value(histogram(text), joint_distribution(PLAIN)) < 1e-12
+
+
+def test_the_same_test_fails_for_a_draw_beside_candidates_that_saw_the_noise() -> None:
+    """Which EAGLE's rule makes, and rightly where the candidates know nothing of it."""
+    for candidates, is_right in ((likely_trees, True), (coupled_trees, False)):
+        text, _ = three_tokens(eagle_verify, candidates)
+        p_value = chi_square_p_value(histogram(text), joint_distribution(PLAIN))
+        assert p_value > 1e-3 if is_right else p_value < 1e-12

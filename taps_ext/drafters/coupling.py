@@ -36,8 +36,8 @@ class CoupledRows:
         values = (self.seeds, positions, self.temperature, self.alpha[level], self.beta[level])
         return ops.Coupling(*(value.flatten() for value in values))
 
-    def part(self, drafter: int, rows: Tensor) -> CoupledRows:
-        """Those of one drafter, and of the rows int64 [b]."""
+    def part(self, drafter: int, rows: Tensor | slice) -> CoupledRows:
+        """Those of one drafter, and of the rows, a slice or int64 [b]."""
         one = slice(drafter, drafter + 1)
         return CoupledRows(
             self.seeds[one, rows], self.temperature[one, rows], self.alpha[:, one, rows], self.beta[:, one, rows]
