@@ -192,5 +192,5 @@ def test_the_installed_command_explains_itself() -> None:
         [Path(sys.executable).with_name("taps-ext"), "--help"], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0
-    commands = ("demo", "generate", "info", "train", "features", "regenerate", "average", "export", "validate")
-    assert all(command in done.stdout for command in commands)
+    commands = ("demo", "generate", "info", "train", "features", "regenerate", "calibrate", "average", "export")
+    assert all(command in done.stdout for command in (*commands, "validate"))

@@ -58,10 +58,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(data: Path, tmp_path: Path) -> list[str]:
-    """A whole run without a file: 8 steps, everything twice."""
+    """A whole run without a file: 8 steps, everything twice, no calibration."""
     arguments = ["target=tiny", f"output={tmp_path / 'run'}", f"data.sources=[{data}]", "data.max_length=96"]
     arguments += ["data.validation=4", f"training.steps={NUM_STEPS}", "training.batch_size=4", "training.log_every=1"]
-    return arguments + ["training.learning_rate=2e-3", "training.validate_every=4", "training.save_every=4"]
+    arguments += ["training.learning_rate=2e-3", "training.validate_every=4", "training.save_every=4"]
+    return [*arguments, "training.calibrate=false"]
 
 
 def everything_in(folder: Path) -> list[Path]:

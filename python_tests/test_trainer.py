@@ -205,7 +205,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     cases = [("eagle2", "online", None), ("eagle2", "cached", 1), ("hass", "online", 1), ("hass", "online", None)]
     recipes = []
     for number, (objective, features, size) in enumerate(cases):
-        one = tiny_recipe(tmp_path, f"one-{number}", objective, features)
+        one = tiny_recipe(tmp_path, f"one-{number}", objective, features, calibrate=number == 0)
         train(one)
         training = replace(one.training, micro_batch_size=size)
         store = replace(one.features, path=str(tmp_path / "store") if one.features.path else None)
@@ -214,6 +214,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     for number, recipe in enumerate(recipes):
         two = Path(recipe.output)
         assert_same_curve(tmp_path / f"one-{number}", two)
+        assert (two / "final" / "calibration.json").exists() == (number == 0)
         shutil.rmtree(two / "final")
         shutil.rmtree(two / "checkpoints" / "step-00000006")
         watcher = Watcher()

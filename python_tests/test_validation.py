@@ -63,7 +63,7 @@ def flaws(report: ValidationReport) -> set[str]:
 
 def test_a_saved_drafter_passes_every_check(target: LlamaForCausalLM, target_folder: Path, tmp_path: Path) -> None:
     report = validate_drafter(save(target, tmp_path / "d", make_network(target), PROVENANCE), target_folder)
-    assert set(statuses(report).values()) == {"ok"}
+    assert {name for name, status in statuses(report).items() if status != "ok"} == {"calibration"}
     expected = {"files", "config", "names", "shapes", "values", "target", "embedding", "round trip"}
     assert expected <= statuses(report).keys()
     assert report.passed
@@ -78,8 +78,10 @@ def test_a_saved_drafter_passes_every_check(target: LlamaForCausalLM, target_fol
 
 def test_the_shipped_drafters_and_their_average_pass(tmp_path: Path) -> None:
     folders = list(tiny.drafter_paths().values())
-    for folder in (*folders, average_drafters(folders, None, tmp_path / "average")):
-        assert set(statuses(validate_drafter(folder, tiny.assets() / "target")).values()) == {"ok"}
+    average = average_drafters(folders, None, tmp_path / "average")
+    for folder, uncertain in (*((folder, set()) for folder in folders), (average, {"calibration"})):
+        found = statuses(validate_drafter(folder, tiny.assets() / "target"))
+        assert {name for name, status in found.items() if status != "ok"} == uncertain
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -209,7 +211,7 @@ def test_what_is_odd_but_works_is_a_warning(target: LlamaForCausalLM, target_fol
     ):
         report = validate_drafter(folder, target_folder)
         assert report.passed, report
-        assert {name for name, status in statuses(report).items() if status == "warning"} == expected
+        assert {name for name, status in statuses(report).items() if status == "warning"} == {"calibration", *expected}
 
 
 def test_a_training_state_lacks_only_its_config(target: LlamaForCausalLM, target_folder: Path, tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_the_wheel_holds_the_package_with_one_native_module_and_no_sources(wheel
     assert {name.split("/")[0] for name in names} == {"taps_ext", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     assert [name for name in names if name.endswith(".so")] == [f"taps_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
     assert {"taps_ext/py.typed", "taps_ext/tiny/assets/target/model.safetensors"} <= set(names)
+    assert "taps_ext/tiny/assets/drafters/math/calibration.json" in names
 
 
 def test_the_installed_wheel_runs_an_op(environment: Path, tmp_path: Path) -> None:

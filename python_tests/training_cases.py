@@ -124,12 +124,15 @@ def small_trainer(
 def tiny_recipe(
     folder: Path, output: str = "run", objective: str = "eagle2", features: str = "online", **training: Any
 ) -> Recipe:
-    """A recipe for the embedded target: 6 steps of 4 short conversations, everything as often as it can happen."""
+    """A recipe for the embedded target: 6 steps of 4 short conversations, everything as often as it can happen.
+
+    Not calibrated unless asked for: that takes longer than all the rest.
+    """
     source = folder / "conversations.jsonl"
     if not source.exists():
         write_conversations(source, 24)
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2, "log_every": 1}
-    settings |= {"save_every": 1, "validate_every": 3, **training}
+    settings |= {"save_every": 1, "validate_every": 3, "calibrate": False, **training}
     store = str(folder / f"{output}-features")
     return Recipe(
         target=str(tiny.assets() / "target"),

@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from ..native import NativeModuleError
-from . import drafters, generation, training
+from . import calibration, drafters, generation, training
 from .common import process_index
 
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
@@ -33,7 +33,7 @@ app = typer.Typer(
 COMMANDS = (
     *(generation.demo, generation.generate, generation.info),
     *(training.train, training.features, training.regenerate),
-    *(drafters.average, drafters.export, drafters.validate),
+    *(calibration.calibrate, drafters.average, drafters.export, drafters.validate),
 )
 for command in COMMANDS:
     app.command()(command)

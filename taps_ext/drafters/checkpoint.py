@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .calibration import CalibrationRecord, read_calibration
 from .checkpoint_files import DrafterFiles, read_folder, write_folder
 from .eagle import EagleDrafter, compute_dtype_and_device
 from .eagle_network import EagleConfig, EagleNetwork
@@ -41,7 +42,7 @@ def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, Eagle
 
 
 def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> EagleDrafter:
-    """The drafter in a folder or hub repository, sharing the target's embedding and lm_head.
+    """The drafter in a folder or hub repository with its calibration, sharing the target's embedding and lm_head.
 
     Args:
         path_or_id: a folder with config.json and model.safetensors or pytorch_model.bin (also sharded, also the state
@@ -54,12 +55,13 @@ def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> 
     part = _target_part(target)
     files = read_folder(path_or_id)
     network = network_of(files, part.config)
+    calibration = read_calibration(files.folder, files.digest)
     _warn_of_foreign(files, EMBEDDING, "embedding", part.embedding)
     for key in LM_HEADS:
         _warn_of_foreign(files, key, "lm_head", part.lm_head)
     dtype, device = compute_dtype_and_device(part.lm_head, part.embedding)
     network = network.to(device, dtype).eval().requires_grad_(False)
-    return EagleDrafter(network, part.embedding, part.lm_head, name or Path(path_or_id).resolve().name)
+    return EagleDrafter(network, part.embedding, part.lm_head, name or Path(path_or_id).resolve().name, calibration)
 
 
 def load_network(path_or_id: PathOrId) -> EagleNetwork:
@@ -74,6 +76,7 @@ def save_drafter(
     embedding: nn.Module | Tensor,
     target_config: Any,
     metadata: Mapping[str, Any] | None = None,
+    calibration: CalibrationRecord | None = None,
 ) -> Path:
     """The folder written: exactly the published keys, the embedding included, in the network's dtype.
 
@@ -82,6 +85,7 @@ def save_drafter(
         target_config: of the target; it gives special tokens and the context length.
         metadata: provenance, JSON values (algorithm, target, domain, trained length, ...); kept in config.json under
             `taps` and in the header of model.safetensors.
+        calibration: of these weights as they are stored, in the network's dtype.
     """
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     assert isinstance(weight, Tensor)
@@ -94,7 +98,9 @@ def save_drafter(
     dtype = network.fc.weight.dtype
     tensors = {EMBEDDING: weight.detach().to(dtype), **network.state_dict()}
     stored = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
-    return write_folder(folder, published_config(config, dtype, target_config), stored, dict(metadata or {}))
+    return write_folder(
+        folder, published_config(config, dtype, target_config), stored, dict(metadata or {}), calibration=calibration
+    )
 
 
 def network_of(files: DrafterFiles, target_config: Any | None = None) -> EagleNetwork:

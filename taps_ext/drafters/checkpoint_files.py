@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..disk import check_writable, sync
+from .calibration import CALIBRATION_FILE, CalibrationRecord
 from .tensor_files import StoredTensor, read_json, read_tensors, sha256, shard_map, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,13 @@ def write_folder(
     tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, Any],
     also_bin: bool = False,
+    calibration: CalibrationRecord | None = None,
 ) -> Path:
     """The folder written: config.json and one model.safetensors, complete on disk before it gets its name.
 
     The metadata goes into both files, with the digest of the weights into config.json. `also_bin` adds the same
-    tensors as pytorch_model.bin. One tensor is in memory at a time. A drafter that stood there is replaced; a folder
-    that holds anything else raises ValueError.
+    tensors as pytorch_model.bin, `calibration` its own file. One tensor is in memory at a time. A drafter that stood
+    there is replaced; a folder that holds anything else raises ValueError.
     """
     folder = Path(folder)
     check_output(folder)
@@ -102,6 +104,8 @@ def write_folder(
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if also_bin:
             torch.save({name: tensor.read() for name, tensor in tensors.items()}, fresh / BIN_FILE)
+        if calibration is not None:
+            (fresh / CALIBRATION_FILE).write_text(calibration.text(digest), encoding="utf-8")
         for path in (*fresh.iterdir(), fresh):
             sync(path)
         _replace(place, fresh)
@@ -115,7 +119,7 @@ def check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a new folder")
     found = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
-    if strangers := sorted(found - {CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE}):
+    if strangers := sorted(found - {CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, CALIBRATION_FILE}):
         raise ValueError(f"{folder} holds other files ({', '.join(strangers)}); give a new folder")
 
 
@@ -129,10 +133,11 @@ def _locate(path_or_id: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"no drafter at {name}: it is neither a folder nor a hub id such as owner/name")
     from huggingface_hub import snapshot_download
 
+    small = (CONFIG_FILE, CALIBRATION_FILE)
     patterns = ((SAFETENSORS_FILE, "model-*.safetensors"), (BIN_FILE, "pytorch_model-*.bin"))
     for weights in patterns:  # the second kind is fetched only where the first is missing
         try:
-            folder = Path(snapshot_download(name, allow_patterns=[CONFIG_FILE, *weights, f"{weights[0]}.index.json"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*small, *weights, f"{weights[0]}.index.json"]))
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise FileNotFoundError(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .calibration import read_calibration
 from .checkpoint import build_network, same_up_to_rounding
 from .checkpoint_files import DrafterFiles, read_folder
 from .eagle_network import EagleConfig
@@ -97,6 +98,7 @@ def _check_all(checks: list[Check], files: DrafterFiles, target: TargetFiles | N
     if config is not None or files.config is None:
         checks.append(_config_check(files))
     checks.append(_provenance_check(files))
+    checks.append(_calibration_check(files))
     if config is None or not _holds(checks, "names", lambda: check_names(files, config), "exactly the published ones"):
         return
     checks.append(_extra_check(files))
@@ -157,6 +159,18 @@ def _provenance_check(files: DrafterFiles) -> Check:
     known = {**files.provenance, "target": files.target.get("name")}
     told = [f"{name} {known[name]}" for name in ("algorithm", "target", "domain", "imported_from") if known.get(name)]
     return Check("provenance", "ok", ", ".join(told) or f"it tells {', '.join(files.provenance)}")
+
+
+def _calibration_check(files: DrafterFiles) -> Check:
+    try:
+        calibration = read_calibration(files.folder, files.digest)
+    except ValueError as error:
+        return Check("calibration", "failed", str(error))
+    if calibration is None:
+        command = f"taps-ext calibrate {files.folder} --target TARGET --data CONVERSATIONS"
+        return Check("calibration", "warning", f"none, so it cannot draft with the target's noise: {command}")
+    temperatures = ", ".join(f"{temperature:g}" for temperature in calibration.temperatures)
+    return Check("calibration", "ok", f"of these weights, at the temperatures {temperatures}, {calibration.depth} deep")
 
 
 def _extra_check(files: DrafterFiles) -> Check:

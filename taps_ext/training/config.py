@@ -118,6 +118,7 @@ class TrainingConfig:
     validate_every: int = 500
     save_every: int = 500
     keep_checkpoints: int = 2  # the latest ones, besides the best drafter
+    calibrate: bool = True  # the best and the final drafter at the end, so that they can draft with the target's noise
     tracker: str = "none"  # or what accelerate knows: tensorboard, wandb, trackio, mlflow, ...
 
     def __post_init__(self) -> None:

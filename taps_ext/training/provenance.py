@@ -12,9 +12,13 @@ from .. import __version__
 from ..drafters.eagle_network import EagleConfig
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
+from .target_ends import TargetIdentity
 
-# What may differ when a run goes on: how it is computed and watched, not what comes out.
-FREE = ("log_every", "save_every", "keep_checkpoints", "tracker", "micro_batch_size", "gradient_checkpointing")
+# What may differ when a run goes on: how it is computed and watched, not the weights that come out.
+FREE = (
+    *("log_every", "save_every", "keep_checkpoints", "tracker", "calibrate"),
+    *("micro_batch_size", "gradient_checkpointing"),
+)
 GIT_SECONDS = 10
 
 
@@ -57,6 +61,18 @@ def check_same(there: Mapping[str, Any], here: Mapping[str, Any], output: Path) 
     if differing:
         told = "; ".join(f"{name} is {there.get(name)} there and {here.get(name)} here" for name in differing)
         raise ValueError(f"{output} holds another run: {told}; give another output, or what that run was started with")
+
+
+def target_facts(path_or_id: str, identity: TargetIdentity) -> dict[str, Any]:
+    """Which target it was, as JSON values: a hub id or the last part of a folder, commit and fingerprint."""
+    path = Path(path_or_id).expanduser()
+    name = path.resolve().name if path.exists() else path_or_id
+    return {"name": name, "commit": identity.revision, "fingerprint": identity.fingerprint}
+
+
+def calibration_facts(target: Mapping[str, Any] | None, dataset: TokenDataset) -> dict[str, Any]:
+    """What a calibration says of its origin; a function of what it was made of, without times or folders."""
+    return {"target": target, "data": dataset_facts(dataset), "code": code_version()}
 
 
 def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .dry_run import DryRun, dry_run
 from .launch import make_accelerator
 from .materials import Materials, load_materials
 from .progress import Observer, ValidationRecord
+from .provenance import target_facts
 from .recipe_files import dump_recipe
 from .trainer import BEST, FINAL, DrafterFacts, Trainer, TrainingResult
 from .update import micro_batch_size
@@ -68,17 +69,9 @@ def train(recipe: Recipe, observer: Observer | None = None) -> TrainingResult:
 
 def _metadata(recipe: Recipe, materials: Materials) -> dict[str, Any]:
     """What the drafter says about where it comes from, without the folders of this machine."""
-    identity = materials.target.identity
-    target = {"name": _public(recipe.target), "commit": identity.revision}
-    target |= {"fingerprint": identity.fingerprint}
+    target = target_facts(recipe.target, materials.target.identity)
     facts = {"target": target, "data": materials.data.report.provenance()}
     return facts if materials.parent is None else {**facts, "parent": materials.parent}
-
-
-def _public(path_or_id: str) -> str:
-    """A hub id, or the last part of a folder."""
-    path = Path(path_or_id).expanduser()
-    return path.resolve().name if path.exists() else path_or_id
 
 
 def _finished(output: Path) -> TrainingResult:

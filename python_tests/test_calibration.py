@@ -1,0 +1,610 @@
+"""Claims about calibration: the fit, where its draws come from, its file, its command, and what training does of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import small_models
+import torch
+from torch import Tensor
+from training_cases import Watcher, files, small_dataset, small_target, small_trainer, tiny_recipe, write_conversations
+
+from taps_ext import cli, tiny
+from taps_ext.drafters import EagleDrafter, average_drafters, export_drafter, load_drafter, validate_drafter
+from taps_ext.drafters.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    CalibrationRecord,
+    read_calibration,
+    write_calibration,
+)
+from taps_ext.drafters.checkpoint_files import check_output, read_folder
+from taps_ext.training import Example, TokenDataset, calibrating, coupled_draws, trainer
+from taps_ext.training.calibrating import CalibrationSettings, calibrate, calibrate_drafter
+from taps_ext.training.calibration_report import COUPLED, TOPK, UNCOUPLED, CalibrationReport, measure
+from taps_ext.training.config import ObjectiveConfig
+from taps_ext.training.coupled_draws import Draws
+from taps_ext.training.coupled_likelihood import LEAST_ALPHA, Likelihood, fit, likelihood
+from taps_ext.training.data import prepare
+from taps_ext.training.draft_slots import DraftSlots, collect
+from taps_ext.training.features import FrozenTarget
+from taps_ext.training.materials import load_tokenizer
+from taps_ext.training.objectives import ObjectivePass, next_stream
+from taps_ext.training.run import train
+
+ONE = Calibration((0.5, 1.0), ((0.6, 0.5), (1.2, 1.1)), ((0.4, 0.3), (0.8, 0.7)))
+
+# --- the fit ---------------------------------------------------------------------------------------------------------
+
+
+def gumbel(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return -torch.empty(*shape).exponential_(generator=generator).log()
+
+
+def fitted(
+    logits: Tensor, noise: Tensor, drawn: Tensor, temperature: float, with_noise: bool = True
+) -> tuple[float, float, float]:
+    """alpha, beta, and the nats a draw there."""
+
+    def evaluate(coefficients: Tensor) -> Likelihood:
+        alpha, beta = coefficients[0].tolist()
+        return Likelihood(*(part[None] for part in likelihood(logits, noise, drawn, temperature, alpha, beta)))
+
+    found = fit(evaluate, torch.tensor([temperature]), torch.tensor([len(drawn)]), with_noise)
+    return *found[0].tolist(), float(evaluate(found).loss) / len(drawn)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "alpha", "beta"), [(1.0, 1.5, 1.3), (1.0, 1.0, 0.4), (0.3, 0.4, 0.35), (1.5, 1.2, 0.0), (0.7, 2, 3)]
+)
+def test_the_fit_finds_the_coefficients_that_made_the_draws(temperature: float, alpha: float, beta: float) -> None:
+    logits, noise = 2 * torch.randn(4000, 50, generator=torch.Generator().manual_seed(1)), gumbel(4000, 50)
+    drawn = (alpha * logits / temperature + beta * noise + gumbel(4000, 50, seed=2)).argmax(-1)
+    found = fitted(logits, noise, drawn, temperature)
+    assert found[0] == pytest.approx(alpha, rel=0.06, abs=0.02)  # the standard error is 1 to 2%
+    assert found[1] == pytest.approx(beta, rel=0.06, abs=0.04)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_derivatives_are_those_of_the_mean_cross_entropy(seed: int) -> None:
+    random = Random(seed)
+    logits, noise = 3 * torch.randn(30, 17, generator=torch.Generator().manual_seed(seed)), gumbel(30, 17, seed=seed)
+    drawn = torch.randint(17, (30,), generator=torch.Generator().manual_seed(seed))
+    temperature, point = random.uniform(0.2, 2), torch.tensor([random.uniform(0.1, 3), random.uniform(0, 3)])
+
+    def loss(coefficients: Tensor) -> Tensor:
+        scores = coefficients[0] * logits.double() / temperature + coefficients[1] * noise.double()
+        return torch.nn.functional.cross_entropy(scores, drawn, reduction="sum")
+
+    point = point.double()
+    found = likelihood(logits, noise, drawn, temperature, *point.tolist())
+    expected = loss(point), torch.func.grad(loss)(point), torch.func.hessian(loss)(point)
+    for own, other in zip(found, expected, strict=True):  # float32 sums over a row
+        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", [*range(40), 133, 181, 304, 476])  # in the last ones whole Newton steps diverge
+def test_the_fit_ends_at_the_optimum_and_noise_never_makes_the_draws_less_likely(seed: int) -> None:
+    """Also where the noise misleads (beta would be negative), the drafter knows nothing, or is wrong throughout."""
+    random, generator = Random(seed), torch.Generator().manual_seed(seed)
+    num_draws, size = random.choice((8, 40)), random.choice((2, 9))
+    logits = random.choice((0, 0.1, 5, 20)) * torch.randn(num_draws, size, generator=generator)
+    noise, temperature = gumbel(num_draws, size, seed=seed), random.choice((0.1, 0.7, 1.0, 10.0))
+    drawn = (random.uniform(-1, 1) * logits + random.uniform(-5, 5) * noise).argmax(-1)
+
+    def objective(alpha: float, beta: float) -> tuple[float, Tensor]:
+        """The mean loss and its gradient, with the pull of one place towards EAGLE-2."""
+        found, away = likelihood(logits, noise, drawn, temperature, alpha, beta), (alpha - temperature, beta)
+        pull = sum(value**2 for value in away) / 2
+        return (float(found.loss) + pull) / num_draws, (found.gradient + torch.tensor(away)) / num_draws
+
+    alpha, beta, _ = fitted(logits, noise, drawn, temperature)
+    loss, gradient = objective(alpha, beta)
+    allowed = 1e-3 * max(1.0, float(logits.abs().max()) / temperature)  # float32, and steps that end below 1e-5
+    for value, least, slope in ((alpha, LEAST_ALPHA, gradient[0]), (beta, 0.0, gradient[1])):
+        assert value >= least
+        assert abs(slope) < allowed or (value == pytest.approx(least) and slope > 0)
+    uncoupled, zero, _ = fitted(logits, noise, drawn, temperature, with_noise=False)
+    assert zero == 0 and loss <= objective(uncoupled, 0.0)[0] + 1e-6
+
+
+def slots_of(truth: Tensor, drafted: Tensor) -> DraftSlots:
+    """Slots that every depth reaches, each in a text of its own; features are logits."""
+    count = len(truth)
+    return DraftSlots(truth, drafted, torch.full((count,), len(drafted)), torch.arange(count))
+
+
+def draws_of(slots: DraftSlots, *temperatures: float, wanted: int = 0) -> Draws:
+    return Draws(slots, lambda features: features, temperatures, wanted, "0", lambda *_: None)
+
+
+def test_a_perfect_drafter_is_trusted_with_all_the_noise_and_a_blind_one_with_all_but_its_own_word() -> None:
+    truth = 2 * torch.randn(1500, 40, generator=torch.Generator().manual_seed(0))
+    table = calibrating._fit(draws_of(slots_of(truth, torch.stack((truth, 0 * truth))), 0.5, 1.0), with_noise=True)
+    for alpha, beta in table[:, 0].tolist():
+        assert alpha == pytest.approx(beta, rel=0.02), "what it ranks first is what the target draws"
+        assert 5 < beta < 30, "the likelihood alone would have no end"
+    for alpha, beta in table[:, 1].tolist():
+        assert 0 < beta < 1.5 and alpha == pytest.approx(0.75, abs=0.26), "nothing is known of alpha: it stays"
+
+
+def test_several_draws_at_a_place_count_as_one_place() -> None:
+    """Against the pull towards EAGLE-2, which decides where a perfect drafter ends."""
+    truth = 2 * torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
+    slots = slots_of(truth, truth[None])
+    once, often = (calibrating._fit(draws_of(slots, 1.0, wanted=n * 200), with_noise=True)[0, 0, 1] for n in (1, 4))
+    assert float(often) == pytest.approx(float(once), rel=0.2)
+
+
+def test_the_draws_are_the_targets_own_and_their_noise_is_gumbel_noise() -> None:
+    truth = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(12_000, 4).contiguous()
+    chunks = list(draws_of(slots_of(truth, truth[None]), 0.5, 1.0).chunks(""))
+    drawn = torch.cat([chunk.drawn for chunk in chunks], dim=1)
+    for temperature, tokens in zip((0.5, 1.0), drawn, strict=True):
+        shares = torch.bincount(tokens, minlength=4) / 12_000
+        torch.testing.assert_close(shares, (truth[0] / temperature).softmax(-1), rtol=0, atol=0.015)  # 3 sigma
+    noise = torch.cat([chunk.noise for chunk in chunks])
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02) and noise.isfinite().all()
+    assert float(noise.var()) == pytest.approx(torch.pi**2 / 6, abs=0.05)
+
+
+def test_what_is_kept_in_memory_and_what_is_made_anew_are_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    drafted = torch.stack((truth, truth.flip(0)))
+    tables = []
+    for kept, values in ((coupled_draws.KEPT_VALUES, 1 << 14), (0, 1 << 14), (0, 1 << 12)):
+        monkeypatch.setattr(coupled_draws, "KEPT_VALUES", kept)
+        monkeypatch.setattr(coupled_draws, "CPU_VALUES", values)
+        tables.append(calibrating._fit(draws_of(slots_of(truth, drafted), 0.7, 1.0, wanted=900), with_noise=True))
+    assert torch.equal(tables[0], tables[1])
+    torch.testing.assert_close(tables[1], tables[2], rtol=0, atol=0.05)  # chunks of another size draw other noise
+
+
+# --- where drafts are made -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_slots_are_those_where_a_step_can_have_drafted_at_each_depth(seed: int) -> None:
+    """Each draft of every step that a decoder could begin: root and all that is drafted behind it in one answer."""
+    random = Random(seed)
+    mask = [random.random() < 0.8 for _ in range(24)] + [True]
+    dataset = TokenDataset([Example(tuple(1 + i % 22 for i in range(25)), tuple(mask))])
+    expected: dict[int, int] = {}
+    for root in range(2, len(mask)):  # tokens 0 and 1 are never learned
+        for depth in range(1, 5):
+            if all(mask[root : root + depth + 1]) and root + depth < len(mask):
+                expected[root + depth] = max(depth, expected.get(root + depth, 0))
+    parts = list(collect(new_drafter(), FrozenTarget(small_target()), dataset, 4, 1000, seed))
+    found = [part for part, _, _ in parts]
+    assert sum(map(len, found)) == len(expected)
+    if found:
+        assert found[0].reach.tolist() == [expected[token] for token in sorted(expected)]
+
+
+@cache
+def new_drafter() -> Any:
+    from taps_ext.drafters import EagleConfig
+    from taps_ext.training.materials import new_network
+
+    return new_network(EagleConfig.for_target(small_target().config), 0)
+
+
+@torch.no_grad()
+def test_drafts_and_truth_are_those_of_the_aligned_passes() -> None:
+    source, dataset = FrozenTarget(small_target()), small_dataset(6)
+    batch, network = source.draft_batch(dataset.batch(range(6))), new_drafter()
+    model, streams, guesses = ObjectivePass(network, source.logits, ObjectiveConfig()), [batch.features], []
+    for _ in range(3):
+        guesses.append(model(batch, streams).guesses)
+        streams.append(next_stream(streams[-1], guesses[-1]))
+    (part, done, total), *others = collect(network, source, dataset, 3, 1000, 0)
+    assert not others and done == total
+    for slot in range(len(part)):
+        same = (batch.next_features - part.truth[slot]).abs().amax(-1) < 1e-6
+        (row, place), *_ = same.nonzero().tolist()
+        for d in range(int(part.reach[slot])):
+            torch.testing.assert_close(part.drafted[d, slot], guesses[d][row, place], rtol=1e-5, atol=1e-5)
+
+
+def test_texts_that_measure_are_not_texts_that_were_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Draws] = []
+    monkeypatch.setattr(calibrating, "Draws", lambda *given: taken.append(Draws(*given)) or taken[-1])
+    source, dataset = FrozenTarget(small_target()), small_dataset(60)
+    found = calibrate(new_drafter(), source, dataset, CalibrationSettings((1.0,), depth=2, positions=200))
+    fitted_on, measured_on = ({*draws.slots.sequence.tolist()} for draws in taken)
+    assert not fitted_on & measured_on and len(fitted_on) > 2 * len(measured_on) > 10
+    assert (found.num_fitted, found.num_held_out) == tuple(len(draws.slots) for draws in taken)
+    assert not torch.equal(*(next(draws.chunks("")).noise[:9] for draws in taken)), "nor is their noise"
+
+
+def test_of_much_text_a_random_part_is_taken() -> None:
+    source, dataset = FrozenTarget(small_target()), small_dataset(80)
+    taken = [part for part, _, _ in collect(new_drafter(), source, dataset, 2, 100, 0)]
+    sequences = torch.cat([part.sequence for part in taken])
+    assert len(sequences) == 100 and len(set(sequences.tolist())) > 40
+    again = [part for part, _, _ in collect(new_drafter(), source, dataset, 2, 100, 1)]
+    assert not torch.equal(taken[0].truth[:3], again[0].truth[:3])
+
+
+# --- a real drafter --------------------------------------------------------------------------------------------------
+
+
+@cache
+def world() -> tuple[EagleDrafter, FrozenTarget, TokenDataset]:
+    """A drafter that accepts some of its domain, and texts of it."""
+    text = small_models.sentences("math", 60, 40, seed=900)
+    mask = (False, False, *[True] * 38)
+    dataset = TokenDataset(Example(tuple(row), mask) for row in text.tolist())
+    return small_models.trained_drafters()["math"], FrozenTarget(small_models.trained_target()), dataset
+
+
+@cache
+def report(seed: int = 0) -> CalibrationReport:
+    drafter, source, dataset = world()
+    return calibrate(
+        drafter.network, source, dataset, CalibrationSettings((0.7, 1.0), depth=4, seed=seed << 70)
+    )  # any number
+
+
+def test_on_texts_that_were_left_out_the_noise_gains_nats_at_every_depth() -> None:
+    for cell in report().cells:
+        assert cell.gain_over(UNCOUPLED) > 0.1 and cell.gain_over(TOPK) > 0.1, cell
+    for temperature in (0.7, 1.0):
+        assert [cell.depth for cell in report().at(temperature)] == [1, 2, 3, 4]
+
+
+def test_more_temperature_means_more_noise() -> None:
+    cold, warm = report().calibration.beta
+    assert all(c < w for c, w in zip(cold, warm, strict=True))
+
+
+def test_the_same_settings_give_the_same_calibration_and_another_seed_nearly() -> None:
+    drafter, source, dataset = world()
+    again = calibrate(drafter.network, source, dataset, CalibrationSettings((0.7, 1.0), depth=4))
+    assert again == report()
+    for one, other in zip(report().cells, report(seed=1).cells, strict=True):
+        assert one != other
+        assert one.alpha == pytest.approx(other.alpha, rel=0.25) and one.beta == pytest.approx(other.beta, rel=0.25)
+
+
+def test_measures_count_what_they_say() -> None:
+    scores = torch.tensor([[0.54, 0.25, 0.21, 0, 0, 0, 0, 0, 0, 0, 0], [0.91, 0.05, 0.04, 0, 0, 0, 0, 0, 0, 0, 0]])
+    found = measure(scores.log(), torch.tensor([0, 1]))
+    assert found.nats == pytest.approx(-float(torch.tensor([0.54, 0.05]).log().mean()))
+    assert found.hit_rate == 1 and found.num_children == (16, 0, 2, 0, 0, 1, 0, 0, 0, 1)
+    assert found.observed == (1, 0, 0, 0, 0, 1, 0, 0, 0, 0)
+    assert found.calibration_error == pytest.approx((0.91 + 0.46 + 0.46 + 0.91) / 2)
+
+
+def test_texts_with_too_little_to_draft_are_refused_or_fitted_less_deep() -> None:
+    drafter, source, dataset = world()
+
+    def texts(count: int, learned: int) -> TokenDataset:
+        mask = (False, False, *[True] * learned, *[False] * (38 - learned))
+        return TokenDataset(Example(dataset[i].tokens, mask) for i in range(count))
+
+    settings = CalibrationSettings((1.0,), depth=4)
+    assert calibrate(drafter.network, source, texts(50, 3), settings).calibration.depth == 2
+    with pytest.raises(ValueError, match=r"have 8 places .* too few to calibrate; give more conversations, or some"):
+        calibrate(drafter.network, source, texts(4, 3), settings)
+    with pytest.raises(ValueError, match="no place where something could be drafted"):
+        calibrate(drafter.network, source, texts(4, 1), settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"temperatures": ()}, "temperatures must ascend"),
+        ({"temperatures": (1.0, 0.7)}, r"temperatures must ascend within 0.001 and 100, got \[1.0, 0.7\]"),
+        ({"temperatures": (0.0, 1.0)}, "within 0.001 and 100"),
+        ({"temperatures": (float("nan"),)}, "must ascend"),
+        ({"temperatures": (1.0, 200.0)}, "must ascend"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"positions": 3}, "positions must be at least 64, got 3"),
+    ],
+)
+def test_settings_without_sense_are_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        CalibrationSettings(**given)
+
+
+# --- between and beyond temperatures ---------------------------------------------------------------------------------
+
+
+def test_coefficients_are_linear_between_temperatures_and_fade_to_nothing_below() -> None:
+    alpha, beta = ONE.coefficients(torch.tensor([0.5, 0.75, 1.0, 7.0, 0.25, 1e-6]))
+    torch.testing.assert_close(alpha[0], torch.tensor([0.6, 0.9, 1.2, 1.2, 0.3, 1.2e-6]))
+    torch.testing.assert_close(beta[1], torch.tensor([0.3, 0.5, 0.7, 0.7, 0.15, 6e-7]))
+    of_greedy_rows = ONE.coefficients(torch.tensor([0.0]))
+    assert bool((of_greedy_rows[0] > 0).all()) and bool((of_greedy_rows[1] == 0).all())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_row_has_the_coefficients_that_it_has_alone(seed: int) -> None:
+    temperatures = torch.rand(7, generator=torch.Generator().manual_seed(seed)) * 2
+    together = ONE.coefficients(temperatures)
+    for row, temperature in enumerate(temperatures):
+        for own, other in zip(together, ONE.coefficients(temperature[None]), strict=True):
+            assert torch.equal(own[:, row], other[:, 0])
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of a shipped drafter, with its calibration."""
+    return Path(shutil.copytree(tiny.drafter_paths()["math"], tmp_path / "drafter"))
+
+
+def test_a_calibration_is_written_and_read_whole(folder: Path) -> None:
+    digest = read_folder(folder).digest
+    path = write_calibration(folder, CalibrationRecord(ONE, {"data": {"num_sequences": 3}}), digest)
+    assert read_calibration(folder, digest) == ONE
+    assert json.loads(path.read_text())["data"] == {"num_sequences": 3}
+    assert {entry.name for entry in folder.iterdir()} == {"config.json", "model.safetensors", CALIBRATION_FILE}
+    assert load_drafter(folder, tiny.load_target()[0]).calibration == ONE
+
+
+def change(told: dict[str, Any], **values: Any) -> str:
+    return json.dumps({**told, **values})
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda told: "", "cannot be read"),
+        (lambda told: json.dumps(told)[:200], "cannot be read"),
+        (lambda told: "[1]", "its format is not 1"),
+        (lambda told: change(told, format=2), "its format is not 1"),
+        (lambda told: change(told, alpha=None), "lists of temperatures, alpha and beta"),
+        (lambda told: change(told, beta=[[1.0]]), "beta must be"),
+        (lambda told: change(told, temperatures=[1.0, 0.7, 0.3, 0.1]), "temperatures must ascend"),
+        (lambda told: change(told, temperatures=[0.0, 0.7, 1.0, 1.5]), "temperatures must be from"),
+        (lambda told: change(told, alpha=[[float("nan")] * 6] * 4), "alpha must be above 0"),
+        (lambda told: change(told, alpha=[[0.0] * 6] * 4), "alpha must be above 0"),
+        (lambda told: change(told, beta=[[-1.0] * 6] * 4), "beta must be at least 0"),
+        (lambda told: change(told, drafter="0" * 64), "belongs to other weights"),
+    ],
+)
+def test_a_damaged_or_foreign_calibration_is_refused_in_a_sentence(
+    damage: Callable[[dict[str, Any]], str], said: str, folder: Path
+) -> None:
+    path = folder / CALIBRATION_FILE
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(ValueError, match=said) as caught:
+        load_drafter(folder, tiny.load_target()[0])
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value) and "delete the file" in str(caught.value)
+    checks = {check.name: check for check in validate_drafter(folder).checks}
+    assert checks["calibration"].status == "failed" and said in checks["calibration"].message
+
+
+def test_bytes_that_are_no_text_are_refused_too(folder: Path) -> None:
+    (folder / CALIBRATION_FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_drafter(folder, tiny.load_target()[0])
+
+
+def test_validation_says_whether_there_is_a_calibration(folder: Path) -> None:
+    def found() -> tuple[str, str]:
+        (check,) = [check for check in validate_drafter(folder).checks if check.name == "calibration"]
+        return check.status, check.message
+
+    assert found() == ("ok", "of these weights, at the temperatures 0.3, 0.7, 1, 1.5, 6 deep")
+    (folder / CALIBRATION_FILE).unlink()
+    status, message = found()
+    assert status == "warning" and f"taps-ext calibrate {folder} --target" in message
+    assert load_drafter(folder, tiny.load_target()[0]).calibration is None
+
+
+def test_other_weights_have_no_calibration(folder: Path, tmp_path: Path) -> None:
+    average = average_drafters([folder, tiny.drafter_paths()["chat"]], None, tmp_path / "average")
+    exported = export_drafter(folder, "vllm", tmp_path / "exported")
+    for place in (average, exported):
+        assert not (place / CALIBRATION_FILE).exists()
+    check_output(folder)
+    assert average_drafters([average, folder], None, folder) == folder, "a calibrated drafter can be replaced"
+    assert not (folder / CALIBRATION_FILE).exists()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "math.jsonl"
+    write_conversations(path, 30, seed=1)
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        captured = capsys.readouterr()
+        return exit.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+SMALL = ("--target=tiny", "--temperature=1", "--temperature=0.5", "--depth=2", "--positions=400")
+
+
+def test_the_command_writes_the_same_file_each_time_and_shows_what_it_is_worth(
+    run, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    path, shown = folder / CALIBRATION_FILE, tmp_path / "shown"
+    path.write_text("damaged")
+    code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", f"--output={shown}")
+    assert code == 0, err
+    assert f"wrote {path}" in out and "nats: gained a drawn token" in out
+    assert {entry.name for entry in shown.iterdir()} == {"calibration.png", "calibration-report.json"}
+    assert (shown / "calibration.png").read_bytes().startswith(b"\x89PNG")
+    before = path.read_bytes()
+    code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", "--json")
+    told = json.loads(out)
+    assert code == 0 and path.read_bytes() == before
+    assert told["temperatures"] == [0.5, 1.0] and len(told["alpha"][0]) == 2 and len(told["cells"]) == 4
+    assert told["cells"][3][COUPLED]["nats"] < told["cells"][3][TOPK]["nats"]
+    written = json.loads(before)
+    assert written["drafter"] == read_folder(folder).digest and written["target"]["name"] == "target"
+    assert str(tmp_path) not in before.decode() and str(data.parent) not in before.decode()
+    assert load_drafter(folder, tiny.load_target()[0]).calibration == Calibration.from_dict(written)
+
+
+def test_the_file_names_neither_time_nor_place(folder: Path, data: Path) -> None:
+    told = json.loads((folder / CALIBRATION_FILE).read_text())
+    assert set(told) == {"format", "temperatures", "alpha", "beta", "drafter", "target", "data", "code", "seed"} | {
+        "positions",
+        "held_out",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["owner/name"], "owner/name is no folder here.*`hf download OWNER/NAME --local-dir FOLDER"),
+        (["nowhere"], "nowhere is no folder here"),
+        (["tiny/other"], "there is no embedded drafter tiny/other"),
+        (["{folder}", "--temperature=0"], "temperatures must ascend within 0.001 and 100"),
+        (["{folder}", "--depth=0"], "depth must be at least 1"),
+        (["{folder}", "--data=nowhere.jsonl"], "there is no nowhere.jsonl"),
+        (["{folder}", "--output={folder}/config.json"], "is a file; give another one"),
+        (["{empty}"], "no weights in .*empty"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_in_a_sentence(
+    arguments: list[str], said: str, run, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {"folder": folder, "empty": tmp_path / "empty"}
+    before = (folder / CALIBRATION_FILE).read_bytes()
+    code, out, err = run("calibrate", *(a.format(**names) for a in arguments), "--target=tiny", f"--data={data}")
+    sentences = [line for line in err.splitlines() if line.startswith("taps-ext: ")]
+    assert (code, out, len(sentences)) == (2, "", 1), err
+    assert re.search(said, sentences[0])
+    assert (folder / CALIBRATION_FILE).read_bytes() == before
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)  # also where root may write anywhere
+    with pytest.raises(PermissionError, match=r"cannot be written to") as caught:
+        calibrate_drafter(folder, None, None)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def calibrations(output: Path) -> dict[str, Calibration | None]:
+    folders = {name: output / name for name in ("best", "final")}
+    return {name: read_calibration(folder, read_folder(folder).digest) for name, folder in folders.items()}
+
+
+def test_a_run_ends_with_calibrated_drafters_as_the_command_would_calibrate_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CalibrationSettings((1.0,), depth=2, positions=128)
+    monkeypatch.setattr(trainer, "CalibrationSettings", lambda seed: settings)
+    recipe = tiny_recipe(tmp_path, calibrate=True, validate_every=2, learning_rate=2e-2)
+    result = train(recipe)
+    assert all(calibrations(Path(recipe.output)).values())
+    target, _ = tiny.load_target()
+    texts = prepare(recipe.data, load_tokenizer(recipe)).training
+    for place in (result.best, result.final):
+        assert place is not None
+        before = (place / CALIBRATION_FILE).read_bytes()
+        calibrate_drafter(place, target, texts, settings, target_name=recipe.target)
+        assert (place / CALIBRATION_FILE).read_bytes() == before
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["save_drafter", "write_calibration"])
+def test_a_run_killed_at_its_end_calibrates_again_to_the_same_bytes(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_trainer(tmp_path / "whole").train()
+    killed, genuine = tmp_path / "killed", getattr(trainer, moment)
+
+    def kill(*arguments: Any, **options: Any) -> Any:
+        if moment == "write_calibration" or arguments[1] == killed / "final":
+            raise KilledError
+        return genuine(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, moment, kill)
+        with pytest.raises(KilledError):
+            small_trainer(killed).train()
+    assert not (killed / "final").exists()
+    assert (killed / "best" / CALIBRATION_FILE).exists() == (moment == "save_drafter")
+    watcher = Watcher()
+    assert small_trainer(killed, watcher).train().is_finished and watcher.steps == []
+    assert files(killed) == files(tmp_path / "whole")
+
+
+def test_a_best_drafter_of_an_earlier_step_has_a_calibration_of_its_own(tmp_path: Path) -> None:
+    small_trainer(tmp_path, learning_rate=1e-30).train()  # the first of equal ones is the best
+    step = json.loads((tmp_path / "best" / "config.json").read_text())["taps"]["step"]
+    found = calibrations(tmp_path)
+    assert step == 4 and found["best"] == found["final"] is not None, "equal weights"
+    small_trainer(tmp_path / "other", held_out=0).train()
+    assert (tmp_path / "other" / "final" / CALIBRATION_FILE).exists()
+
+
+def test_a_run_with_too_little_text_says_that_it_is_not_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = CalibrationSettings()
+    monkeypatch.setattr(trainer, "CalibrationSettings", lambda seed: settings)
+    monkeypatch.setattr(calibrating, "MIN_PLACES", 10_000)
+    watcher = Watcher()
+    assert small_trainer(tmp_path, watcher).train().is_finished
+    assert any(note.startswith("the drafter final is not calibrated: the texts have") for note in watcher.notes)
+    assert calibrations(tmp_path) == {"best": None, "final": None}
+
+
+@pytest.mark.parametrize(("held_out", "calibrated_on"), [(0, 24), (6, 24), (120, 120)])
+def test_a_run_is_calibrated_on_what_it_held_out_where_that_is_enough(
+    held_out: int, calibrated_on: int, tmp_path: Path
+) -> None:
+    small_trainer(tmp_path, held_out=held_out, steps=2).train()
+    told = json.loads((tmp_path / "final" / CALIBRATION_FILE).read_text())
+    assert told["data"]["num_sequences"] == calibrated_on
+
+
+def test_calibration_can_be_left_to_later_also_by_a_run_that_goes_on(tmp_path: Path) -> None:
+    small_trainer(tmp_path, calibrate=False).train()
+    assert calibrations(tmp_path) == {"best": None, "final": None}
+    shutil.rmtree(tmp_path / "final")
+    small_trainer(tmp_path, calibrate=True).train()
+    assert all(calibrations(tmp_path).values())
+
+
+def test_a_full_disk_is_said_of_the_calibration_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_calibration", full)
+        with pytest.raises(OSError, match=r"the calibration of the drafter best could not be written to .* \(No space"):
+            small_trainer(tmp_path).train()
+    assert replace(small_trainer(tmp_path).train(), validation=None).is_finished
+    assert all(calibrations(tmp_path).values())
