@@ -155,7 +155,7 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(generate, tmp_pa
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--composition", "average"], "composition must be one of single, confidence, entropy, merged"),
+        (["--composition", "average"], "composition must be one of single, confidence, entropy, evidence, merged"),
         (["--composition", "single"], "--single-drafter, one of math, chat"),
         (["--drafter", "other=tiny/other"], "there is no embedded drafter tiny/other; there are math, chat"),
         (["--drafter", "math="], "NAME=FOLDER-OR-HUB-ID, got 'math='"),
