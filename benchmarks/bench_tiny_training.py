@@ -3,7 +3,7 @@
     python benchmarks/bench_tiny_training.py FOLDER --output results.json
 
 FOLDER is what `python -m taps_ext.tiny.recipe --output FOLDER` made. A single drafter, 60 nodes and 6 levels, held-out
-prompts of both domains, greedy and at temperature 1, micro average over all steps.
+prompts of every domain, greedy and at temperature 1, micro average over all steps.
 The script prints a table for people and, as its last line, one line of JSON for programs.
 """
 
@@ -29,8 +29,9 @@ def measure(folder: Path, num_prompts: int, max_new_tokens: int) -> list[dict[st
     """A row a drafter: acceptance lengths by domain and temperature, and what its training took."""
     target: Any = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "target", padding_side="left")
-    prompts = {domain: _encode(tokenizer, tiny.prompts(domain, num_prompts)) for domain in tiny.DOMAINS}
-    runs = json.loads((folder / "recipe.json").read_text())["runs"]
+    facts = json.loads((folder / "recipe.json").read_text())
+    runs, domains = facts["runs"], facts["corpus"]["domains"]
+    prompts = {domain: _encode(tokenizer, tiny.prompts(domain, num_prompts)) for domain in domains}
     rows = []
     for path in sorted((folder / "runs").glob("*/final")):
         name = path.parent.name

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import mean, stdev
@@ -84,7 +86,7 @@ def test_dialogues_alternate_and_seldom_repeat() -> None:
     assert len({word for answer in answers for word in re.findall(r"[a-z]+", answer.lower())}) > 700
 
 
-@pytest.mark.parametrize("domain", tiny.DOMAINS)
+@pytest.mark.parametrize("domain", tiny.ALL_DOMAINS)
 def test_texts_are_a_function_of_the_seed_and_prompts_are_held_out(domain: str) -> None:
     assert tiny.prompts(domain, 5, seed=1) == tiny.prompts(domain, 9, seed=1)[:5] != tiny.prompts(domain, 5, seed=2)
     assert tiny.conversations(domain, 5, seed=0) == tiny.conversations(domain, 9, seed=0)[:5]
@@ -96,7 +98,7 @@ def test_texts_are_a_function_of_the_seed_and_prompts_are_held_out(domain: str) 
 
 
 def test_an_unknown_domain_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="domain 'law' is not one of math, chat"):
+    with pytest.raises(ValueError, match="domain 'law' is not one of math, chat, code, tables"):
         tiny.prompts("law", 1)
 
 
@@ -105,7 +107,7 @@ def test_an_unknown_domain_is_refused_by_name() -> None:
 
 def test_the_chat_format_marks_what_the_assistant_says() -> None:
     tokenizer = tiny.load_target()[1]
-    for domain in tiny.DOMAINS:
+    for domain in tiny.ALL_DOMAINS:
         for conversation in tiny.conversations(domain, 20, seed=5):
             example = ChatFormat(tokenizer).encode(conversation)
             learned = [token for token, is_learned in zip(example.tokens, example.loss_mask, strict=True) if is_learned]
@@ -159,28 +161,52 @@ def test_a_mixture_holds_as_many_texts_of_each_domain_as_it_says() -> None:
         "mixed-half": {"math": 600, "chat": 600},
         "mixed-full": {"math": 1200, "chat": 1200},
     }.items():
-        counts = dict.fromkeys(tiny.DOMAINS, 0)
-        for source in tiny_recipe.sources(recipe, mixture, Path("world")):
-            domain, _ = Path(source.path).stem.split("-")
-            counts[domain] += 600 if source.count is None else source.count  # a file holds half of a domain's texts
-        assert counts == expected
+        assert num_texts(recipe, mixture) == expected
+    of_four = replace(recipe, domains=tiny.ALL_DOMAINS)
+    assert num_texts(of_four, "code") == {"math": 22, "chat": 22, "code": 1200, "tables": 22}
+    assert num_texts(of_four, "mixed-half") == dict.fromkeys(tiny.ALL_DOMAINS, 600)
+
+
+def num_texts(recipe: tiny_recipe.Recipe, mixture: str) -> Counter[str]:
+    """How many of each domain a mixture takes; a file holds half of a domain's texts."""
+    counts = Counter[str]()
+    for source in tiny_recipe.sources(recipe, mixture, Path("world")):
+        counts[Path(source.path).stem.split("-")[0]] += 600 if source.count is None else source.count
+    return counts
+
+
+def test_a_specialist_is_named_by_what_tells_it_from_others() -> None:
+    recipe = tiny_recipe.Recipe()
+    assert recipe.folder("eagle2", "math", 1) == "math"
+    assert replace(recipe, shipped=("eagle2", "hass")).folder("hass", "math", 1) == "math-hass"
+    assert replace(recipe, seeds=(1, 2)).folder("eagle2", "math", 2) == "2/math"
 
 
 def test_the_recipe_makes_a_world_that_can_be_loaded(tmp_path: Path) -> None:
-    """In small: few texts, one update, and the target that is there already."""
+    """In small: few texts, one update, two seeds, and the target that is there already."""
     world = tmp_path / "world"
     shutil.copytree(tiny.assets() / "target", world / "target")
-    method = tiny_recipe.Method(ObjectiveConfig("hass"), share=0.01, mixtures=tiny.DOMAINS)
+    method = tiny_recipe.Method(ObjectiveConfig("hass"), share=0.01, is_mixed=False)
     recipe = tiny_recipe.Recipe(
-        num_own_texts=20, threads=torch.get_num_threads(), batch_size=4, methods={"quick": method}, shipped="quick"
+        num_own_texts=20,
+        threads=torch.get_num_threads(),
+        batch_size=4,
+        methods={"quick": method},
+        shipped=("quick",),
+        seeds=(1, 2),
     )
     tiny_recipe.make(recipe, world, has_target=True)
     target, _ = tiny.load_target()
-    folders = {domain: world / "drafters" / domain for domain in tiny.DOMAINS}
-    taps.load_drafters({**folders, "average": world / "runs" / "quick-averaged" / "final"}, target)
+    folders = {
+        f"{seed}/{domain}": world / "drafters" / str(seed) / domain for seed in (1, 2) for domain in tiny.DOMAINS
+    }
+    taps.load_drafters({**folders, "average": world / "runs" / "quick-averaged-2" / "final"}, target)
     facts = json.loads((world / "recipe.json").read_text())
-    assert set(facts["runs"]) == {"quick-math", "quick-chat"}
-    assert set(facts["drafters"]) == set(tiny.DOMAINS)
+    assert set(facts["runs"]) == {"quick-math-1", "quick-chat-1", "quick-math-2", "quick-chat-2"}
+    assert {name: drafter["run"] for name, drafter in facts["drafters"].items()} == {
+        f"{seed}/{domain}": f"quick-{domain}-{seed}" for seed in (1, 2) for domain in tiny.DOMAINS
+    }
+    assert len({next(folder.glob("*.safetensors")).read_bytes() for folder in folders.values()}) == 4
     for folder in folders.values():
         assert str(tmp_path) not in (folder / "config.json").read_text()
     with pytest.raises(FileExistsError, match="texts exists already; give another folder"):

@@ -1,17 +1,17 @@
-"""The tiny world: a generated corpus of two domains, and a target with two specialist drafters, shipped as assets."""
+"""The tiny world: a generated corpus of four domains; for two of them a target and specialist drafters, as assets."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .corpus import DOMAINS, Conversation, conversations, prompts
+from .corpus import ALL_DOMAINS, DOMAINS, Conversation, conversations, prompts, switching_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DOMAINS", "TINY", "Conversation", "assets", "conversations", "drafter_paths", "load_target", "prompts"]
-__all__ += ["resolve"]
+__all__ = ["ALL_DOMAINS", "DOMAINS", "TINY", "Conversation", "assets", "conversations", "drafter_paths", "load_target"]
+__all__ += ["prompts", "resolve", "switching_prompts"]
 
 TINY = "tiny"  # the embedded target; and before a slash, its drafters: tiny/math
 

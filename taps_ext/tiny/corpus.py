@@ -1,19 +1,22 @@
-"""The generated corpus: seeded conversations of two domains, and held-out prompts that training never saw."""
+"""The generated corpus: seeded conversations of four domains, and held-out prompts that training never saw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from itertools import islice
+from itertools import cycle, islice, permutations
 from random import Random
 
 from .advice import generate_dialogue
 from .arithmetic import generate_problem
+from .programs import generate_program_talk
+from .tables import generate_table_talk
 
 Message = dict[str, str]
 Conversation = list[Message]
 
-DOMAINS = ("math", "chat")
+DOMAINS = ("math", "chat")  # of the models that come with the package
+ALL_DOMAINS = (*DOMAINS, "code", "tables")  # of the generator
 TARGET_SEED, DRAFTER_SEED = 0, 1
 TRAINING_CONVERSATIONS = {TARGET_SEED: 8_000, DRAFTER_SEED: 1_200}  # by seed, of each domain: what training reads
 
@@ -28,6 +31,37 @@ def prompts(domain: str, count: int, seed: int = 0) -> list[Conversation]:
     seen = _trained_prompts(domain)
     unseen = (start for start in _starts(domain, f"held-out/{seed}") if repr(start) not in seen)
     return list(islice(unseen, count))
+
+
+def switching_conversations(domains: Sequence[str], count: int, seed: int) -> list[Conversation]:
+    """`count` conversations that change the subject, for training: an exchange of one domain, then one of another.
+
+    The ordered pairs of the domains take turns. The exchanges are from `conversations` of the seed.
+    """
+    return list(islice(_switching({domain: _stream(domain, f"train/{seed}") for domain in domains}), count))
+
+
+def switching_prompts(domains: Sequence[str], count: int, seed: int = 0) -> list[Conversation]:
+    """`count` held-out prompts that change the subject: an exchange of one domain, then a question of another.
+
+    The ordered pairs of the domains take turns. A target answers in the new domain if it was trained on such changes:
+    the shipped one was not, and mostly stays with the old one. ValueError if there is no pair.
+    """
+    if len(set(domains)) < 2:
+        raise ValueError(f"a prompt that switches needs two domains, got {', '.join(domains) or 'none'}")
+    unseen = _switching({domain: _unseen(domain, f"switch/{seed}") for domain in domains})
+    return [conversation[:-1] for conversation in islice(unseen, count)]
+
+
+def _switching(streams: dict[str, Iterator[Conversation]]) -> Iterator[Conversation]:
+    for first, second in cycle(permutations(streams, 2)):
+        yield [*next(streams[first])[:2], *next(streams[second])[:2]]
+
+
+def _unseen(domain: str, key: str) -> Iterator[Conversation]:
+    """Whole conversations that begin with a question that training has not seen."""
+    seen = _trained_prompts(domain)
+    return (conversation for conversation in _stream(domain, key) if repr(conversation[:1]) not in seen)
 
 
 def _starts(domain: str, key: str) -> Iterator[Conversation]:
@@ -47,7 +81,7 @@ def _trained_prompts(domain: str) -> frozenset[str]:
 
 def _stream(domain: str, key: str) -> Iterator[Conversation]:
     if domain not in _GENERATORS:
-        raise ValueError(f"domain {domain!r} is not one of {', '.join(DOMAINS)}")
+        raise ValueError(f"domain {domain!r} is not one of {', '.join(ALL_DOMAINS)}")
     rng = Random(f"{domain}/{key}")
     while True:
         yield _GENERATORS[domain](rng)
@@ -58,4 +92,9 @@ def _problem(rng: Random) -> Conversation:
     return [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.solution}]
 
 
-_GENERATORS: dict[str, Callable[[Random], Conversation]] = {"math": _problem, "chat": generate_dialogue}
+_GENERATORS: dict[str, Callable[[Random], Conversation]] = {
+    "math": _problem,
+    "chat": generate_dialogue,
+    "code": generate_program_talk,
+    "tables": generate_table_talk,
+}

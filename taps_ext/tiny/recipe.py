@@ -1,7 +1,8 @@
 """Re-makes the tiny world: `python -m taps_ext.tiny.recipe --output DIR` (see benchmarks/runs/tiny.sh).
 
 target/, texts/ that the target writes itself, runs/ of both objectives on every mixture of the two domains, drafters/
-with the shipped specialists, and recipe.json, which says how all of it was made.
+with the shipped specialists, and recipe.json, which says how all of it was made. By its options, other worlds: of more
+domains, with specialists of several methods or seeds (see benchmarks/runs/worlds.sh).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +33,38 @@ from ..training.conversations import Conversation
 from ..training.progress import choose
 from ..training.regeneration import regenerate
 from ..training.run import train
-from .corpus import DOMAINS, DRAFTER_SEED, TARGET_SEED, TRAINING_CONVERSATIONS, conversations
+from .corpus import (
+    ALL_DOMAINS,
+    DOMAINS,
+    DRAFTER_SEED,
+    TARGET_SEED,
+    TRAINING_CONVERSATIONS,
+    conversations,
+    switching_conversations,
+)
 from .pretraining import PretrainingConfig, new_target, pretrain
 from .tokenizer import save_tokenizer, train_tokenizer
 
 MAX_LENGTH = 512  # tokens of a training text
 WRITING_BATCH = 128  # conversations that the target answers at once
 TEMPERATURES = {"greedy": 0.0, "sampled": 1.0}  # half of a domain's texts each
-MIXED_HALF, MIXED_FULL = "mixed-half", "mixed-full"  # half of each domain's texts, all of both domains'
-MIXTURES = (*DOMAINS, MIXED_HALF, MIXED_FULL)
-UPDATES = {"math": 200, "chat": 120, MIXED_HALF: 120, MIXED_FULL: 120}  # for about equal times: chat is longer
+MIXED_HALF, MIXED_FULL = "mixed-half", "mixed-full"  # half of each domain's texts, all of all domains'
+# For about equal times: the texts of chat are the longest.
+UPDATES = {"math": 200, "chat": 120, "code": 160, "tables": 160, MIXED_HALF: 120, MIXED_FULL: 120}
+TARGET_STEPS = 1600  # of a domain
 
 
 @dataclass(frozen=True)
 class Method:
-    """An objective, with how many updates for each of `UPDATES`, and on which mixtures of the domains."""
+    """An objective, with how many updates for each of `UPDATES`, and whether on mixed texts as well as a domain's."""
 
     objective: ObjectiveConfig
     share: float = 1.0
-    mixtures: tuple[str, ...] = MIXTURES
+    is_mixed: bool = True
+
+    def mixtures(self, domains: tuple[str, ...]) -> tuple[str, ...]:
+        """What there is a drafter of."""
+        return (*domains, MIXED_HALF, MIXED_FULL) if self.is_mixed else domains
 
     def steps(self, mixture: str) -> int:
         """Updates on a mixture."""
@@ -66,9 +81,9 @@ def _methods() -> dict[str, Method]:
     return {
         "eagle2": Method(eagle2),
         "hass": Method(hass, 0.4),
-        "hass-two-passes": Method(replace(hass, alignment_passes=2), 0.57, DOMAINS),
-        "eagle2-long": Method(eagle2, 2.5, DOMAINS),
-        "hass-long": Method(hass, 1.0, DOMAINS),
+        "hass-two-passes": Method(replace(hass, alignment_passes=2), 0.57, is_mixed=False),
+        "eagle2-long": Method(eagle2, 2.5, is_mixed=False),
+        "hass-long": Method(hass, 1.0, is_mixed=False),
     }
 
 
@@ -76,18 +91,30 @@ def _methods() -> dict[str, Method]:
 class Recipe:
     """Everything that the assets depend on, besides the code and the versions."""
 
+    domains: tuple[str, ...] = DOMAINS
     num_conversations: int = TRAINING_CONVERSATIONS[TARGET_SEED]  # of each domain, for the tokenizer and the target
+    num_switching: int = 0  # conversations that change the domain, for the target too
     num_own_texts: int = TRAINING_CONVERSATIONS[DRAFTER_SEED]  # of each domain, for drafters: written by the target
-    other_share: float = 0.05  # of a specialist's texts that are of the other domain
+    other_share: float = 0.05  # of a specialist's texts that are of other domains
     max_new_tokens: int = 256  # of an answer that the target writes
     threads: int = 1
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     methods: dict[str, Method] = field(default_factory=_methods)
-    shipped: str = "eagle2"  # the method of the specialists that come with the package
+    shipped: tuple[str, ...] = ("eagle2",)  # the methods of the specialists in drafters/
     batch_size: int = 8
     learning_rate: float = 8e-3
     warmup_steps: int = 30
-    seed: int = 1  # of drafters and their texts
+    seed: int = 1  # of the texts that the target writes
+    seeds: tuple[int, ...] = (1,)  # of drafters: their first weights and the order of their texts
+
+    def folder(self, method: str, domain: str, seed: int) -> str:
+        """Where in drafters/ a specialist is: by its domain, and what tells it from others of that domain."""
+        name = domain if method == self.shipped[0] else f"{domain}-{method}"
+        return name if len(self.seeds) == 1 else f"{seed}/{name}"
+
+    def run(self, method: str, mixture: str, seed: int) -> str:
+        """The name of a run."""
+        return f"{method}-{mixture}" if len(self.seeds) == 1 else f"{method}-{mixture}-{seed}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -95,11 +122,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m taps_ext.tiny.recipe", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for all of it")
     parser.add_argument("--threads", type=int, default=Recipe.threads)
-    parser.add_argument("--target-steps", type=int, default=PretrainingConfig.steps)
+    parser.add_argument("--target-steps", type=int, help=f"default: {TARGET_STEPS} a domain")
     parser.add_argument("--keep-target", action="store_true", help="train only drafters, for the target found there")
+    parser.add_argument("--domains", nargs="+", choices=ALL_DOMAINS, default=list(DOMAINS))
+    parser.add_argument("--switching", type=int, default=0, help="texts of the target that change the domain half-way")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(_methods()), help="only these, only specialists, and all into drafters/"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(Recipe.seeds), help="a specialist for each")
     given = parser.parse_args(arguments)
-    pretraining = PretrainingConfig(steps=given.target_steps)
-    make(Recipe(threads=given.threads, pretraining=pretraining), given.output, given.keep_target)
+    recipe = Recipe(
+        domains=tuple(given.domains),
+        num_switching=given.switching,
+        seeds=tuple(given.seeds),
+        threads=given.threads,
+        pretraining=PretrainingConfig(steps=given.target_steps or TARGET_STEPS * len(given.domains)),
+    )
+    if given.methods:
+        methods = {name: replace(recipe.methods[name], is_mixed=False) for name in given.methods}
+        recipe = replace(recipe, methods=methods, shipped=tuple(given.methods))
+    make(recipe, given.output, given.keep_target)
 
 
 def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
@@ -111,11 +153,14 @@ def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
     facts: dict[str, Any] = _read_facts(output) if has_target else {}
     if not has_target:
         facts["target"] = _make_target(recipe, output / "target")
+        _write_facts(recipe, facts, output)
     facts["texts"] = _write_texts(recipe, output)
     facts["runs"] = _train_all(recipe, output)
-    for domain in DOMAINS:
-        shutil.copytree(output / "runs" / f"{recipe.shipped}-{domain}" / "final", output / "drafters" / domain)
-    facts["drafters"] = {domain: {"run": f"{recipe.shipped}-{domain}"} for domain in DOMAINS}
+    facts["drafters"] = {}
+    for method, domain, seed in product(recipe.shipped, recipe.domains, recipe.seeds):
+        run, folder = recipe.run(method, domain, seed), recipe.folder(method, domain, seed)
+        shutil.copytree(output / "runs" / run / "final", output / "drafters" / folder)
+        facts["drafters"][folder] = {"run": run}
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     _write_facts(recipe, facts, output)
@@ -123,7 +168,8 @@ def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
 
 def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train tokenizer and target, save both (bfloat16); what there is to say about it."""
-    texts = [text for domain in DOMAINS for text in conversations(domain, recipe.num_conversations, TARGET_SEED)]
+    texts = [text for domain in recipe.domains for text in conversations(domain, recipe.num_conversations, TARGET_SEED)]
+    texts += switching_conversations(recipe.domains, recipe.num_switching, TARGET_SEED)
     tokenizer = train_tokenizer(message["content"] for text in texts for message in text)
     chat_format = ChatFormat(tokenizer)
     dataset = TokenDataset(chat_format.encode(text).cut(MAX_LENGTH) for text in texts)
@@ -147,7 +193,7 @@ def _write_texts(recipe: Recipe, output: Path) -> dict[str, Any]:
     target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(output / "target")
     facts: dict[str, Any] = {}
-    for domain in DOMAINS:
+    for domain in recipe.domains:
         texts = [
             Conversation(tuple(text), f"{domain}:{number}")
             for number, text in enumerate(conversations(domain, recipe.num_own_texts, DRAFTER_SEED))
@@ -174,28 +220,30 @@ def _texts(output: Path, domain: str, name: str) -> Path:
 
 
 def _train_all(recipe: Recipe, output: Path) -> dict[str, Any]:
-    """Every method on each of its mixtures, and the average of its two specialists; facts about the runs."""
+    """Every method and seed on each of its mixtures, and the average of its specialists; facts about the runs."""
     facts = {}
-    for name, method in recipe.methods.items():
-        for mixture in method.mixtures:
-            run = f"{name}-{mixture}"
+    for (name, method), seed in product(recipe.methods.items(), recipe.seeds):
+        for mixture in method.mixtures(recipe.domains):
+            run = recipe.run(name, mixture, seed)
             _say(run)
             start = time.process_time()  # equal times are compared, whatever else the machine does
-            result = train(_training_recipe(recipe, method, mixture, output, run), choose(100, sys.stderr))
+            result = train(
+                _training_recipe(recipe, method, mixture, seed, output / "runs" / run), choose(100, sys.stderr)
+            )
             seconds = round(time.process_time() - start, 1)
             assert result.validation
             facts[run] = {"steps": method.steps(mixture), "cpu_seconds": seconds, "estimate": asdict(result.validation)}
-        specialists = [output / "runs" / f"{name}-{domain}" / "final" for domain in DOMAINS]
-        average_drafters(specialists, None, output / "runs" / f"{name}-averaged" / "final")
+        specialists = [output / "runs" / recipe.run(name, domain, seed) / "final" for domain in recipe.domains]
+        average_drafters(specialists, None, output / "runs" / recipe.run(name, "averaged", seed) / "final")
     return facts
 
 
-def _training_recipe(recipe: Recipe, method: Method, mixture: str, output: Path, run: str) -> TrainingRecipe:
-    steps = method.steps(mixture)
+def _training_recipe(recipe: Recipe, method: Method, mixture: str, seed: int, run: Path) -> TrainingRecipe:
+    steps, output = method.steps(mixture), run.parent.parent
     return TrainingRecipe(
         target=str(output / "target"),
         target_dtype="float32",
-        output=str(output / "runs" / run),
+        output=str(run),
         data=DataConfig(tuple(sources(recipe, mixture, output)), max_length=MAX_LENGTH, validation=64),
         objective=method.objective,
         training=TrainingConfig(
@@ -205,7 +253,7 @@ def _training_recipe(recipe: Recipe, method: Method, mixture: str, output: Path,
             warmup_steps=recipe.warmup_steps,
             clip_norm=1.0,
             clip_value=None,
-            seed=recipe.seed,
+            seed=seed,
             validate_every=steps,
             save_every=steps,
         ),
@@ -214,16 +262,16 @@ def _training_recipe(recipe: Recipe, method: Method, mixture: str, output: Path,
 
 def sources(recipe: Recipe, mixture: str, output: Path) -> Iterator[SourceConfig]:
     """The files of a mixture: all of a domain's texts, or as many of each file as make its share."""
-    others = recipe.other_share / (1 - recipe.other_share)
-    shares = {domain: {MIXED_HALF: 0.5, MIXED_FULL: 1.0, domain: 1.0}.get(mixture, others) for domain in DOMAINS}
-    for domain, share in shares.items():
+    others = recipe.other_share / (1 - recipe.other_share) / max(1, len(recipe.domains) - 1)
+    for domain in recipe.domains:
+        share = {MIXED_HALF: 0.5, MIXED_FULL: 1.0, domain: 1.0}.get(mixture, others)
         count = None if share == 1 else round(share * recipe.num_own_texts / len(TEMPERATURES))
         for name in TEMPERATURES:
             yield SourceConfig(str(_texts(output, domain, name)), count=count)
 
 
 def _write_facts(recipe: Recipe, facts: dict[str, Any], output: Path) -> None:
-    names = ("num_conversations", "num_own_texts", "other_share", "max_new_tokens")
+    names = ("domains", "num_conversations", "num_switching", "num_own_texts", "other_share", "max_new_tokens")
     facts["corpus"] = {name: getattr(recipe, name) for name in names}
     facts["versions"] = {
         "python": platform.python_version(),

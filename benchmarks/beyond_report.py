@@ -1,0 +1,209 @@
+"""What the figures of `bench_beyond.py` say: tables for people, and which claims hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from beyond_cells import REJECTION, SWITCHING
+from beyond_figures import EVERYTHING, MIXTURE, WAYS, Figures, Panel
+from beyond_sample import claim, table
+
+from taps_ext.tree import TreeShape
+
+DEPTH = TreeShape().depth
+LOSS = 0.05  # of acceptance length that routing by evidence may cost
+
+
+class Report(Figures):
+    """Tables and claims; a part that was not measured has none."""
+
+    # ---- A: one drafter
+
+    def coupled_table(self) -> list[str]:
+        domains, temperatures, nodes, _ = self.axes()
+        header = ["domain", "T", "nodes", "top-k", "coupled", "coupled - top-k", REJECTION, f"coupled - {REJECTION}"]
+        rows = []
+        for domain in domains:
+            for temperature in temperatures:
+                for count in nodes:
+                    ways = [self.single(domain, temperature, count, how) for how in ("topk", "coupled", REJECTION)]
+                    topk, coupled, peer = ways
+                    greedy = self.single(domain, 0.0, count, "coupled")
+                    figures = [f"{topk.length:.2f}", f"**{coupled.length:.2f}**", str(coupled - topk)]
+                    figures += [
+                        f"{peer.length:.2f}",
+                        str(coupled - peer),
+                        f"{greedy.length:.2f}",
+                        str(coupled - greedy),
+                    ]
+                    rows.append([domain, f"{temperature:g}", str(count), *figures])
+        return table([*header, "T = 0", "coupled - T = 0"], rows)
+
+    def places_table(self) -> list[str]:
+        rows = []
+        for domain in self.axes()[0]:
+            topk, coupled = (self.at_places(domain, 1.0, drafting) for drafting in ("topk", "coupled"))
+            greedy = self.at_places(domain, 0.0)
+            figures = [f"{topk.length:.2f}", f"**{coupled.length:.2f}**", str(coupled - topk)]
+            rows.append([domain, *figures, f"{greedy.length:.2f}", str(coupled - greedy)])
+        header = ["domain", "top-k, T = 1", "coupled, T = 1", "coupled - top-k", "T = 0", "coupled - T = 0"]
+        return table(header, rows)
+
+    def coupled_claims(self) -> list[dict[str, Any]]:
+        domains, temperatures, nodes, draws = self.axes()
+        places = [(d, t, n) for d in domains for t in temperatures for n in nodes]
+        cells = [(*place, draw) for place in places for draw in draws]
+        gains = {
+            cell: self.single(*cell[:3], "coupled", cell[3]) - self.single(*cell[:3], "topk", cell[3]) for cell in cells
+        }
+        pooled = {cell: self.single(*cell, "coupled") - self.single(*cell, "topk") for cell in places}
+        claims = [
+            claim("coupled is above top-k, all drafter seeds together", pooled, lambda gain: gain.value > 0),
+            claim("coupled is above top-k with every drafter seed", gains, lambda gain: gain.value > 0),
+        ]
+        most = max(nodes)
+        against_greedy = {
+            domain: self.single(domain, 1.0, most, "coupled") - self.single(domain, 0.0, most, "coupled")
+            for domain in domains
+        }
+        name = f"coupled at T = 1 and {most} nodes is at the level of T = 0, less one standard error"
+        claims.append(claim(name, against_greedy, lambda gain: gain.value >= -gain.error))
+        there = {domain: self.at_places(domain, 1.0) - self.at_places(domain, 0.0) for domain in domains}
+        claims.append(claim(f"{name}, at the same places of the same texts", there, lambda g: g.value >= -g.error))
+        peer = {cell: self.single(*cell, "coupled") - self.single(*cell, REJECTION) for cell in places}
+        return [*claims, claim(f"coupled is above {REJECTION}", peer, lambda gain: gain.value > 0)]
+
+    # ---- B: several drafters
+
+    def composed_table(self, panel: Panel, temperature: float) -> list[str]:
+        columns = [*self.domains[panel.world], MIXTURE, SWITCHING]
+        best = {column: self.matched(panel, column, temperature) for column in columns}
+        rows = []
+        for place in range(len(panel.groups[0])):
+            lengths = [self.composed(panel, column, temperature, place=place).length for column in columns]
+            rows.append([f"single, {panel.name(place)}", *(f"{length:.2f}" for length in lengths)])
+        rows.append(["*best single there*", *(f"{best[column].length:.2f}" for column in columns)])
+        for name, how in WAYS.items():
+            if not self.has(panel, temperature, how):
+                continue
+            samples = {column: self.composed(panel, column, temperature, **how) for column in columns}
+            rows.append([name, *(f"{one.length:.2f} ({one - best[column]})" for column, one in samples.items())])
+        return table(["", *columns], rows)
+
+    def composed_claims(self, panel: Panel) -> list[dict[str, Any]]:
+        domains, evidence, merged = self.domains[panel.world], WAYS["evidence"], WAYS["merged, 60 nodes, evidence"]
+        routed, weighted, above = {}, {}, {}
+        for temperature in panel.temperatures:
+            for domain in domains:
+                own, cell = self.matched(panel, domain, temperature), (domain, temperature)
+                routed[cell] = self.composed(panel, domain, temperature, **evidence) - own
+                weighted[cell] = self.composed(panel, domain, temperature, **merged) - own
+            for column in (MIXTURE, SWITCHING, EVERYTHING):
+                ours = self.composed(panel, column, temperature, **merged)
+                above[column, temperature] = ours - self.matched(panel, column, temperature)
+        title = panel.title
+        return [
+            claim(f"{title}: evidence is within {LOSS} of the matched specialist", routed, lambda d: d.value >= -LOSS),
+            claim(
+                f"{title}: merged with evidence is not below the matched specialist by more than one standard error",
+                weighted,
+                lambda d: d.value >= -d.error,
+            ),
+            claim(
+                f"{title}: merged with evidence is above every single drafter on mixtures", above, lambda d: d.value > 0
+            ),
+        ]
+
+    # ---- C, D, E
+
+    def cost_table(self) -> list[str]:
+        header = ["rows", "drafters", "", "drafter forwards", "calls", "lm_head rows", "drafting ms", "step ms"]
+        rows = []
+        for cell in sorted(self.costs, key=lambda cell: cell.rows):
+            for way, cost in self.done[cell.key].items():
+                counts = [f"{cost[name]:.1f}" for name in ("forwards", "calls", "head_rows")]
+                times = [f"{cost[name]['median']:.1f}" for name in ("drafting_ms", "step_ms")]
+                rows.append([str(cell.rows), str(len(cell.drafters)), way, *counts, *times])
+        return table(header, rows)
+
+    def stop_table(self) -> list[str]:
+        cells = self.parts["D"]
+        nodes = list(dict.fromkeys(cell.nodes for cell in cells))
+        rows = []
+        for domain, temperature in dict.fromkeys((cell.domain, cell.temperature) for cell in cells):
+            own = {
+                cell.nodes: self.levels(cell)
+                for cell in cells
+                if (cell.domain, cell.temperature) == (domain, temperature)
+            }
+            shares = [f"{own[count]:.2f} ({1 - own[count] / DEPTH:.0%} saved)" for count in nodes]
+            rows.append([domain, f"{temperature:g}", *shares])
+        return table(["domain", "T", *(f"{count} nodes" for count in nodes)], rows)
+
+    def decay_table(self, panel: Panel) -> list[str]:
+        columns = [*self.domains[panel.world], SWITCHING]
+        rows = []
+        for temperature in panel.temperatures:
+            for decay in dict.fromkeys(cell.decay for cell in self.parts["E"]):
+                how = {"way": "evidence", "decay": decay}
+                samples = [self.composed(panel, column, temperature, **how) for column in columns]
+                rows.append([f"{temperature:g}", f"{decay:g}", *(f"{sample.length:.2f}" for sample in samples)])
+        return table(["T", "decay", *columns], rows)
+
+    # ---- all of it
+
+    def text_claim(self) -> dict[str, Any]:
+        found = [self.done[cell.key] for cell in self.every() if cell.way != REJECTION and cell.places is None]
+        same, texts = sum(one["identical"] for one in found), sum(len(one["steps"]) for one in found)
+        detail = f"{same} of {texts} texts in {len(found)} cells"
+        return {"claim": "every text is plain decoding's", "holds": same == texts, "detail": detail}
+
+    def claims(self) -> list[dict[str, Any]]:
+        found = [self.text_claim()] if self.every() else []
+        if "A" in self.parts:
+            found += self.coupled_claims()
+        for panel in self.panels():
+            found += self.composed_claims(panel)
+        return found
+
+    def tables(self) -> dict[str, list[str]]:
+        found = {}
+        if "A" in self.parts:
+            found["A. One drafter, the domain's own"] = self.coupled_table()
+            found["A. First steps at places of texts written at T = 1"] = self.places_table()
+        for panel in self.panels():
+            for temperature in panel.temperatures:
+                found[f"B. {panel.title}, T = {temperature:g}"] = self.composed_table(panel, temperature)
+        if self.costs:
+            found["C. What a step costs, T = 1"] = self.cost_table()
+        if "D" in self.parts:
+            found[f"D. Levels drafted a step, of {DEPTH}"] = self.stop_table()
+        for panel in self.panels("E"):
+            found[f"E. Routing by evidence, {panel.title}"] = self.decay_table(panel)
+        return found
+
+    def markdown(self) -> str:
+        lines = ["# Beyond the paper: acceptance lengths", ""]
+        for one in self.claims():
+            lines.append(f"- {'holds' if one['holds'] else '**fails**'}: {one['claim']} ({one['detail']})")
+        for title, rows in self.tables().items():
+            lines += ["", f"## {title}", "", *rows]
+        return "\n".join(lines) + "\n"
+
+    def as_json(self) -> dict[str, Any]:
+        """Claims, costs, and the figures of every cell."""
+        cells = []
+        for cell in self.every():
+            result = self.done[cell.key]
+            length = round(self.sample([cell]).length, 4)
+            steps = sum(result["steps"])
+            extra = {"identical": result["identical"], "nodes_per_step": round(result["nodes"] / steps, 2)}
+            cells.append(
+                {**asdict(cell), "acceptance_length": length, "num_steps": steps, **extra, "chosen": result["chosen"]}
+            )
+        costs = [
+            {"drafters": list(cell.drafters), "rows": cell.rows, "ways": self.done[cell.key]} for cell in self.costs
+        ]
+        return json.loads(json.dumps({"claims": self.claims(), "costs": costs, "cells": cells}))  # type: ignore[no-any-return]
