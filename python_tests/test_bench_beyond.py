@@ -177,7 +177,7 @@ def test_runs_of_one_prompt_are_one_cluster() -> None:
 def test_a_claim_fails_where_one_cell_does_and_names_the_worst() -> None:
     found = {("math", 1.0): Difference(0.3, 0.1), ("chat", 0.7): Difference(-0.2, 0.1)}
     told = beyond_sample.claim("above", found, lambda one: one.value > 0)
-    assert told == {"claim": "above", "holds": False, "detail": "1 of 2; not -0.20 ± 0.10 at chat, T = 0.7"}
+    assert told == {"claim": "above", "holds": False, "detail": "1 of 2; not -0.200 ± 0.100 at chat, T = 0.7"}
 
 
 @pytest.mark.parametrize(

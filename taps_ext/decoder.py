@@ -243,7 +243,10 @@ class SpeculativeDecoder:
         if self.composition.decay is not None:
             evidence = drafters.evidence(state.drafter_states).to(state.root_tokens.device)
         choice = self.composition.choose(evidence)
-        chosen = None if choice is None else choice.tolist()
+        chosen = None
+        if choice is not None:  # nobody drafts for a row that has ended
+            ended = [row.finish_reason is not None for row in state.rows]
+            chosen = [-1 if over else drafter for over, drafter in zip(ended, choice.tolist(), strict=True)]
         trees = drafters.propose(state.drafter_states, state.root_tokens, self.shape, state.active, chosen)
         composed = self.composition.compose(trees, evidence)
         if self.joint_budget is not None:

@@ -178,7 +178,9 @@ def _variants(
     budgeted = f"{MERGED}, {shape.max_nodes} nodes"
     return {
         **{_single(name): decoder("single", drafter=name) for name in drafters},
-        "averaged weights": decoder("single", drafter=next(iter(drafters))).with_drafters({"average": average}),
+        "averaged weights": SpeculativeDecoder(
+            model, {"average": average}, "single", shape=shape, drafting=settings.drafting
+        ),
         "confidence": decoder("confidence"),
         "entropy": decoder("entropy"),
         "evidence": decoder("evidence"),

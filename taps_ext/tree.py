@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,8 +80,9 @@ class TreeShape:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"TreeShape.{name} must be an integer of at least 1, got {value!r}")
-        if self.min_score is not None and not self.min_score <= 0:
-            raise ValueError(f"TreeShape.min_score must be at most 0, a log-probability, got {self.min_score!r}")
+        score: Any = self.min_score
+        if score is not None and not (isinstance(score, (int, float)) and score <= 0):
+            raise ValueError(f"TreeShape.min_score must be at most 0, a log-probability, got {score!r}")
 
 
 def _check_shapes(tree: DraftTree) -> None:

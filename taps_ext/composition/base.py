@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,11 @@ class Composition(ABC):
         """One tree of all drafters' trees, in their order; those that were not to draft bring their root."""
 
 
-def check_decay(decay: float) -> float:
+def check_decay(decay: Any) -> float:
     """`decay`; ValueError unless evidence can be discounted by it."""
-    if not 0 < decay <= 1:
-        raise ValueError(f"evidence_decay must be above 0 and at most 1, got {decay}")
-    return decay
+    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay <= 1:
+        raise ValueError(f"evidence_decay must be above 0 and at most 1, got {decay!r}")
+    return float(decay)
 
 
 def choose(trees: Sequence[DraftTree], choice: Tensor) -> Composed:
@@ -53,7 +54,7 @@ def choose(trees: Sequence[DraftTree], choice: Tensor) -> Composed:
 
     chosen = DraftTree(pick("tokens"), pick("parents"), pick("scores"), pick("num_nodes"))
     proposers = torch.where(chosen.is_node(), (torch.ones_like(choice) << choice)[:, None], 0)
-    entropies = None if trees[0].entropies is None else pick("entropies")
+    entropies = None if any(tree.entropies is None for tree in trees) else pick("entropies")
     return Composed(replace(chosen, proposers=proposers, entropies=entropies), choice)
 
 

@@ -28,7 +28,8 @@ class EagleDrafter:
         name: str = "eagle",
         calibration: Calibration | None = None,
     ) -> None:
-        """`network` stays as it is: put it on the lm_head's device. A network still in training can be measured so.
+        """Put `network` on the lm_head's device. One still in training can be measured so and stays as it is; the
+        parameters of a frozen one may become slices of a stack, equal in value, when it drafts beside others.
 
         `calibration` is what coupled drafting needs; without it the drafter drafts as EAGLE-2 does.
         """

@@ -54,10 +54,10 @@ class EagleState(DrafterState):
         """Slots of a row in the cache, committed and transient."""
         return self.keys.shape[3]
 
-    def part(self, drafter: int, rows: Sequence[int], places: Tensor | slice) -> EagleState:
+    def part(self, drafter: int, rows: Sequence[int], places: Tensor | slice, num_slots: int) -> EagleState:
         """One drafter's state of some rows, to draft from: it may share memory with this one, past the rows' ends.
 
-        `places` are the rows again, on the device.
+        `places` are the rows again, on the device; `num_slots` are as many as the caches need.
         """
 
         def some(values: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ class EagleState(DrafterState):
             lengths=self.lengths[places],
             row_lengths=[self.row_lengths[row] for row in rows],
             last_output=some(self.last_output),
-            keys=some(self.keys),
-            values=some(self.values),
+            keys=some(self.keys[..., :num_slots, :]),
+            values=some(self.values[..., :num_slots, :]),
             coupled=None if self.coupled is None else self.coupled.part(drafter, places),
             last_logits=None if self.last_logits is None else some(self.last_logits),
         )
@@ -189,7 +189,8 @@ class EagleGroup:
         """A tree a drafter, see `DrafterGroup.propose`. Reads nothing from a device that it would have to wait for."""
         state, device = _own(state), root_tokens.device
         branching = min(shape.branching, self.config.vocab_size)
-        _reserve(state, state.kv_length + (shape.depth - 1) * branching)
+        num_slots = state.kv_length + (shape.depth - 1) * branching
+        _reserve(state, num_slots)
         root_tokens, active = root_tokens.to(self.device), active.to(self.device)
         if chosen is None:
             return split(self._grow(state, root_tokens, active, shape), len(self.networks), device)
@@ -198,8 +199,9 @@ class EagleGroup:
             tree = root_only(root_tokens, capacity_of(shape, branching))
             if len(rows) > 0:
                 places = slice(None) if len(rows) == len(active) else torch.tensor(rows, device=self.device)
-                part = self._alone[d]._grow(state.part(d, rows, places), root_tokens[places], active[places], shape)
-                tree = part if isinstance(places, slice) else scatter_rows(tree, places, part)
+                part = state.part(d, rows, places, num_slots)
+                grown = self._alone[d]._grow(part, root_tokens[places], active[places], shape)
+                tree = grown if isinstance(places, slice) else scatter_rows(tree, places, grown)
             trees += split(tree, 1, device)
         return trees
 

@@ -63,6 +63,10 @@ class EagleStack:
                 )
                 self._rope_scaling = scaling[:, None, None, None]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles stack their own networks."""
+        return EagleStack, (self.networks,)
+
     def project(self, embeddings: Tensor, features: Tensor) -> Tensor:
         """The layers' input [D, B, T, H], see `EagleNetwork.project`; both are [D, B, T, H]."""
         if self._alone is not None:
@@ -136,10 +140,11 @@ class _HeldWeights:
 
     def is_of(self, networks: Sequence[EagleNetwork]) -> bool:
         """Whether these are the networks, and all their parameters are still here."""
+        places = {id(network): place for place, network in enumerate(networks)}  # of one given twice the last
         return [member() for member in self._members] == list(networks) and all(
-            _is_slice(network, name, own)
+            _is_slice(networks[place], name, stacked[place])
             for name, stacked in self.tensors.items()
-            for network, own in zip(networks, stacked, strict=True)
+            for place in places.values()
         )
 
 

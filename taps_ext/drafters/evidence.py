@@ -1,4 +1,4 @@
-"""Running evidence: how probable each drafter found what was emitted, a by-product of observing it.
+"""Running evidence: how probable each drafter found what was emitted. It takes no further forward of a drafter.
 
 Evidence of drafter k is `sum_i decay^(t - i) log q_k(x_i)` over the tokens x_1 .. x_t of a row, at temperature 1: what
 remains of the log-likelihood of the text. Its softmax over drafters is the probability that each is the one to ask.
@@ -14,14 +14,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+LEAST = -100.0  # nats of a token: nothing rules a drafter out for good, not even logits that overflowed
 MOST_SLOTS = 64  # of one observation: a prompt's last ones; 0.9 ** 64 is a thousandth
 MOST_ELEMENTS = 1 << 25  # logits at a time, a prompt's
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """float32 [...], of tokens int64 [...] under the softmax of logits [..., V]."""
+    """float32 [...], of tokens int64 [...] under the softmax of logits [..., V]; at least `LEAST`, also for NaN."""
     logits = logits.float()
-    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+    exact = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
+    return exact.nan_to_num(nan=LEAST).clamp(min=LEAST)
 
 
 def observed(
@@ -54,4 +56,4 @@ def observed(
         logits = logits_of(outputs[:, part]).unflatten(0, (num_drafters, batch))
         found = weights[:, part] * log_probability(logits, tokens[:, :, part])
         evidence += torch.where(is_predicting[:, part], found, 0).sum(dim=-1)
-    return evidence, logits[:, :, -1]
+    return evidence, logits[:, :, -1].clone()  # not a view that keeps all of a prompt's alive

@@ -38,7 +38,10 @@ class GroupedDrafters:
         """float32 [D, B], of every drafter, in their order; see `DrafterState`."""
         found: dict[int, Tensor] = {}
         for places, state in zip(self.members, states, strict=True):
-            assert state.evidence is not None
+            if state.evidence is None:
+                raise ValueError(
+                    f"drafter {places[0]} keeps no evidence; use another composition, or no evidence_decay"
+                )
             found |= zip(places, state.evidence, strict=True)
         return torch.stack([found[place].to(found[0].device) for place in sorted(found)])
 

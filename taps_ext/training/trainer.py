@@ -245,8 +245,9 @@ class Trainer:
         settings = CalibrationSettings(seed=self.config.seed)
         try:
             report = calibrate(drafting_copy(network, self.source), self.source, dataset, settings)
-        except ValueError as error:
-            self.observer.note(f"the drafter {name} is not calibrated: {error}")
+        except (ValueError, RuntimeError) as error:  # memory that runs out should not cost the drafter
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            self.observer.note(f"the drafter {name} is not calibrated: {reason}")
             return None
         return report.record(calibration_facts((self.facts.metadata or {}).get("target"), dataset))
 
