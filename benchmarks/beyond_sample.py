@@ -21,8 +21,11 @@ class Difference:
     value: float
     error: float
 
+    def __format__(self, digits: str) -> str:
+        return f"{self.value:+{digits or '.2f'}} ± {self.error:{digits or '.2f'}}"
+
     def __str__(self) -> str:
-        return f"{self.value:+.2f} ± {self.error:.2f}"
+        return format(self)
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,8 @@ def claim(name: str, found: Mapping[Any, Difference], holds: Any) -> dict[str, A
     """Whether it holds everywhere, in how many cells, the least of them, and where it fails."""
     worst = min(found, key=lambda cell: found[cell].value)
     failed = [cell for cell, difference in found.items() if not holds(difference)]
-    shown = "; ".join(f"{found[cell]} at {_place(cell)}" for cell in failed)
-    detail = f"{len(found) - len(failed)} of {len(found)}; " + (
-        f"not {shown}" if failed else f"least {found[worst]} at {_place(worst)}"
-    )
+    shown = "; ".join(f"{found[cell]:.3f} at {_place(cell)}" for cell in failed or [worst])
+    detail = f"{len(found) - len(failed)} of {len(found)}; {'not' if failed else 'least'} {shown}"
     return {"claim": name, "holds": not failed, "detail": detail}
 
 

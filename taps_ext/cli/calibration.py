@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,9 +48,11 @@ def calibrate(
 
     chosen = {"temperatures": tuple(sorted(set(temperature)))} if temperature else {}
     settings = calibrating.CalibrationSettings(depth=depth, positions=positions, seed=seed, **chosen)
-    folder = calibrating.calibratable(resolve(drafter))
+    if resolve(drafter) != drafter:
+        raise ValueError(f"{drafter} is a part of this installation, and calibrated; give a copy of {resolve(drafter)}")
+    folder = calibrating.calibratable(drafter)
     if output is not None:
-        check_writable(output)
+        _check_output(output, folder)
     place = choose(device)
     keep_logs_clean()
     model, tokenizer = load_target(target, "auto", place)
@@ -78,6 +81,15 @@ def calibrate(
     Console(highlight=False, soft_wrap=True).print(_table(report))
     for path in files:
         print(f"wrote {path}")
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """ValueError or OSError, in a sentence, before the work: nothing but a drafter belongs into its folder."""
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"{output} is the drafter's own folder; give another --output")
+    if find_spec("matplotlib") is None:
+        raise ValueError("the picture needs matplotlib: pip install 'taps_ext[cli]', or leave --output out")
+    check_writable(output)
 
 
 def _save(report: CalibrationReport, output: Path) -> list[Path]:

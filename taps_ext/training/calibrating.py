@@ -116,9 +116,11 @@ def calibrate_drafter(
     place = calibratable(folder)
     files = read_folder(place)
     network = network_of(files, model.config.get_text_config())
-    source = FrozenTarget(model)
+    identity, source = identify(model), FrozenTarget(model)
+    if files.target.get("fingerprint", identity.fingerprint) != identity.fingerprint:
+        raise ValueError(f"{place} was trained for a target with other weights than {target_name}; give that one")
     report = calibrate(drafting_copy(network, source), source, dataset, settings, progress)
-    facts = calibration_facts(target_facts(target_name, identify(model)), dataset)
+    facts = calibration_facts(target_facts(target_name, identity), dataset)
     write_calibration(place, report.record(facts), files.digest)
     return report
 

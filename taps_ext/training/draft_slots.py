@@ -30,9 +30,8 @@ class DraftSlots:
 
     truth: Tensor  # [S, H], the target's features, of which its lm_head makes the logits of the draw
     drafted: Tensor  # [D, S, H], the drafter's features for the same draw, by depth
-    reach: (
-        Tensor  # int64 [S], up to which depth a draft can have been made there: each is in an answer from its root on
-    )
+    # int64 [S], up to which depth a draft can have been made there: each is in an answer from its root on
+    reach: Tensor
     sequence: Tensor  # int64 [S], of which text, numbered from 0 in the order they were taken
 
     def __getitem__(self, index: Tensor) -> DraftSlots:
