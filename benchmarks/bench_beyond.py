@@ -10,6 +10,7 @@ two kinds of drafters for each of four domains. Parts:
   C  what a step costs with 1, 2, 4 and 8 drafters: forwards, rows of the lm_head, milliseconds
   D  levels that the stop rule leaves undrafted, one row at a time
   E  routing by evidence with other decays
+  F  the request's filters, applied to the target alone and to the drafter as well
 A cell is kept in the journal when it is done (`--journal`, by default beside the output): a second start goes on.
 Beside the JSON there are a table (.md) and a picture (.png). The last line printed is one line of JSON for programs.
 """
@@ -28,13 +29,29 @@ from typing import Any
 import beyond_picture
 import beyond_report
 import torch
-from beyond_cells import DECAY, REJECTION, ROWS, SWITCHING, Cell, CostCell, Settings, World, as_key, domain_of
-from provenance import commit, provenance, write_json
+from beyond_cells import (
+    DECAY,
+    PAPER,
+    REJECTION,
+    ROWS,
+    SUM,
+    SWITCHING,
+    TUNED,
+    Cell,
+    CostCell,
+    Settings,
+    World,
+    as_key,
+    code_digest,
+    domain_of,
+)
+from provenance import provenance, write_json
 from tqdm import tqdm
 
 NODES = (8, 16, 30, 60)
 SAMPLED = (1.0, 0.7)  # temperatures of one drafter, beside 0
 COMPOSED = (0.0, 1.0)  # temperatures of several
+FILTERS = ((10, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1))  # top_k, top_p, min_p
 DECAYS = (0.7, 0.8, 0.9, 0.95, 0.99)
 QUICK = Settings(prompts=2, max_new_tokens=24)
 
@@ -50,7 +67,7 @@ def coupled_cells(world: World) -> Iterator[Cell]:
             for nodes in NODES:
                 yield replace(one, nodes=nodes)
                 for temperature in SAMPLED:
-                    for more in ({}, {"drafting": "topk"}, {"way": REJECTION}):
+                    for more in ({}, {"drafting": "topk"}, {"way": REJECTION}, {"way": TUNED}):
                         yield replace(one, nodes=nodes, temperature=temperature, **more)
             for more in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "drafting": "topk"}):
                 yield replace(one, nodes=NODES[-1], places=1.0, **more)
@@ -64,10 +81,10 @@ def groups(world: World, each_set: bool) -> list[tuple[str, ...]]:
 
 
 def composed_cells(world: World, each_set: bool) -> Iterator[Cell]:
-    """Part B. At temperature 1 also the paper's way: confidence and the union, drafted without a look at the noise."""
+    """Part B. Where the drafters are the same from several seeds, the target was not trained on switching prompts."""
     for place, drafters in enumerate(groups(world, each_set)):
         for temperature in COMPOSED:
-            for domain in (*world.domains, SWITCHING):
+            for domain in world.domains if each_set else (*world.domains, SWITCHING):
                 one = Cell(world.name, drafters, "", domain, temperature, draw=place if each_set else 0)
                 yield from (replace(one, drafters=(name,), way="single") for name in drafters)
                 yield from compositions(one)
@@ -83,9 +100,14 @@ def compositions(one: Cell) -> Iterator[Cell]:
         return
     yield replace(one, way="entropy")
     yield replace(one, way="merged")
+    for decay in (None, DECAY):
+        yield replace(one, way=SUM, budget=60, decay=decay)
     if one.temperature > 0:
         yield replace(one, way="confidence", drafting="topk")
-        yield replace(one, way="merged", drafting="topk")
+        yield replace(one, way="merged", budget=60, drafting="topk")
+    if len(one.drafters) == 2:
+        yield from (replace(one, way=way) for way in PAPER)
+        yield replace(one, way="the paper's merging", nodes=119)
 
 
 def cost_cells(world: World) -> Iterator[CostCell]:
@@ -114,6 +136,14 @@ def decay_cells(world: World) -> Iterator[Cell]:
             yield from (replace(one, decay=decay) for decay in DECAYS)
 
 
+def filter_cells(world: World) -> Iterator[Cell]:
+    """Part F."""
+    for name in world.sets[0]:
+        for filters in FILTERS:
+            one = Cell(world.name, (name,), "single", domain_of(name), 1.0, filters=filters)
+            yield from (one, replace(one, drafting="topk"), replace(one, filters_drafter=True))
+
+
 def plan(seeds: World | None, four: World | None, parts: Sequence[str]) -> dict[str, list[AnyCell]]:
     """The cells of each part; parts share cells."""
     pairs = [(world, world is seeds) for world in (seeds, four) if world]
@@ -124,6 +154,7 @@ def plan(seeds: World | None, four: World | None, parts: Sequence[str]) -> dict[
         "C": [cell for world in widest if world for cell in cost_cells(world)],
         "D": [cell for world in widest if world for cell in stop_cells(world)],
         "E": [cell for world in widest if world for cell in decay_cells(world)],
+        "F": [cell for world, _ in pairs[:1] for cell in filter_cells(world)],
     }
     return {part: list(dict.fromkeys(cells)) for part, cells in found.items() if part in parts and cells}
 
@@ -175,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure coupled drafting, evidence and the stop rule.")
     parser.add_argument("--seeds", type=Path, help="a world whose sets are the same drafters from several seeds")
     parser.add_argument("--four", type=Path, help="a world of many domains, whose sets together are the many drafters")
-    parser.add_argument("--parts", nargs="+", choices=list("ABCDE"), default=list("ABCDE"))
+    parser.add_argument("--parts", nargs="+", choices=list("ABCDEF"), default=list("ABCDEF"))
     parser.add_argument("--output", type=Path, required=True, help="the results; a table and a picture go beside them")
     parser.add_argument("--journal", type=Path, help="where finished cells are kept (default: OUTPUT.jsonl)")
     parser.add_argument("--prompts", type=int, default=Settings.prompts, help="of each domain")
@@ -190,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folders = {"seeds": options.seeds, "four": options.four}
     worlds = {name: World(name, folder, settings) for name, folder in folders.items() if folder}
     told = {**asdict(settings), "worlds": {name: world.digest for name, world in worlds.items()}}
-    journal = Journal(options.journal or options.output.with_suffix(".jsonl"), {**told, "commit": commit()["revision"]})
+    journal = Journal(options.journal or options.output.with_suffix(".jsonl"), {**told, "code": code_digest()})
     cells = plan(worlds.get("seeds"), worlds.get("four"), options.parts)
     run(worlds, list(dict.fromkeys(cell for part in cells.values() for cell in part)), journal)
 

@@ -11,13 +11,17 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from beyond_counts import Counts, cost_a_step, counting, timed_steps
-from peers import RecursiveRejection
+from drafter_filters import filtering_drafters
+from peers import PaperWay, RecursiveRejection
+from peers.loop import Peer
+from peers.sum_merging import SumMerging
 from timing import no_garbage_collection
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,10 +34,15 @@ from taps_ext.tiny import corpus
 ROWS = 10  # of a batch
 DECAY = 0.9  # of the evidence, where no others are tried
 SWITCHING = "switching"  # prompts that change their domain half-way
-REJECTION = "recursive rejection"
+REJECTION, TUNED = "recursive rejection", "recursive rejection, sharpened"  # as published, and from a power of q
+PAPER = {"the paper's routing": "routed", "the paper's merging": "merged"}
+SUM = "merged by sum"
+NO_FILTERS = (0, 1.0, 0.0)
+SHARPNESSES = (1.0, 1.5, 2.2, 3.3, 5.0)
 PLACES_APART = 8  # tokens
 TIMED_PROMPTS = 12
 STEP_TOKENS = 9  # of a first step: the prefill's, one a level and the bonus token, and one more
+TUNING_PROMPTS = 40
 TUNING_SEED = 1  # of the prompts that the peer's trees are tuned on; seed 0 is what is measured
 
 
@@ -57,6 +66,8 @@ class Cell:
     draw: int = 0  # which noise: cells of one draw and one prompt have the same
     rows: int = ROWS  # of a batch
     share: float = 1.0  # of the domain's prompts
+    filters: tuple[int, float, float] = NO_FILTERS  # of the request: top_k, top_p, min_p
+    filters_drafter: bool = False  # on the drafter's side too
     places: float | None = None  # first steps at places of the plain texts of this temperature; None: whole texts
 
     @property
@@ -84,6 +95,11 @@ class Settings:
 
     prompts: int = 40  # of each domain
     max_new_tokens: int = 96
+
+
+def is_peer(cell: Cell) -> bool:
+    """Whether another system's way decodes it, with random numbers of its own."""
+    return cell.way in (REJECTION, TUNED, *PAPER)
 
 
 def domain_of(drafter: str) -> str:
@@ -119,19 +135,23 @@ class World:
         ]
         self.digest = _digest([folder / "target", *folders])
         self._prompts: dict[str, list[Any]] = {}
-        self._plain: dict[tuple[str, float, int], list[list[int]]] = {}
-        self._peers: dict[str, RecursiveRejection] = {}
+        self._plain: dict[tuple[Any, ...], list[list[int]]] = {}
+        self._peers: dict[tuple[str, tuple[str, ...]], Peer] = {}
 
     def decoder(self, cell: Cell) -> taps_ext.SpeculativeDecoder:
-        return taps_ext.SpeculativeDecoder(
+        decoder = taps_ext.SpeculativeDecoder(
             self.target,
             {name: self.drafters[name] for name in cell.drafters},
-            cell.way,
+            "merged" if cell.way == SUM else cell.way,
             shape=taps_ext.TreeShape(max_nodes=cell.nodes),
             max_nodes=cell.budget,
             drafting=cell.drafting,
             evidence_decay=cell.decay,
         )
+        if cell.way == SUM:
+            assert cell.budget is not None
+            decoder.composition = SumMerging(cell.budget, cell.decay)
+        return decoder
 
     def prompts(self, domain: str) -> list[Any]:
         """The domain's conversations up to a user turn."""
@@ -149,17 +169,22 @@ class World:
         )
         return batch["input_ids"], batch["attention_mask"]
 
-    def sampling(self, temperature: float, draw: int, first: int, count: int) -> taps_ext.SamplingParams:
+    def sampling(
+        self, temperature: float, draw: int, first: int, count: int, filters: tuple[int, float, float] = NO_FILTERS
+    ) -> taps_ext.SamplingParams:
         """A seed a prompt and draw, so that every way to decode a prompt meets the same noise."""
-        return taps_ext.SamplingParams(temperature, seed=[10_000 * draw + first + row for row in range(count)])
+        seeds = [10_000 * draw + first + row for row in range(count)]
+        return taps_ext.SamplingParams(temperature, *filters, seed=seeds)
 
-    def plain_texts(self, domain: str, temperature: float, draw: int) -> list[list[int]]:
-        """The new tokens of each of the domain's prompts by plain decoding."""
-        key = (domain, temperature, draw)
+    def plain_texts(self, cell: Cell) -> list[list[int]]:
+        """The new tokens of each prompt of the cell's domain by plain decoding, at the temperature of its places."""
+        domain, draw, filters = cell.domain, cell.draw, cell.filters
+        temperature = cell.temperature if cell.places is None else cell.places
+        key = (domain, temperature, draw, filters)
         if key not in self._plain:
             texts: list[list[int]] = []
             for first, tokens, mask in self._batches(domain, ROWS):
-                sampling = self.sampling(temperature, draw, first, len(tokens))
+                sampling = self.sampling(temperature, draw, first, len(tokens), filters)
                 length = self.settings.max_new_tokens
                 out = plain_generate(self.target, tokens, mask, sampling=sampling, max_new_tokens=length)
                 texts += out.new_tokens
@@ -173,20 +198,34 @@ class World:
         for first in range(0, len(prompts), rows):
             yield first, *self.encoded(prompts[first : first + rows])
 
-    def peer(self, drafter: str) -> RecursiveRejection:
-        if drafter not in self._peers:
-            prompts = corpus.prompts(domain_of(drafter), min(ROWS, self.settings.prompts), seed=TUNING_SEED)
-            tuning = [self.encoded([prompt])[0][0] for prompt in prompts]
-            length = self.settings.max_new_tokens
-            self._peers[drafter] = RecursiveRejection(self.target, self.drafters[drafter], tuning, tuning_tokens=length)
-        return self._peers[drafter]
+    def peer(self, cell: Cell) -> Peer:
+        """The competitor of a cell; what it is tuned on is not measured."""
+        key = (cell.way, cell.drafters)
+        if key not in self._peers:
+            drafters = {name: self.drafters[name] for name in cell.drafters}
+            if cell.way in PAPER:
+                self._peers[key] = PaperWay(self.target, drafters, PAPER[cell.way])
+            else:
+                self._peers[key] = self._rejection(cell.drafters[0], SHARPNESSES if cell.way == TUNED else (1.0,))
+        return self._peers[key]
+
+    def _rejection(self, drafter: str, sharpnesses: tuple[float, ...]) -> RecursiveRejection:
+        count = min(TUNING_PROMPTS, 4 * self.settings.prompts)
+        prompts = corpus.prompts(domain_of(drafter), count, seed=TUNING_SEED)
+        return RecursiveRejection(
+            self.target,
+            self.drafters[drafter],
+            [self.encoded([prompt])[0][0] for prompt in prompts],
+            tuning_tokens=self.settings.max_new_tokens,
+            sharpnesses=sharpnesses,
+        )
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """The cell's figures, of each prompt and in sum."""
         if cell.places is not None:
-            return self._measure_places(cell, cell.places)
-        stats, texts, counts = self._decoded_by_peer(cell) if cell.way == REJECTION else self._decoded(cell)
-        plain = self.plain_texts(cell.domain, cell.temperature, cell.draw) if texts is not None else None
+            return self._measure_places(cell)
+        stats, texts, counts = self._decoded_by_peer(cell) if is_peer(cell) else self._decoded(cell)
+        plain = self.plain_texts(cell) if texts is not None else None
         return {
             "accepted": [sum(row) for row in stats.num_accepted],
             "steps": [len(row) for row in stats.num_accepted],
@@ -198,15 +237,18 @@ class World:
 
     def _decoded(self, cell: Cell) -> tuple[taps_ext.DecodeStats, list[list[int]] | None, Counts]:
         decoder, runs, length = self.decoder(cell), [], self.settings.max_new_tokens
-        with counting(self.target) as counts:
+        with (
+            counting(self.target) as counts,
+            filtering_drafters(*cell.filters) if cell.filters_drafter else nullcontext(),
+        ):
             for first, tokens, mask in self._batches(cell.domain, cell.rows, cell.share):
-                sampling = self.sampling(cell.temperature, cell.draw, first, len(tokens))
+                sampling = self.sampling(cell.temperature, cell.draw, first, len(tokens), cell.filters)
                 runs.append(decoder.generate(tokens, mask, sampling=sampling, max_new_tokens=length))
         texts = [tokens for run in runs for tokens in run.new_tokens]
         return taps_ext.DecodeStats.joined([run.stats for run in runs]), texts, counts
 
     def _decoded_by_peer(self, cell: Cell) -> tuple[taps_ext.DecodeStats, None, Counts]:
-        peer, length = self.peer(cell.drafters[0]), self.settings.max_new_tokens
+        peer, length = self.peer(cell), self.settings.max_new_tokens
         runs = []
         for first, tokens, mask in self._batches(cell.domain, cell.rows, cell.share):
             prompts = [row[kept.bool()] for row, kept in zip(tokens, mask, strict=True)]
@@ -214,13 +256,13 @@ class World:
             runs.append(peer.generate(prompts, cell.temperature, cell.nodes, length, seed).stats)
         return taps_ext.DecodeStats.joined(runs), None, Counts()
 
-    def _measure_places(self, cell: Cell, temperature: float) -> dict[str, Any]:
+    def _measure_places(self, cell: Cell) -> dict[str, Any]:
         """Of first steps alone, so that two temperatures can be compared on the same text."""
-        texts = self.plain_texts(cell.domain, temperature, cell.draw)
+        texts = self.plain_texts(cell)
         begun = []  # the prompt, and its text up to a place
         for place, (prompt, text) in enumerate(zip(self.prompts(cell.domain), texts, strict=True)):
             tokens = self.encoded([prompt])[0][0].tolist()
-            ends = range(2, max(3, len(text) - STEP_TOKENS), PLACES_APART)
+            ends = range(2, len(text) - STEP_TOKENS, PLACES_APART)  # none of a text that is too short
             begun += [(place, [*tokens, *text[:end]]) for end in ends]
         decoder, accepted, steps, nodes = self.decoder(cell), [0] * len(texts), [0] * len(texts), 0
         for first in range(0, len(begun), cell.rows):
@@ -271,6 +313,16 @@ def cost_ways(cell: CostCell) -> dict[str, Cell]:
         "merged, 60, evidence": way("merged", budget=60, decay=DECAY),
         "merged": way("merged"),
     }
+
+
+def code_digest() -> str:
+    """Of the library, the native module and the benchmarks: results of two codes do not mix."""
+    found = hashlib.sha256()
+    here = Path(__file__).resolve().parent
+    package = Path(taps_ext.__file__).resolve().parent
+    for path in sorted([*here.rglob("*.py"), *package.rglob("*.py"), *package.glob("_C*.so")]):
+        found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return f"{found.hexdigest()[:16]}, {torch.get_num_threads()} threads of torch {torch.__version__}"
 
 
 def _digest(folders: Sequence[Path]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from beyond_cells import DECAY, SWITCHING, Cell, CostCell, domain_of
+from beyond_cells import DECAY, SUM, SWITCHING, Cell, CostCell, domain_of
 from beyond_sample import Sample
 
 MIXTURE = "mixture"  # of all domains
@@ -18,8 +18,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "merged, union": {"way": "merged"},
     "confidence": {"way": "confidence"},
     "entropy": {"way": "entropy"},
-    "confidence, top-k (the paper's way)": {"way": "confidence", "drafting": "topk"},
-    "merged, union, top-k (the paper's way)": {"way": "merged", "drafting": "topk"},
+    "merged by sum, 60 nodes, evidence": {"way": SUM, "budget": 60, "decay": DECAY},
+    "merged by sum, 60 nodes": {"way": SUM, "budget": 60},
+    "confidence, top-k": {"way": "confidence", "drafting": "topk"},
+    "merged, 60 nodes, top-k": {"way": "merged", "budget": 60, "drafting": "topk"},
+    "the paper's routing": {"way": "the paper's routing"},
+    "the paper's merging, 60 nodes": {"way": "the paper's merging"},
+    "the paper's merging, 119 nodes": {"way": "the paper's merging", "nodes": 119},
 }
 
 
@@ -116,8 +121,23 @@ class Figures:
 
     def has(self, panel: Panel, temperature: float, how: Mapping[str, Any]) -> bool:
         """Whether that was measured."""
-        one = Cell(panel.world, panel.groups[0], "", SWITCHING, temperature, draw=panel.draws[0])
+        one = Cell(panel.world, panel.groups[0], "", self.domains[panel.world][0], temperature, draw=panel.draws[0])
         return replace(one, **how).key in self.done
+
+    def switches(self, panel: Panel) -> bool:
+        """Whether prompts that switch domain were measured."""
+        cells = (cell for cell in self.parts["B"] if cell.drafters == panel.groups[0])
+        return any(cell.domain == SWITCHING for cell in cells)
+
+    def nodes(self, panel: Panel, temperature: float, **how: Any) -> float:
+        """Nodes that the target verified in a step, roots included, over all domains."""
+        cells = [
+            replace(Cell(panel.world, drafters, "", domain, temperature, draw=draw), **how)
+            for drafters, draw in zip(panel.groups, panel.draws, strict=True)
+            for domain in self.domains[panel.world]
+        ]
+        found = [self.done[cell.key] for cell in cells]
+        return float(sum(one["nodes"] for one in found)) / sum(sum(one["steps"]) for one in found)
 
     def singles(self, panel: Panel, column: str, temperature: float) -> dict[str, Sample]:
         places = range(len(panel.groups[0]))

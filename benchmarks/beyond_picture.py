@@ -66,7 +66,7 @@ def _draw_nodes(ax: Any, figures: Figures, domain: str, temperature: float) -> N
 
 
 def _draw_domains(ax: Any, figures: Figures, panel: Panel, temperature: float) -> None:
-    columns = [*figures.domains[panel.world], MIXTURE, SWITCHING]
+    columns = [*figures.domains[panel.world], MIXTURE, *([SWITCHING] if figures.switches(panel) else [])]
     width = 0.8 / len(SHOWN)
     for place, (name, colour) in enumerate(SHOWN.items()):
         found = [

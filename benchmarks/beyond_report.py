@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from beyond_cells import REJECTION, SWITCHING
+from beyond_cells import REJECTION, SWITCHING, TUNED, is_peer
 from beyond_figures import EVERYTHING, MIXTURE, WAYS, Figures, Panel
-from beyond_sample import claim, table
+from beyond_sample import Sample, claim, table
 
 from taps_ext.tree import TreeShape
 
@@ -23,23 +23,24 @@ class Report(Figures):
 
     def coupled_table(self) -> list[str]:
         domains, temperatures, nodes, _ = self.axes()
-        header = ["domain", "T", "nodes", "top-k", "coupled", "coupled - top-k", REJECTION, f"coupled - {REJECTION}"]
+        header = ["domain", "T", "nodes", "top-k", "coupled", "coupled - top-k", REJECTION, "sharpened"]
         rows = []
         for domain in domains:
             for temperature in temperatures:
                 for count in nodes:
-                    ways = [self.single(domain, temperature, count, how) for how in ("topk", "coupled", REJECTION)]
-                    topk, coupled, peer = ways
+                    names = ("topk", "coupled", REJECTION, TUNED)
+                    topk, coupled, *peers = [self.single(domain, temperature, count, name) for name in names]
+                    peer = max(peers, key=lambda sample: sample.length)
                     greedy = self.single(domain, 0.0, count, "coupled")
                     figures = [f"{topk.length:.2f}", f"**{coupled.length:.2f}**", str(coupled - topk)]
                     figures += [
-                        f"{peer.length:.2f}",
+                        *(f"{one.length:.2f}" for one in peers),
                         str(coupled - peer),
                         f"{greedy.length:.2f}",
                         str(coupled - greedy),
                     ]
                     rows.append([domain, f"{temperature:g}", str(count), *figures])
-        return table([*header, "T = 0", "coupled - T = 0"], rows)
+        return table([*header, "coupled - the better", "T = 0", "coupled - T = 0"], rows)
 
     def places_table(self) -> list[str]:
         rows = []
@@ -72,25 +73,30 @@ class Report(Figures):
         claims.append(claim(name, against_greedy, lambda gain: gain.value >= -gain.error))
         there = {domain: self.at_places(domain, 1.0) - self.at_places(domain, 0.0) for domain in domains}
         claims.append(claim(f"{name}, at the same places of the same texts", there, lambda g: g.value >= -g.error))
-        peer = {cell: self.single(*cell, "coupled") - self.single(*cell, REJECTION) for cell in places}
-        return [*claims, claim(f"coupled is above {REJECTION}", peer, lambda gain: gain.value > 0)]
+        peer = {cell: self.single(*cell, "coupled") - self.best_peer(*cell) for cell in places}
+        return [*claims, claim(f"coupled is above {REJECTION}, sharpened or not", peer, lambda gain: gain.value > 0)]
+
+    def best_peer(self, domain: str, temperature: float, nodes: int) -> Sample:
+        found = [self.single(domain, temperature, nodes, way) for way in (REJECTION, TUNED)]
+        return max(found, key=lambda sample: sample.length)
 
     # ---- B: several drafters
 
     def composed_table(self, panel: Panel, temperature: float) -> list[str]:
-        columns = [*self.domains[panel.world], MIXTURE, SWITCHING]
+        columns = [*self.domains[panel.world], MIXTURE, *([SWITCHING] if self.switches(panel) else [])]
         best = {column: self.matched(panel, column, temperature) for column in columns}
         rows = []
         for place in range(len(panel.groups[0])):
             lengths = [self.composed(panel, column, temperature, place=place).length for column in columns]
-            rows.append([f"single, {panel.name(place)}", *(f"{length:.2f}" for length in lengths)])
-        rows.append(["*best single there*", *(f"{best[column].length:.2f}" for column in columns)])
+            rows.append([f"single, {panel.name(place)}", "", *(f"{length:.2f}" for length in lengths)])
+        rows.append(["*best single there*", "60", *(f"{best[column].length:.2f}" for column in columns)])
         for name, how in WAYS.items():
             if not self.has(panel, temperature, how):
                 continue
             samples = {column: self.composed(panel, column, temperature, **how) for column in columns}
-            rows.append([name, *(f"{one.length:.2f} ({one - best[column]})" for column, one in samples.items())])
-        return table(["", *columns], rows)
+            figures = [f"{one.length:.2f} ({one - best[column]})" for column, one in samples.items()]
+            rows.append([name, f"{self.nodes(panel, temperature, **how):.0f}", *figures])
+        return table(["", "nodes a step", *columns], rows)
 
     def composed_claims(self, panel: Panel) -> list[dict[str, Any]]:
         domains, evidence, merged = self.domains[panel.world], WAYS["evidence"], WAYS["merged, 60 nodes, evidence"]
@@ -100,7 +106,7 @@ class Report(Figures):
                 own, cell = self.matched(panel, domain, temperature), (domain, temperature)
                 routed[cell] = self.composed(panel, domain, temperature, **evidence) - own
                 weighted[cell] = self.composed(panel, domain, temperature, **merged) - own
-            for column in (MIXTURE, SWITCHING, EVERYTHING):
+            for column in (MIXTURE, SWITCHING, EVERYTHING) if self.switches(panel) else (MIXTURE,):
                 ours = self.composed(panel, column, temperature, **merged)
                 above[column, temperature] = ours - self.matched(panel, column, temperature)
         title = panel.title
@@ -152,10 +158,21 @@ class Report(Figures):
                 rows.append([f"{temperature:g}", f"{decay:g}", *(f"{sample.length:.2f}" for sample in samples)])
         return table(["T", "decay", *columns], rows)
 
+    def filter_table(self) -> list[str]:
+        cells = self.parts["F"]
+        rows = []
+        for domain, filters in dict.fromkeys((cell.domain, cell.filters) for cell in cells):
+            own = [cell for cell in cells if (cell.domain, cell.filters) == (domain, filters)]
+            alone, topk, both = (self.sample([cell]) for cell in own)
+            name = ", ".join(f"{k} {v:g}" for k, v in zip(("top-k", "top-p", "min-p"), filters, strict=True))
+            lengths = [f"{sample.length:.2f}" for sample in (topk, alone, both)]
+            rows.append([domain, name, *lengths, str(both - alone)])
+        return table(["domain", "filters", "top-k drafting", "coupled", "coupled, drafter filtered", "gained"], rows)
+
     # ---- all of it
 
     def text_claim(self) -> dict[str, Any]:
-        found = [self.done[cell.key] for cell in self.every() if cell.way != REJECTION and cell.places is None]
+        found = [self.done[cell.key] for cell in self.every() if not is_peer(cell) and cell.places is None]
         same, texts = sum(one["identical"] for one in found), sum(len(one["steps"]) for one in found)
         detail = f"{same} of {texts} texts in {len(found)} cells"
         return {"claim": "every text is plain decoding's", "holds": same == texts, "detail": detail}
@@ -180,6 +197,8 @@ class Report(Figures):
             found["C. What a step costs, T = 1"] = self.cost_table()
         if "D" in self.parts:
             found[f"D. Levels drafted a step, of {DEPTH}"] = self.stop_table()
+        if "F" in self.parts:
+            found["F. The request's filters on the drafter's side, T = 1"] = self.filter_table()
         for panel in self.panels("E"):
             found[f"E. Routing by evidence, {panel.title}"] = self.decay_table(panel)
         return found

@@ -48,8 +48,8 @@ class Sample:
 
     @property
     def length(self) -> float:
-        """Acceptance length."""
-        return sum(self.tokens.values()) / sum(self.steps.values())
+        """Acceptance length; NaN without a step."""
+        return math.nan if not any(self.steps.values()) else sum(self.tokens.values()) / sum(self.steps.values())
 
     def __sub__(self, other: Sample) -> Difference:
         """Paired by prompt."""

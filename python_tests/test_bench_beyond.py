@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_beyond
+import beyond_cells
 import beyond_counts
 import beyond_sample
 from beyond_cells import Cell, Settings, World, domain_of, set_of
@@ -51,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, folder: Path, output: Path, *more: str) -> dict[str, Any]:
     monkeypatch.setattr(bench_beyond, "NODES", (8,))
     monkeypatch.setattr(bench_beyond, "SAMPLED", (1.0,))
-    monkeypatch.setattr(bench_beyond, "QUICK", Settings(prompts=1, max_new_tokens=8))
+    monkeypatch.setattr(bench_beyond, "QUICK", Settings(prompts=1, max_new_tokens=16))
+    monkeypatch.setattr(beyond_cells, "SHARPNESSES", (2.0,))
+    monkeypatch.setattr(beyond_cells, "TUNING_PROMPTS", 1)
     bench_beyond.main(["--seeds", str(folder), "--quick", "--output", str(output), *more])
     found: dict[str, Any] = json.loads(output.read_text())
     return found
@@ -85,9 +88,10 @@ def test_a_journal_of_other_settings_is_refused(monkeypatch: pytest.MonkeyPatch,
 def test_every_other_part_makes_its_tables(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_beyond, "DECAYS", (0.9,))
     monkeypatch.setattr(bench_beyond, "COMPOSED", (1.0,))
-    found = run(monkeypatch, folder, tmp_path / "b.json", "--parts", "B", "C", "D", "E")
+    monkeypatch.setattr(bench_beyond, "FILTERS", ((10, 1.0, 0.0),))
+    found = run(monkeypatch, folder, tmp_path / "b.json", "--parts", "B", "C", "D", "E", "F")
     text = (tmp_path / "b.md").read_text()
-    assert [text.count(f"\n## {part}.") for part in "ABCDE"] == [0, 1, 1, 1, 1]
+    assert [text.count(f"\n## {part}.") for part in "ABCDEF"] == [0, 1, 1, 1, 1, 1]
     assert (tmp_path / "b.png").stat().st_size > 10_000
     (cost,) = (cost for cost in found["costs"] if cost["rows"] == 1)
     assert all(way["step_ms"]["median"] > way["drafting_ms"]["median"] > 0 for way in cost["ways"].values())
