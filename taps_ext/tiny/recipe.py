@@ -26,13 +26,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..drafters import average_drafters
 from ..training import TokenDataset
+from ..training.calibrating import CalibrationSettings, calibrate_drafter
 from ..training.chat_format import ChatFormat
 from ..training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
 from ..training.config import Recipe as TrainingRecipe
 from ..training.conversations import Conversation
+from ..training.data import prepare
 from ..training.progress import choose
 from ..training.regeneration import regenerate
 from ..training.run import train
+from ..training.trainer import ENOUGH_TOKENS
 from .corpus import (
     ALL_DOMAINS,
     DOMAINS,
@@ -156,14 +159,29 @@ def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
         _write_facts(recipe, facts, output)
     facts["texts"] = _write_texts(recipe, output)
     facts["runs"] = _train_all(recipe, output)
-    facts["drafters"] = {}
-    for method, domain, seed in product(recipe.shipped, recipe.domains, recipe.seeds):
-        run, folder = recipe.run(method, domain, seed), recipe.folder(method, domain, seed)
-        shutil.copytree(output / "runs" / run / "final", output / "drafters" / folder)
-        facts["drafters"][folder] = {"run": run}
+    facts["drafters"] = _ship(recipe, output)
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     _write_facts(recipe, facts, output)
+
+
+def _ship(recipe: Recipe, output: Path) -> dict[str, Any]:
+    """The specialists in drafters/, calibrated on what was held out of their texts; facts about them."""
+    fresh, facts = output / ".drafters", {}
+    shutil.rmtree(fresh, ignore_errors=True)
+    target = AutoModelForCausalLM.from_pretrained(output / "target", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(output / "target")
+    for method, domain, seed in product(recipe.shipped, recipe.domains, recipe.seeds):
+        run, folder = recipe.run(method, domain, seed), recipe.folder(method, domain, seed)
+        shutil.copytree(output / "runs" / run / "final", fresh / folder)
+        asked = _training_recipe(recipe, recipe.methods[method], domain, seed, output / "runs" / run)
+        data = prepare(asked.data, tokenizer)
+        is_enough = data.validation and sum(data.validation.num_learned) >= ENOUGH_TOKENS
+        texts = data.validation if data.validation and is_enough else data.training
+        calibrate_drafter(fresh / folder, target, texts, CalibrationSettings(seed=seed), target_name="target")
+        facts[folder] = {"run": run}
+    fresh.rename(output / "drafters")
+    return facts
 
 
 def _make_target(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -256,6 +274,7 @@ def _training_recipe(recipe: Recipe, method: Method, mixture: str, seed: int, ru
             seed=seed,
             validate_every=steps,
             save_every=steps,
+            calibrate=False,  # outside the time that is compared, and of those in drafters/ alone
         ),
     )
 
