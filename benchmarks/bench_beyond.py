@@ -30,7 +30,6 @@ import beyond_picture
 import beyond_report
 import torch
 from beyond_cells import (
-    DECAY,
     PAPER,
     REJECTION,
     ROWS,
@@ -47,6 +46,8 @@ from beyond_cells import (
 )
 from provenance import provenance, write_json
 from tqdm import tqdm
+
+from taps_ext.composition import EVIDENCE_DECAY
 
 NODES = (8, 16, 30, 60)
 SAMPLED = (1.0, 0.7)  # temperatures of one drafter, beside 0
@@ -92,15 +93,15 @@ def composed_cells(world: World, each_set: bool) -> Iterator[Cell]:
 
 def compositions(one: Cell) -> Iterator[Cell]:
     """The ways to compose the drafters of a cell; of more than four only the main ones, which take their time."""
-    yield replace(one, way="evidence", decay=DECAY)
+    yield replace(one, way="evidence", decay=EVIDENCE_DECAY)
     yield replace(one, way="confidence")
     yield replace(one, way="merged", budget=60)
-    yield replace(one, way="merged", budget=60, decay=DECAY)
+    yield replace(one, way="merged", budget=60, decay=EVIDENCE_DECAY)
     if len(one.drafters) > 4:
         return
     yield replace(one, way="entropy")
     yield replace(one, way="merged")
-    for decay in (None, DECAY):
+    for decay in (None, EVIDENCE_DECAY):
         yield replace(one, way=SUM, budget=60, decay=decay)
     if one.temperature > 0:
         yield replace(one, way="confidence", drafting="topk")

@@ -27,12 +27,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import taps_ext
+from taps_ext.composition import EVIDENCE_DECAY
 from taps_ext.plain_generation import plain_generate
 from taps_ext.target import TargetModel
 from taps_ext.tiny import corpus
 
 ROWS = 10  # of a batch
-DECAY = 0.9  # of the evidence, where no others are tried
 SWITCHING = "switching"  # prompts that change their domain half-way
 REJECTION, TUNED = "recursive rejection", "recursive rejection, sharpened"  # as published, and from a power of q
 PAPER = {"the paper's routing": "routed", "the paper's merging": "merged"}
@@ -307,10 +307,10 @@ def cost_ways(cell: CostCell) -> dict[str, Cell]:
 
     return {
         "single": Cell(cell.world, cell.drafters[:1], "single", "", cell.temperature),
-        "evidence": way("evidence", decay=DECAY),
+        "evidence": way("evidence", decay=EVIDENCE_DECAY),
         "confidence": way("confidence"),
         "merged, 60": way("merged", budget=60),
-        "merged, 60, evidence": way("merged", budget=60, decay=DECAY),
+        "merged, 60, evidence": way("merged", budget=60, decay=EVIDENCE_DECAY),
         "merged": way("merged"),
     }
 

@@ -6,19 +6,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from beyond_cells import DECAY, SUM, SWITCHING, Cell, CostCell, domain_of
+from beyond_cells import SUM, SWITCHING, Cell, CostCell, domain_of
 from beyond_sample import Sample
+
+from taps_ext.composition import EVIDENCE_DECAY
 
 MIXTURE = "mixture"  # of all domains
 EVERYTHING = "mixture and switching"
 WAYS: dict[str, dict[str, Any]] = {
-    "evidence": {"way": "evidence", "decay": DECAY},
-    "merged, 60 nodes, evidence": {"way": "merged", "budget": 60, "decay": DECAY},
+    "evidence": {"way": "evidence", "decay": EVIDENCE_DECAY},
+    "merged, 60 nodes, evidence": {"way": "merged", "budget": 60, "decay": EVIDENCE_DECAY},
     "merged, 60 nodes": {"way": "merged", "budget": 60},
     "merged, union": {"way": "merged"},
     "confidence": {"way": "confidence"},
     "entropy": {"way": "entropy"},
-    "merged by sum, 60 nodes, evidence": {"way": SUM, "budget": 60, "decay": DECAY},
+    "merged by sum, 60 nodes, evidence": {"way": SUM, "budget": 60, "decay": EVIDENCE_DECAY},
     "merged by sum, 60 nodes": {"way": SUM, "budget": 60},
     "confidence, top-k": {"way": "confidence", "drafting": "topk"},
     "merged, 60 nodes, top-k": {"way": "merged", "budget": 60, "drafting": "topk"},

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor
 
 import taps_ext as taps
 from taps_ext import ops
-from taps_ext.composition import make_composition
+from taps_ext.composition import EVIDENCE_DECAY, make_composition
 from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters, evidence
 from taps_ext.drafters.eagle_group import EagleGroup
 from taps_ext.tree import TreeShape
@@ -25,9 +25,14 @@ from taps_ext.tree import TreeShape
 SHAPE = TreeShape(depth=4, branching=4, max_nodes=16)
 
 
-def discounted(log_q: Tensor, first: int, decay: float) -> float:
-    """Of float64 log-probabilities [T], token by token, the sum from `first` on, discounted to the last one."""
-    return float(sum(value * decay ** (len(log_q) - 1 - j) for j, value in enumerate(log_q.tolist()) if j >= first))
+def discounted(log_q: Tensor, prompt_length: int, decay: float) -> float:
+    """Of float64 log-probabilities [T], token by token, what evidence sums; `prompt_length` tokens were seen at first.
+
+    The last one of these is the answer's first.
+    """
+    counted = {j: 1.0 if j >= prompt_length - 1 else evidence.PROMPT_WEIGHT for j in range(1, len(log_q))}
+    counted = {j: weight for j, weight in counted.items() if j > prompt_length - evidence.MOST_SLOTS}
+    return sum(weight * float(log_q[j]) * decay ** (len(log_q) - 1 - j) for j, weight in counted.items())
 
 
 def told_of(output: Tensor, head: Tensor, next_tokens: Tensor) -> Tensor:
@@ -54,9 +59,9 @@ def test_evidence_is_the_discounted_log_probability_of_the_text(decay: float) ->
     drafters = drafters_of_all_kinds()
     grouped, text = GroupedDrafters(drafters), Text(new_literal_target(), 5, 130)
     states = grouped.reset(5, decay=decay)
-    prompt_lengths = [100, 12, evidence.MOST_SLOTS + 1, 1, 0]
+    prompt_lengths = [100, 12, evidence.MOST_SLOTS + 1, 1, 4]
     # A row may end, and observe no more, and a row may begin after the others.
-    for counts in (prompt_lengths, [1, 3, 0, 4, 4], [2, 0, 0, 1, 1], [0, 0, 5, 2, 3]):
+    for counts in ([*prompt_lengths[:4], 0], [1, 3, 0, 4, prompt_lengths[4]], [2, 0, 0, 1, 1], [0, 0, 5, 2, 3]):
         grouped.observe(states, *text.block(counts), counts)
         found = grouped.evidence(states)
         assert found.shape == (4, 5) and found.dtype == torch.float32
@@ -64,8 +69,7 @@ def test_evidence_is_the_discounted_log_probability_of_the_text(decay: float) ->
         for (d, drafter), b in ((pair, b) for pair in enumerate(drafters) for b in range(5) if text.fed[b] > 0):
             tokens = text.tokens[b, 1 : text.fed[b] + 1]
             output = literal_layer(drafter, text.features[b, : text.fed[b]].double(), tokens)
-            first = max(1, prompt_lengths[b] - evidence.MOST_SLOTS + 1)
-            expected = discounted(told_of(output, drafter.lm_head.weight, tokens), first, decay)
+            expected = discounted(told_of(output, drafter.lm_head.weight, tokens), prompt_lengths[b], decay)
             assert float(found[d, b]) == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -150,7 +154,7 @@ def test_a_decoder_goes_by_the_evidence_of_the_committed_text(options: dict[str,
     steps = texts_and_evidence(decoder, ids, mask, sampling=sampling, max_new_tokens=[30, 4, 22, 30], eos_token_id=())
     networks = [deepcopy(drafter.network).double() for drafter in drafters.values()]
     embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
-    decay, num_checked, choices = options.get("evidence_decay", 0.9), 0, set()
+    decay, num_checked, choices = options.get("evidence_decay", EVIDENCE_DECAY), 0, set()
     for rows, found in steps:
         assert bool(found.isfinite().all())
         for b, row in enumerate(rows):
@@ -162,7 +166,7 @@ def test_a_decoder_goes_by_the_evidence_of_the_committed_text(options: dict[str,
             for network in networks:
                 output = network(embedding(text[:, 1:]).double(), features[:, :-1].double(), positions[None, :-1])
                 told = told_of(output[0], lm_head.weight, text[0, 1:])
-                expected.append(discounted(told, max(1, lengths[b] - evidence.MOST_SLOTS + 1), decay))
+                expected.append(discounted(told, lengths[b], decay))
             assert found[:, b].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-3)
             if options["composition"] == "evidence":
                 assert row[1] == list(drafters)[expected.index(max(expected))]
@@ -263,7 +267,7 @@ def test_the_choice_follows_a_text_that_switches_its_domain() -> None:
     text = torch.cat([sentences("math", 1, 30, seed=8), sentences("chat", 1, 40, seed=9)], dim=1)[0]
     assert int(text[30]) == DOMAIN_TOKENS["chat"]
     arguments: dict[str, Any] = {"logits_processor": [Script(text)], "max_new_tokens": 58}
-    for decay in (0.5, 0.9):
+    for decay in (0.5, EVIDENCE_DECAY):
         decoder = taps.SpeculativeDecoder(
             trained_target(), trained_drafters(), "evidence", shape=SHAPE, evidence_decay=decay
         )

@@ -262,12 +262,6 @@ def test_the_joint_frequency_of_three_tokens_is_the_targets(way: str) -> None:
     assert chi_square_excess(small_vocabulary_decoder(**WAYS[way])) < 4
 
 
-def root_only(tokens: Tensor) -> taps.DraftTree:
-    """Trees of nothing but a root; tokens [B]."""
-    count = torch.ones_like(tokens)
-    return taps.DraftTree(tokens[:, None], -count[:, None], torch.zeros(len(tokens), 1), count)
-
-
 def count_twice(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
     """A second draw for trees of which the first took nothing: every sibling counts twice."""
     first = verify(logits, tree, sampling, positions)
@@ -287,7 +281,9 @@ def trust_the_drafter(logits: Tensor, tree: taps.DraftTree, sampling: Any, posit
         return found
     child = tree.tokens[:, 1]
     bonus = torch.where(
-        take, verify(logits[:, 1:2], root_only(child), sampling, positions + 1).bonus_tokens, found.bonus_tokens
+        take,
+        verify(logits[:, 1:2], taps.DraftTree.of_roots(child), sampling, positions + 1).bonus_tokens,
+        found.bonus_tokens,
     )
     path, tokens = found.path.clone(), found.tokens.clone()
     path[take, 1] = 1
@@ -303,7 +299,9 @@ def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling:
     is_child = (tree.parents == last[:, None]) & tree.is_node()
     left = logits[rows, last].clone()
     left[rows[:, None].expand_as(is_child)[is_child], tree.tokens[is_child]] = -torch.inf
-    fresh = verify(left[:, None], root_only(tree.tokens[:, 0]), sampling, positions + found.num_accepted + 1_000_000)
+    fresh = verify(
+        left[:, None], taps.DraftTree.of_roots(tree.tokens[:, 0]), sampling, positions + found.num_accepted + 1_000_000
+    )
     tokens = found.tokens.scatter(1, found.num_accepted[:, None], fresh.bonus_tokens[:, None])
     return Acceptance(found.path, found.num_accepted, tokens, fresh.bonus_tokens, found.is_invalid)
 

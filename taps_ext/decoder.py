@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Collection, Generator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -22,9 +20,8 @@ from .state import DecodeState, RowText, StepEvent, StepRecord
 from .stats import DecodeStats
 from .target import TargetModel
 from .tree import DraftTree, TreeShape
+from .used_drafters import used_drafters, warn_of_uncalibrated
 from .verification import Acceptance, verify
-
-LIBRARIES = ("taps_ext", "transformers", "torch")  # through which a call may come
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class SpeculativeDecoder:
         max_nodes: the node budget of a merged tree; None verifies the whole union.
         drafting: "coupled" lets calibrated drafters look at the noise that the target will draw with, so that they
             propose what it is about to draw; "topk" proposes what is likely. The same at temperature 0.
-        evidence_decay: what is left of the evidence for a drafter after a token. "evidence" has 0.9 by default;
+        evidence_decay: what is left of the evidence for a drafter after a token. "evidence" has 0.95 by default;
             "merged" weights its scores by evidence where this is given.
         joint_budget: the nodes that all rows of a batch verify together in a step, roots included: the best ones,
             wherever they are.
@@ -78,7 +75,7 @@ class SpeculativeDecoder:
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
         self._use = composition, drafter
-        self.drafters = _used_drafters(drafters, composition, drafter, self.target)
+        self.drafters = used_drafters(drafters, composition, drafter, self.target)
         self.grouped_drafters = GroupedDrafters(list(self.drafters.values()))
 
     def with_drafters(self, drafters: Mapping[str, Drafter], drafter: str | None = None) -> SpeculativeDecoder:
@@ -93,7 +90,7 @@ class SpeculativeDecoder:
             drafter = name
         other = copy(self)
         other._use = composition, drafter
-        other.drafters = _used_drafters(drafters, composition, drafter, self.target)
+        other.drafters = used_drafters(drafters, composition, drafter, self.target)
         other.grouped_drafters = GroupedDrafters(list(other.drafters.values()))
         return other
 
@@ -187,7 +184,7 @@ class SpeculativeDecoder:
         sampling = request.sampling.rows(batch_size, device)
         looks = self.drafting == "coupled" and request.sampling.is_sampled
         if looks:
-            _warn_of_uncalibrated(self.drafters)
+            warn_of_uncalibrated(self.drafters)
         return DecodeState(
             kv=self.target.new_cache(batch_size),
             drafter_states=self.grouped_drafters.reset(batch_size, sampling if looks else None, self.composition.decay),
@@ -208,7 +205,7 @@ class SpeculativeDecoder:
         scored = self.target.prefill(tokens, request.prompt_lengths, state.kv)
         lengths = torch.tensor(request.prompt_lengths, device=tokens.device)
         last = lengths[:, None] - 1
-        root = _root_only(tokens.gather(1, last))
+        root = DraftTree.of_roots(tokens.gather(1, last)[:, 0])
         acceptance, log_probs = self._verify(request, state, root, scored.logits, positions=lengths)
         event = state.advance(StepRecord.fetch(root, acceptance, lengths, log_probs=log_probs, is_prefill=True))
         state.prefix_lengths = lengths
@@ -292,25 +289,6 @@ def _result(request: Request, state: DecodeState) -> GenerationResult:
     )
 
 
-def _root_only(tokens: Tensor) -> DraftTree:
-    """Trees of nothing but a root; tokens [B, 1]."""
-    count = torch.ones_like(tokens[:, 0])
-    return DraftTree(tokens, torch.full_like(tokens, -1), torch.zeros_like(tokens, dtype=torch.float32), count)
-
-
-def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> None:
-    if drafter.vocab_size != target.vocab_size:
-        raise ValueError(
-            f"drafter {name!r} has vocabulary {drafter.vocab_size}, the target {target.vocab_size}; "
-            "use a drafter trained on this target's tokenizer"
-        )
-    if drafter.hidden_size != target.config.hidden_size:
-        raise ValueError(
-            f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
-            f"{target.config.hidden_size}; use a drafter trained for this target"
-        )
-
-
 def check_drafting(drafting: str) -> str:
     """`drafting`; ValueError unless it is one of the two."""
     if drafting not in ("coupled", "topk"):
@@ -322,47 +300,3 @@ def _check_joint_budget(joint_budget: int | None) -> int | None:
     if joint_budget is None or (isinstance(joint_budget, int) and joint_budget is not True and joint_budget >= 1):
         return joint_budget
     raise ValueError(f"joint_budget must be an integer of at least 1, got {joint_budget!r}")
-
-
-def _warn_of_uncalibrated(drafters: Mapping[str, Drafter]) -> None:
-    if names := ", ".join(name for name, drafter in drafters.items() if drafter.calibration is None):
-        warnings.warn(
-            f"not calibrated, and drafted as with drafting='topk': {names}; to accept more at temperatures above 0, "
-            f"run: taps-ext calibrate DRAFTER --target TARGET --data FILE",
-            stacklevel=_level_of_caller(),
-        )
-
-
-def _level_of_caller() -> int:
-    """The `stacklevel` of whoever called this library, whether or not transformers stands between."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
-        frame, level = frame.f_back, level + 1
-    return level
-
-
-def _used_drafters(
-    drafters: Mapping[str, Drafter], composition: str, name: str | None, target: TargetModel
-) -> dict[str, Drafter]:
-    """Those that the composition uses, each of the target's sizes."""
-    if not isinstance(drafters, Mapping):
-        raise ValueError(f"drafters must be a dict from name to drafter, got {type(drafters).__name__}")
-    if not 1 <= len(drafters) <= 63:
-        raise ValueError(f"give 1 to 63 drafters, got {len(drafters)}")
-    used = dict(drafters)
-    if composition == "single":
-        used = _single_drafter(used, name)
-    elif name is not None:
-        raise ValueError(f'drafter={name!r} goes with composition="single", got {composition!r}')
-    for one, drafter in used.items():
-        _refuse_other_sizes(one, drafter, target)
-    return used
-
-
-def _single_drafter(drafters: dict[str, Drafter], name: str | None) -> dict[str, Drafter]:
-    if name is None and len(drafters) > 1:
-        raise ValueError(f'composition="single" needs drafter=..., one of {", ".join(drafters)}')
-    chosen = name if name is not None else next(iter(drafters))
-    if chosen not in drafters:
-        raise ValueError(f"drafter must be one of {', '.join(drafters)}, got {chosen!r}")
-    return {chosen: drafters[chosen]}

@@ -97,6 +97,5 @@ def _draws(model: Any, request: Request) -> Iterator[Tensor]:
 
 
 def _draw(logits: Tensor, sampling: SamplingRows, positions: Tensor) -> Tensor:
-    root_only = torch.zeros(len(logits), 1, dtype=torch.int64, device=logits.device)
-    tree = DraftTree(root_only, root_only - 1, torch.zeros_like(root_only, dtype=torch.float32), root_only[:, 0] + 1)
-    return verify(logits, tree, sampling, positions).bonus_tokens
+    roots = DraftTree.of_roots(torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    return verify(logits, roots, sampling, positions).bonus_tokens

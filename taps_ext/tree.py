@@ -27,6 +27,13 @@ class DraftTree:
     proposers: Tensor | None = None  # int64 [B, N], bit d set: drafter d put this node here (at most 63 drafters)
     entropies: Tensor | None = None  # float32 [B, N], nats, of the distribution that proposed the node; 0 at the root
 
+    @classmethod
+    def of_roots(cls, tokens: Tensor) -> DraftTree:
+        """Trees of nothing but a root; `tokens` int64 [B]."""
+        tokens = tokens[:, None]
+        zeros = torch.zeros_like(tokens, dtype=torch.float32)
+        return cls(tokens, torch.full_like(tokens, -1), zeros, torch.ones_like(tokens[:, 0]), entropies=zeros)
+
     @property
     def batch_size(self) -> int:
         return self.tokens.shape[0]
@@ -51,6 +58,24 @@ class DraftTree:
             scores=self.scores[:, :capacity],
             proposers=None if self.proposers is None else self.proposers[:, :capacity],
             entropies=None if self.entropies is None else self.entropies[:, :capacity],
+        )
+
+    def padded(self, capacity: int) -> DraftTree:
+        """The same trees in `capacity` slots, at least as many as there are."""
+        more = capacity - self.capacity
+        if more == 0:
+            return self
+
+        def pad(values: Tensor | None, value: float = 0) -> Any:
+            return None if values is None else torch.nn.functional.pad(values, (0, more), value=value)
+
+        return replace(
+            self,
+            tokens=pad(self.tokens),
+            parents=pad(self.parents),
+            scores=pad(self.scores, -torch.inf),
+            proposers=pad(self.proposers),
+            entropies=pad(self.entropies),
         )
 
     def validate(self) -> None:

@@ -12,7 +12,7 @@ from .single import Single
 
 __all__ = ["COMPOSITIONS", "EVIDENCE_DECAY", "Composed", "Composition", "make_composition", "share_budget"]
 
-EVIDENCE_DECAY = 0.9  # a token; the evidence of 22 tokens ago counts a tenth
+EVIDENCE_DECAY = 0.95  # a token; the evidence of 45 tokens ago counts a tenth
 
 COMPOSITIONS: dict[str, Callable[[int | None, float | None], Composition]] = {
     "single": lambda max_nodes, decay: Single(),
@@ -28,7 +28,7 @@ def make_composition(name: str, max_nodes: int | None = None, evidence_decay: fl
 
     Args:
         max_nodes: the node budget of a merged tree; None: the whole union.
-        evidence_decay: how much of the evidence for a drafter is left after a token. "evidence" has 0.9 by default,
+        evidence_decay: how much of the evidence for a drafter is left after a token. "evidence" has 0.95 by default,
             "merged" weights its scores by evidence where it is given.
     """
     if name not in COMPOSITIONS:

@@ -11,7 +11,6 @@ Source: EAGLE-2 (arXiv 2406.16858), section 4. Dims: D drafters, B rows, R = D *
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,56 +21,11 @@ from ..tree import DraftTree, TreeShape
 from . import evidence
 from .base import DrafterState
 from .calibration import Calibration
-from .coupling import CoupledRows, couple
+from .coupling import couple
 from .eagle_network import EagleNetwork
 from .eagle_stack import EagleStack
-from .levels import Level, capacity_of, is_complete, root_only, scatter_rows, split, to_tree
-
-MIN_CAPACITY = 256  # slots; capacities are powers of two, so a growth at least doubles
-
-
-@dataclass(eq=False)
-class EagleState(DrafterState):
-    """One call's caches. The rows' lengths are known on the host too, so that drafting reads no device value."""
-
-    lengths: Tensor  # int64 [B], observed slots
-    row_lengths: list[int]  # the same on the host
-    last_output: Tensor  # [D, B, H], the output of each row's last observed slot
-    keys: Tensor  # [D, B, kv_heads, capacity, head_dim]
-    values: Tensor  # [D, B, kv_heads, capacity, head_dim]
-    coupled: CoupledRows | None = None  # None: drafted without a look at the noise
-    decay: float | None = None  # of the evidence; None: none is kept
-    evidence: Tensor | None = None  # float32 [D, B]
-    last_logits: Tensor | None = None  # [D, B, V], of `last_output`, where evidence is kept
-
-    @property
-    def kv_length(self) -> int:
-        """The longest row's length."""
-        return max(self.row_lengths)
-
-    @property
-    def capacity(self) -> int:
-        """Slots of a row in the cache, committed and transient."""
-        return self.keys.shape[3]
-
-    def part(self, drafter: int, rows: Sequence[int], places: Tensor | slice, num_slots: int) -> EagleState:
-        """One drafter's state of some rows, to draft from: it may share memory with this one, past the rows' ends.
-
-        `places` are the rows again, on the device; `num_slots` are as many as the caches need.
-        """
-
-        def some(values: Tensor) -> Tensor:
-            return values[drafter : drafter + 1, places]
-
-        return EagleState(
-            lengths=self.lengths[places],
-            row_lengths=[self.row_lengths[row] for row in rows],
-            last_output=some(self.last_output),
-            keys=some(self.keys[..., :num_slots, :]),
-            values=some(self.values[..., :num_slots, :]),
-            coupled=None if self.coupled is None else self.coupled.part(drafter, places),
-            last_logits=None if self.last_logits is None else some(self.last_logits),
-        )
+from .eagle_state import EagleState, own_state
+from .levels import Level, capacity_of, is_complete, scatter_rows, split, to_tree
 
 
 class EagleGroup:
@@ -126,7 +80,7 @@ class EagleGroup:
         counts: Sequence[int] | None = None,
     ) -> None:
         """See `Drafter.observe`."""
-        state = _own(state)
+        state = own_state(state)
         self._check_observed(state, features, next_tokens, num_tokens)
         counts = num_tokens.tolist() if counts is None else counts
         num_slots = max(counts)
@@ -151,7 +105,10 @@ class EagleGroup:
     def _keep_evidence(self, state: EagleState, out: Tensor, tokens: Tensor, num_tokens: Tensor, decay: float) -> None:
         """Discount the evidence by the tokens observed, and add what their predictions say."""
         assert state.evidence is not None
-        found, logits = evidence.observed(out, tokens, num_tokens, decay, self._logits, self.config.vocab_size)
+        is_prompt = state.lengths == 0
+        found, logits = evidence.observed(
+            out, tokens, num_tokens, is_prompt, decay, self._logits, self.config.vocab_size
+        )
         is_observed = num_tokens > 0
         if state.last_logits is not None:  # the first token was predicted by the slot before
             first = evidence.log_probability(state.last_logits, tokens[:, 0].expand(len(self.networks), -1))
@@ -168,7 +125,7 @@ class EagleGroup:
         """
         start, every = state.kv_length, (len(self.networks), -1, -1, -1)
         end = start + len(slots)
-        _reserve(state, end)
+        state.reserve(end)
         columns = state.lengths[:, None] + slots
         embeddings, features = embeddings.expand(every), features.expand(every)
         if start == 0:  # nothing observed yet: plain causal attention among the new slots
@@ -187,16 +144,16 @@ class EagleGroup:
         chosen: Sequence[Sequence[int]] | None = None,
     ) -> list[DraftTree]:
         """A tree a drafter, see `DrafterGroup.propose`. Reads nothing from a device that it would have to wait for."""
-        state, device = _own(state), root_tokens.device
+        state, device = own_state(state), root_tokens.device
         branching = min(shape.branching, self.config.vocab_size)
         num_slots = state.kv_length + (shape.depth - 1) * branching
-        _reserve(state, num_slots)
+        state.reserve(num_slots)
         root_tokens, active = root_tokens.to(self.device), active.to(self.device)
         if chosen is None:
             return split(self._grow(state, root_tokens, active, shape), len(self.networks), device)
         trees = []
         for d, rows in enumerate(chosen):
-            tree = root_only(root_tokens, capacity_of(shape, branching))
+            tree = DraftTree.of_roots(root_tokens).padded(capacity_of(shape, branching))
             if len(rows) > 0:
                 places = slice(None) if len(rows) == len(active) else torch.tensor(rows, device=self.device)
                 part = state.part(d, rows, places, num_slots)
@@ -273,8 +230,7 @@ class EagleGroup:
         """
         x = self._stack.project(embeddings, features)
         query, key, value = self._stack.qkv(x, positions)
-        _write(state.keys, columns, key)
-        _write(state.values, columns, value)
+        state.write(columns, key, value)
         attended = self._stack.attend(query, state.keys[:, :, :, :end], state.values[:, :, :, :end], mask)
         return self._stack.finish(x, attended)
 
@@ -309,34 +265,6 @@ def compute_dtype_and_device(lm_head: nn.Module, embedding: nn.Module) -> tuple[
 def can_read(device: torch.device) -> bool:
     """Whether the host may read a value there without waiting: then drafting ends where no further level can matter."""
     return device.type == "cpu"
-
-
-def _own(state: DrafterState) -> EagleState:
-    if not isinstance(state, EagleState):
-        raise TypeError(f"an EAGLE drafter needs the state that its reset() made, got {type(state).__name__}")
-    return state
-
-
-def _reserve(state: EagleState, num_slots: int) -> None:
-    """Grow the caches to at least `num_slots` a row: rare, by doubling, the committed slots kept."""
-    if num_slots <= state.capacity:
-        return
-    capacity = max(MIN_CAPACITY, 1 << (num_slots - 1).bit_length())
-    *rows, held, head_dim = state.keys.shape
-    with torch.inference_mode(False):
-        grown = [state.keys.new_zeros(*rows, capacity, head_dim) for _ in range(2)]
-    for new, old in zip(grown, (state.keys, state.values), strict=True):
-        new[..., :held, :] = old
-    state.keys, state.values = grown
-
-
-def _write(cache: Tensor, columns: Tensor | slice, states: Tensor) -> None:
-    """Put states [D, B, heads, T, head_dim] into the columns of cache [D, B, heads, capacity, head_dim]."""
-    if isinstance(columns, slice):
-        cache[:, :, :, columns] = states
-    else:
-        rows = torch.arange(cache.shape[1], device=cache.device)[:, None]
-        cache[:, rows, :, columns] = states.permute(1, 3, 0, 2, 4)
 
 
 def _prefix_mask(state: EagleState, branching: int, num_rounds: int) -> Tensor:

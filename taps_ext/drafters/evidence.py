@@ -1,8 +1,9 @@
 """Running evidence: how probable each drafter found what was emitted. It takes no further forward of a drafter.
 
-Evidence of drafter k is `sum_i decay^(t - i) log q_k(x_i)` over the tokens x_1 .. x_t of a row, at temperature 1: what
-remains of the log-likelihood of the text. Its softmax over drafters is the probability that each is the one to ask.
-It depends on the past alone, so that whatever is decided by it leaves the text as it is.
+Evidence of drafter k is `sum_i w_i decay^(t - i) log q_k(x_i)` over the tokens x_1 .. x_t of a row, at temperature 1:
+what remains of the log-likelihood of the text; w_i is `PROMPT_WEIGHT` for the prompt's tokens and 1 for the answer's.
+Its softmax over drafters is the probability that each is the one to ask. It depends on the past alone, so that whatever
+is decided by it leaves the text as it is.
 
 Dims: D drafters, B rows, T slots, V vocabulary.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 LEAST = -100.0  # nats of a token: nothing rules a drafter out for good, not even logits that overflowed
-MOST_SLOTS = 64  # of one observation: a prompt's last ones; 0.9 ** 64 is a thousandth
+PROMPT_WEIGHT = 0.3  # of a prompt's token: drafters learn from answers, and know less of what users say
+MOST_SLOTS = 64  # of one observation: a prompt's last ones; 0.95 ** 64 is a 27th
 MOST_ELEMENTS = 1 << 25  # logits at a time, a prompt's
 
 
@@ -30,6 +32,7 @@ def observed(
     out: Tensor,
     next_tokens: Tensor,
     num_tokens: Tensor,
+    is_prompt: Tensor,
     decay: float,
     logits_of: Callable[[Tensor], Tensor],
     vocab_size: int,
@@ -39,6 +42,7 @@ def observed(
     Args:
         out: [D, B, T, H], the drafters' outputs; slot t predicts the token of slot t + 1.
         next_tokens, num_tokens: int64 [B, T] and [B], as observed. Of a row without tokens the logits mean nothing.
+        is_prompt: bool [B], whether all tokens but the last one are a prompt's.
         logits_of: the logits [R, t, V] of outputs [R, t, H].
     """
     num_drafters, batch, num_slots, hidden = out.shape
@@ -46,6 +50,7 @@ def observed(
     slots = num_tokens[:, None] - window + torch.arange(window, device=out.device)  # [B, W], up to the row's last one
     is_predicting = (slots >= 0) & (slots + 1 < num_tokens[:, None])
     weights = decay ** (num_tokens[:, None] - 2 - slots).clamp(min=0).float()
+    weights = torch.where(is_prompt[:, None] & (slots + 2 < num_tokens[:, None]), PROMPT_WEIGHT * weights, weights)
     places = slots.clamp(min=0)
     tokens = next_tokens.gather(1, (places + 1).clamp(max=num_slots - 1)).expand(num_drafters, -1, -1)
     outputs = out.gather(2, places[None, :, :, None].expand(num_drafters, -1, -1, hidden)).flatten(0, 1)

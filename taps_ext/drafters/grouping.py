@@ -12,7 +12,7 @@ from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
 from .base import Drafter, DrafterGroup, DrafterState
 from .eagle import EagleDrafter, in_lockstep
-from .levels import capacity_of, root_only
+from .levels import capacity_of
 
 
 class GroupedDrafters:
@@ -108,7 +108,7 @@ class _Alone:
         if chosen is not None:
             if len(chosen[0]) == 0:
                 branching = min(shape.branching, self.drafter.vocab_size)
-                return [root_only(root_tokens, capacity_of(shape, branching))]
+                return [DraftTree.of_roots(root_tokens).padded(capacity_of(shape, branching))]
             is_chosen = torch.zeros_like(active)
             is_chosen[list(chosen[0])] = True
             active = active & is_chosen

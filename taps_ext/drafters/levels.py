@@ -5,7 +5,7 @@ Dims: R trees (drafter by drafter), F frontier nodes, K branching.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,20 +63,12 @@ def is_complete(levels: list[Level], shape: TreeShape) -> Tensor:
 def to_tree(root_tokens: Tensor, levels: list[Level], shape: TreeShape, capacity: int) -> DraftTree:
     """The best nodes of all levels, in `capacity` slots; `root_tokens` int64 [R]."""
     tree = ops.prune_tree(_pool(root_tokens, levels, shape.min_score), shape.max_nodes)
-    return _padded(tree, capacity)
+    return tree.padded(capacity)
 
 
 def capacity_of(shape: TreeShape, branching: int) -> int:
     """Slots of a tree that is grown to its full depth."""
     return min(shape.max_nodes, 1 + branching + (shape.depth - 1) * branching * branching)
-
-
-def root_only(root_tokens: Tensor, capacity: int) -> DraftTree:
-    """Trees of nothing but a root; `root_tokens` int64 [R]."""
-    tokens = root_tokens[:, None]
-    scores = torch.zeros_like(tokens, dtype=torch.float32)
-    tree = DraftTree(tokens, torch.full_like(tokens, -1), scores, torch.ones_like(root_tokens), entropies=scores)
-    return _padded(tree, capacity)
 
 
 def scatter_rows(into: DraftTree, rows: Tensor, tree: DraftTree) -> DraftTree:
@@ -116,20 +108,4 @@ def _pool(root_tokens: Tensor, levels: list[Level], min_score: float | None) -> 
         scores=scores,
         num_nodes=torch.full_like(root_tokens, tokens.shape[1]),
         entropies=torch.cat([root, *(level.entropies for level in levels)], dim=1),
-    )
-
-
-def _padded(tree: DraftTree, capacity: int) -> DraftTree:
-    """The same trees with more slots."""
-    more = capacity - tree.capacity
-    if more == 0:
-        return tree
-    assert tree.entropies is not None
-    pad = torch.nn.functional.pad
-    return replace(
-        tree,
-        tokens=pad(tree.tokens, (0, more)),
-        parents=pad(tree.parents, (0, more)),
-        scores=pad(tree.scores, (0, more), value=-torch.inf),
-        entropies=pad(tree.entropies, (0, more)),
     )

@@ -17,6 +17,7 @@ from .draft_slots import DraftSlots
 from .features import Head
 
 CPU_VALUES, GPU_VALUES = 1 << 18, 1 << 23  # logits of one depth that exist at a time: what a cache holds, and 32 MB
+LEAST_ROWS = 16  # of a product with the lm_head, which reads all of it for each chunk
 KEPT_VALUES = 1 << 26  # logits and noise that are kept from sweep to sweep: 256 MB
 LEAST_WORD = 1e-30  # of the exponential draw whose -log is the noise, which is finite so
 MAX_REPEATS = 4  # draws at one place of the text, where there are few places
@@ -81,7 +82,7 @@ class Draws:
     def _make(self, what: str) -> Iterator[Chunk]:
         slots, device = self.slots, self.slots.truth.device
         generator = torch.Generator(device).manual_seed(self._seed)
-        size = max(1, (CPU_VALUES if device.type == "cpu" else GPU_VALUES) // self._vocab_size)
+        size = max(LEAST_ROWS, (CPU_VALUES if device.type == "cpu" else GPU_VALUES) // self._vocab_size)
         places = torch.arange(len(slots), device=device).repeat(self.repeats)
         for start in range(0, len(places), size):
             self._progress(what, start, len(places))

@@ -243,6 +243,7 @@ class Trainer:
         if dataset is None or sum(dataset.num_learned) < ENOUGH_TOKENS:
             dataset = self.updater.dataset
         settings = CalibrationSettings(seed=self.config.seed)
+        self.observer.note(f"calibrating the drafter {name}")
         try:
             report = calibrate(drafting_copy(network, self.source), self.source, dataset, settings)
         except (ValueError, RuntimeError) as error:  # memory that runs out should not cost the drafter
