@@ -9,7 +9,7 @@ two kinds of drafters for each of four domains. Parts:
   B  every composition against the domain's own specialist: each domain, their mixture, and prompts that switch domain
   C  what a step costs with 1, 2, 4 and 8 drafters: forwards, rows of the lm_head, milliseconds
   D  levels that the stop rule leaves undrafted, one row at a time
-  E  routing by evidence with other decays
+  E  routing by evidence with other constants, on other prompts: those that the constants were chosen on
   F  the request's filters, applied to the target alone and to the drafter as well
 A cell is kept in the journal when it is done (`--journal`, by default beside the output): a second start goes on.
 Beside the JSON there are a table (.md) and a picture (.png). The last line printed is one line of JSON for programs.
@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from beyond_cells import (
     SUM,
     SWITCHING,
     TUNED,
+    TUNING_SEED,
     Cell,
     CostCell,
     Settings,
@@ -53,7 +54,7 @@ NODES = (8, 16, 30, 60)
 SAMPLED = (1.0, 0.7)  # temperatures of one drafter, beside 0
 COMPOSED = (0.0, 1.0)  # temperatures of several
 FILTERS = ((10, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.1))  # top_k, top_p, min_p
-DECAYS = (0.7, 0.8, 0.9, 0.95, 0.99)
+DECAYS, PROMPT_WEIGHTS = (0.8, 0.9, 0.95, 0.98), (1.0, 0.3, 0.1)  # of the evidence
 QUICK = Settings(prompts=2, max_new_tokens=24)
 
 AnyCell = Cell | CostCell
@@ -128,13 +129,14 @@ def stop_cells(world: World) -> Iterator[Cell]:
                 yield replace(one, rows=1, share=0.25)
 
 
-def decay_cells(world: World) -> Iterator[Cell]:
+def evidence_cells(world: World) -> Iterator[Cell]:
     """Part E."""
     drafters = groups(world, each_set=False)[0]
     for temperature in COMPOSED:
         for domain in (*world.domains, SWITCHING):
-            one = Cell(world.name, drafters, "evidence", domain, temperature)
-            yield from (replace(one, decay=decay) for decay in DECAYS)
+            one = Cell(world.name, drafters, "evidence", domain, temperature, prompts=TUNING_SEED)
+            for decay, weight in product(DECAYS, PROMPT_WEIGHTS):
+                yield replace(one, decay=decay, prompt_weight=weight)
 
 
 def filter_cells(world: World) -> Iterator[Cell]:
@@ -154,7 +156,7 @@ def plan(seeds: World | None, four: World | None, parts: Sequence[str]) -> dict[
         "B": [cell for world, each_set in pairs for cell in composed_cells(world, each_set)],
         "C": [cell for world in widest if world for cell in cost_cells(world)],
         "D": [cell for world in widest if world for cell in stop_cells(world)],
-        "E": [cell for world in widest if world for cell in decay_cells(world)],
+        "E": [cell for world in widest if world for cell in evidence_cells(world)],
         "F": [cell for world, _ in pairs[:1] for cell in filter_cells(world)],
     }
     return {part: list(dict.fromkeys(cells)) for part, cells in found.items() if part in parts and cells}

@@ -33,7 +33,8 @@ from torch import Tensor
 
 import taps_ext
 from taps_ext.drafters.eagle import EagleDrafter
-from taps_ext.drafters.eagle_group import EagleGroup, EagleState, _write
+from taps_ext.drafters.eagle_group import EagleGroup
+from taps_ext.drafters.eagle_state import EagleState, write
 
 COMPOSITIONS = {"confidence": "#d1603d", "evidence": "#6ba368", "merged": "#4878a8"}
 MIB = 2**20
@@ -80,8 +81,8 @@ def in_turn(
     for d, network in enumerate(self.networks):
         x = network.project(embeddings[d], features[d])
         query, key, value = network.qkv(x, positions)
-        _write(state.keys[d : d + 1], columns, key[None])
-        _write(state.values[d : d + 1], columns, value[None])
+        write(state.keys[d : d + 1], columns, key[None])
+        write(state.values[d : d + 1], columns, value[None])
         keys, values = state.keys[d][:, :, :end], state.values[d][:, :, :end]
         outs.append(network.finish(x, network.attend(query, keys, values, None if mask is None else mask[d])))
     return torch.stack(outs)

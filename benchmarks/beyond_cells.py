@@ -12,9 +12,10 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from beyond_counts import Counts, cost_a_step, counting, timed_steps
@@ -28,6 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import taps_ext
 from taps_ext.composition import EVIDENCE_DECAY
+from taps_ext.drafters import evidence
+from taps_ext.drafters.evidence import PROMPT_WEIGHT
 from taps_ext.plain_generation import plain_generate
 from taps_ext.target import TargetModel
 from taps_ext.tiny import corpus
@@ -43,7 +46,7 @@ PLACES_APART = 8  # tokens
 TIMED_PROMPTS = 12
 STEP_TOKENS = 9  # of a first step: the prefill's, one a level and the bonus token, and one more
 TUNING_PROMPTS = 40
-TUNING_SEED = 1  # of the prompts that the peer's trees are tuned on; seed 0 is what is measured
+MEASURED_SEED, TUNING_SEED = 0, 1  # of prompts: what is measured, and what peers and constants are tuned on
 
 
 def as_key(fields: Mapping[str, Any]) -> str:
@@ -68,6 +71,8 @@ class Cell:
     share: float = 1.0  # of the domain's prompts
     filters: tuple[int, float, float] = NO_FILTERS  # of the request: top_k, top_p, min_p
     filters_drafter: bool = False  # on the drafter's side too
+    prompts: int = MEASURED_SEED  # the seed of the prompts
+    prompt_weight: float = PROMPT_WEIGHT  # of a prompt's tokens in the evidence
     places: float | None = None  # first steps at places of the plain texts of this temperature; None: whole texts
 
     @property
@@ -134,7 +139,7 @@ class World:
             for one in sorted(set(map(set_of, paths)))
         ]
         self.digest = _digest([folder / "target", *folders])
-        self._prompts: dict[str, list[Any]] = {}
+        self._prompts: dict[tuple[str, int], list[Any]] = {}
         self._plain: dict[tuple[Any, ...], list[list[int]]] = {}
         self._peers: dict[tuple[str, tuple[str, ...]], Peer] = {}
 
@@ -146,21 +151,21 @@ class World:
             shape=taps_ext.TreeShape(max_nodes=cell.nodes),
             max_nodes=cell.budget,
             drafting=cell.drafting,
-            evidence_decay=cell.decay,
+            evidence_decay=0 if cell.way == "merged" and cell.decay is None else cell.decay,
         )
         if cell.way == SUM:
             assert cell.budget is not None
             decoder.composition = SumMerging(cell.budget, cell.decay)
         return decoder
 
-    def prompts(self, domain: str) -> list[Any]:
+    def prompts(self, domain: str, seed: int = MEASURED_SEED) -> list[Any]:
         """The domain's conversations up to a user turn."""
-        if domain not in self._prompts:
-            count = self.settings.prompts
-            switches = domain == SWITCHING
-            found = corpus.switching_prompts(self.domains, count) if switches else corpus.prompts(domain, count)
-            self._prompts[domain] = found
-        return self._prompts[domain]
+        if (domain, seed) not in self._prompts:
+            count, switches = self.settings.prompts, domain == SWITCHING
+            self._prompts[domain, seed] = (
+                corpus.switching_prompts(self.domains, count, seed) if switches else corpus.prompts(domain, count, seed)
+            )
+        return self._prompts[domain, seed]
 
     def encoded(self, prompts: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """Tokens and mask int64 [B, P], padded on the left."""
@@ -180,10 +185,10 @@ class World:
         """The new tokens of each prompt of the cell's domain by plain decoding, at the temperature of its places."""
         domain, draw, filters = cell.domain, cell.draw, cell.filters
         temperature = cell.temperature if cell.places is None else cell.places
-        key = (domain, temperature, draw, filters)
+        key = (domain, cell.prompts, temperature, draw, filters)
         if key not in self._plain:
             texts: list[list[int]] = []
-            for first, tokens, mask in self._batches(domain, ROWS):
+            for first, tokens, mask in self._batches(replace(cell, rows=ROWS, share=1.0)):
                 sampling = self.sampling(temperature, draw, first, len(tokens), filters)
                 length = self.settings.max_new_tokens
                 out = plain_generate(self.target, tokens, mask, sampling=sampling, max_new_tokens=length)
@@ -191,12 +196,12 @@ class World:
             self._plain[key] = texts
         return self._plain[key]
 
-    def _batches(self, domain: str, rows: int, share: float = 1.0) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def _batches(self, cell: Cell) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The place of the first prompt, tokens and mask of each batch."""
-        prompts = self.prompts(domain)
-        prompts = prompts[: math.ceil(share * len(prompts))]
-        for first in range(0, len(prompts), rows):
-            yield first, *self.encoded(prompts[first : first + rows])
+        prompts = self.prompts(cell.domain, cell.prompts)
+        prompts = prompts[: math.ceil(cell.share * len(prompts))]
+        for first in range(0, len(prompts), cell.rows):
+            yield first, *self.encoded(prompts[first : first + cell.rows])
 
     def peer(self, cell: Cell) -> Peer:
         """The competitor of a cell; what it is tuned on is not measured."""
@@ -239,9 +244,10 @@ class World:
         decoder, runs, length = self.decoder(cell), [], self.settings.max_new_tokens
         with (
             counting(self.target) as counts,
+            mock.patch.object(evidence, "PROMPT_WEIGHT", cell.prompt_weight),
             filtering_drafters(*cell.filters) if cell.filters_drafter else nullcontext(),
         ):
-            for first, tokens, mask in self._batches(cell.domain, cell.rows, cell.share):
+            for first, tokens, mask in self._batches(cell):
                 sampling = self.sampling(cell.temperature, cell.draw, first, len(tokens), cell.filters)
                 runs.append(decoder.generate(tokens, mask, sampling=sampling, max_new_tokens=length))
         texts = [tokens for run in runs for tokens in run.new_tokens]
@@ -250,7 +256,7 @@ class World:
     def _decoded_by_peer(self, cell: Cell) -> tuple[taps_ext.DecodeStats, None, Counts]:
         peer, length = self.peer(cell), self.settings.max_new_tokens
         runs = []
-        for first, tokens, mask in self._batches(cell.domain, cell.rows, cell.share):
+        for first, tokens, mask in self._batches(cell):
             prompts = [row[kept.bool()] for row, kept in zip(tokens, mask, strict=True)]
             seed = 10_000 * cell.draw + first
             runs.append(peer.generate(prompts, cell.temperature, cell.nodes, length, seed).stats)
@@ -316,11 +322,11 @@ def cost_ways(cell: CostCell) -> dict[str, Cell]:
 
 
 def code_digest() -> str:
-    """Of the library, the native module and the benchmarks: results of two codes do not mix."""
+    """Of all that measures: results of two codes do not mix."""
     found = hashlib.sha256()
-    here = Path(__file__).resolve().parent
-    package = Path(taps_ext.__file__).resolve().parent
-    for path in sorted([*here.rglob("*.py"), *package.rglob("*.py"), *package.glob("_C*.so")]):
+    here, package = Path(__file__).resolve().parent, Path(taps_ext.__file__).resolve().parent
+    measuring = [here / f"{name}.py" for name in ("beyond_cells", "beyond_counts", "drafter_filters", "timing")]
+    for path in sorted([*measuring, *here.glob("peers/*.py"), *package.rglob("*.py"), *package.glob("_C*.so")]):
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return f"{found.hexdigest()[:16]}, {torch.get_num_threads()} threads of torch {torch.__version__}"
 

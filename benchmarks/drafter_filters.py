@@ -16,16 +16,20 @@ from taps_ext import ops, reference
 
 @contextmanager
 def filtering_drafters(top_k: int, top_p: float, min_p: float) -> Iterator[None]:
-    """Tokens that the filters would drop from a drafter's own distribution are not proposed above temperature 0."""
+    """Tokens that the filters would drop from what a drafter expects of the target are not proposed above T = 0.
+
+    It expects the softmax of `alpha * log q / T`.
+    """
     expand = ops.expand_frontier
 
     def filtered(logits: Tensor, scores: Tensor, branching: int, coupling: Any = None) -> ops.ExpandedFrontier:
         if coupling is None:
             return expand(logits, scores, branching)
         masked = logits.clone()
-        for row, temperature in zip(masked, coupling.temperature.tolist(), strict=True):
+        numbers = zip(coupling.temperature.tolist(), coupling.alpha.tolist(), strict=True)
+        for row, (temperature, alpha) in zip(masked, numbers, strict=True):
             for node in row if temperature > 0 else ():
-                kept = reference.kept_tokens(node, reference.Filters(temperature, top_k, top_p, min_p))
+                kept = reference.kept_tokens(node, reference.Filters(temperature / alpha, top_k, top_p, min_p))
                 node.masked_fill_(~kept, -math.inf)
         return expand(masked, scores, branching, coupling)
 

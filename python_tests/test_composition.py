@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from taps_ext.composition import COMPOSITIONS, make_composition
+from taps_ext.composition import COMPOSITIONS, EVIDENCE_DECAY, make_composition
 from taps_ext.ops import prune_tree
 from taps_ext.tree import DraftTree
 
@@ -109,12 +109,23 @@ def test_only_evidence_chooses_before_anything_is_drafted() -> None:
     assert weighted.decay == 0.8 and weighted.choose(torch.zeros(2, 3)) is None
 
 
-@pytest.mark.parametrize("decay", [0, -0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("decay", [-0.5, 1.01, float("nan")])
 @pytest.mark.parametrize("name", ["evidence", "merged"])
 def test_a_decay_that_discounts_nothing_or_all_is_refused(name: str, decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"evidence_decay must be above 0 and at most 1, got {decay}"):
+    with pytest.raises(
+        ValueError, match=rf"evidence_decay must be above 0 and at most 1, or 0 with merged, got {decay}"
+    ):
         make_composition(name, evidence_decay=decay)
     assert make_composition(name, evidence_decay=1).decay == 1
+
+
+def test_merged_trees_are_weighted_by_evidence_where_nodes_are_to_be_shared_out() -> None:
+    assert make_composition("merged", max_nodes=60).decay == EVIDENCE_DECAY
+    assert make_composition("merged", evidence_decay=0.5).decay == 0.5
+    assert make_composition("merged").decay is None
+    assert make_composition("merged", max_nodes=60, evidence_decay=0).decay is None
+    with pytest.raises(ValueError, match="or 0 with merged, got 0"):
+        make_composition("evidence", evidence_decay=0)
 
 
 def test_ties_go_to_the_first_drafter() -> None:

@@ -32,17 +32,19 @@ def coupling_of(*rows: tuple[int, int, float, float, float]) -> Coupling:
 
 
 def random_coupling(rng: random.Random, batch_size: int) -> Coupling:
+    """Some rows are of one request, as those of several drafters are, and may differ in all but seed and position."""
     temperatures = TEMPERATURES if rng.random() < 0.8 else EXTREME_TEMPERATURES
+    requests = [
+        (rng.choice([*SEEDS, rng.getrandbits(62)]), rng.choice([*POSITIONS, rng.randrange(10_000)]))
+        for _ in range(batch_size)
+    ]
+    if rng.random() < 0.5:
+        requests = rng.choices(requests, k=batch_size)
+    betas = ([0.0, rng.uniform(0.2, 2.5), rng.uniform(0.2, 2.5), 30.0] for _ in requests)
     return coupling_of(
         *(
-            (
-                rng.choice([*SEEDS, rng.getrandbits(62)]),
-                rng.choice([*POSITIONS, rng.randrange(10_000)]),
-                rng.choice(temperatures),
-                rng.uniform(0.2, 2.5),
-                rng.choice([0.0, rng.uniform(0.2, 2.5), rng.uniform(0.2, 2.5), 30.0]),
-            )
-            for _ in range(batch_size)
+            (*request, rng.choice(temperatures), rng.uniform(0.2, 2.5), rng.choice(beta))
+            for request, beta in zip(requests, betas, strict=True)
         )
     )
 

@@ -357,6 +357,8 @@ def test_a_single_drafter_stays_the_one_while_it_is_there() -> None:
         (("chat", "code"), "code", "code"),
     ):
         assert list(single.with_drafters(drafters_named(*names), drafter).drafters) == [used]
+    only = taps.SpeculativeDecoder(trained_target(), drafters_named("chat"), "single", shape=SHAPE)
+    assert list(only.with_drafters(drafters_named("math", "chat")).drafters) == ["chat"]
     with pytest.raises(ValueError, match=r"needs drafter=\.\.\., one of chat, code"):
         single.with_drafters(drafters_named("chat", "code"))
     with pytest.raises(ValueError, match="drafter must be one of chat, got 'lists'"):
@@ -465,7 +467,7 @@ def test_bad_decoders_get_one_sentence() -> None:
         taps.SpeculativeDecoder(new_target(vocab_size=32), drafters)
     with pytest.raises(ValueError, match="drafting must be coupled or topk, got 'x'"):
         taps.SpeculativeDecoder(target, drafters, drafting="x")
-    with pytest.raises(ValueError, match=r"evidence_decay must be above 0 and at most 1, got 1\.5"):
+    with pytest.raises(ValueError, match=r"evidence_decay must be above 0 and at most 1, or 0 with merged, got 1\.5"):
         taps.SpeculativeDecoder(target, drafters, "evidence", evidence_decay=1.5)
     for composition in ("confidence", "entropy"):
         with pytest.raises(ValueError, match=f"goes with composition evidence or merged, got '{composition}'"):

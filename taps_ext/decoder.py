@@ -50,8 +50,8 @@ class SpeculativeDecoder:
         max_nodes: the node budget of a merged tree; None verifies the whole union.
         drafting: "coupled" lets calibrated drafters look at the noise that the target will draw with, so that they
             propose what it is about to draw; "topk" proposes what is likely. The same at temperature 0.
-        evidence_decay: what is left of the evidence for a drafter after a token. "evidence" has 0.95 by default;
-            "merged" weights its scores by evidence where this is given.
+        evidence_decay: what is left of the evidence for a drafter after a token, 0.95 by default. "merged" weights its
+            scores by evidence where there is `max_nodes` to share out, or a decay is given; 0 is for no weights.
         joint_budget: the nodes that all rows of a batch verify together in a step, roots included: the best ones,
             wherever they are.
     """
@@ -74,8 +74,8 @@ class SpeculativeDecoder:
         self.joint_budget = _check_joint_budget(joint_budget)
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
-        self._use = composition, drafter
         self.drafters = used_drafters(drafters, composition, drafter, self.target)
+        self._composition_name = composition
         self.grouped_drafters = GroupedDrafters(list(self.drafters.values()))
 
     def with_drafters(self, drafters: Mapping[str, Drafter], drafter: str | None = None) -> SpeculativeDecoder:
@@ -85,12 +85,16 @@ class SpeculativeDecoder:
 
         >>> decoder = decoder.with_drafters({**decoder.drafters, "code": load_drafter("code", model)})  # doctest: +SKIP
         """
-        composition, name = self._use
-        if drafter is None and isinstance(drafters, Mapping) and name in drafters:
+        name = next(iter(self.drafters))
+        if (
+            self._composition_name == "single"
+            and drafter is None
+            and isinstance(drafters, Mapping)
+            and name in drafters
+        ):
             drafter = name
         other = copy(self)
-        other._use = composition, drafter
-        other.drafters = used_drafters(drafters, composition, drafter, self.target)
+        other.drafters = used_drafters(drafters, self._composition_name, drafter, self.target)
         other.grouped_drafters = GroupedDrafters(list(other.drafters.values()))
         return other
 

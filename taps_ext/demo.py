@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import info, tiny
-from .composition import EVIDENCE_DECAY
 from .decoder import SpeculativeDecoder
 from .drafters import Drafter, average_drafters, load_drafter, load_drafters
 from .plain_generation import plain_generate
@@ -184,8 +183,8 @@ def _variants(
         "confidence": decoder("confidence"),
         "entropy": decoder("entropy"),
         "evidence": decoder("evidence"),
-        budgeted: decoder("merged", max_nodes=shape.max_nodes),
-        f"{budgeted}, evidence": decoder("merged", max_nodes=shape.max_nodes, evidence_decay=EVIDENCE_DECAY),
+        budgeted: decoder("merged", max_nodes=shape.max_nodes, evidence_decay=0),
+        f"{budgeted}, evidence": decoder("merged", max_nodes=shape.max_nodes),
         MERGED: decoder("merged"),
     }
 

@@ -91,8 +91,8 @@ class TreeShape:
 
     `depth` counts drafted levels (EAGLE's `depth=5` is `depth=6` here), `branching` the children kept per
     expanded node and the nodes expanded per level (EAGLE's `top_k`), `max_nodes` the nodes kept, root included.
-    Nodes that score below `min_score` are not worth verifying: log(0.01) drops what the drafter thinks will be
-    accepted once in a hundred times.
+    Nodes that score below `min_score` are not proposed: log(0.01) leaves out what the drafter thinks will be accepted
+    less than once in a hundred times.
     """
 
     depth: int = 6
@@ -106,7 +106,7 @@ class TreeShape:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"TreeShape.{name} must be an integer of at least 1, got {value!r}")
         score: Any = self.min_score
-        if score is not None and not (isinstance(score, (int, float)) and score <= 0):
+        if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not score <= 0):
             raise ValueError(f"TreeShape.min_score must be at most 0, a log-probability, got {score!r}")
 
 

@@ -176,6 +176,17 @@ bool is_request_coupled(const ExpandFrontierParams& p, int64_t b) {
   return p.coupling.seeds != nullptr && is_coupled(p.coupling.temperature[b]);
 }
 
+// The first row of the same request: several drafters' rows share its noise.
+int64_t noise_row(const ExpandFrontierParams& p, int64_t b) {
+  for (int64_t a = 0; a < b; ++a) {
+    if (p.coupling.seeds[a] == p.coupling.seeds[b] && p.coupling.positions[a] == p.coupling.positions[b] &&
+        is_request_coupled(p, a)) {
+      return a;
+    }
+  }
+  return b;
+}
+
 NodeRow node_row(const ExpandFrontierParams& p, int64_t index) {
   const int64_t b = index / p.frontier_length;
   const int64_t offset = b * p.batch_stride + index % p.frontier_length * p.frontier_stride;
@@ -184,7 +195,7 @@ NodeRow node_row(const ExpandFrontierParams& p, int64_t index) {
     return {own, nullptr, {}, p.vocabulary};
   }
   const CouplingColumns& columns = p.coupling;
-  return {own, p.noise + b * num_blocks(p.vocabulary) * kBlock,
+  return {own, p.noise + noise_row(p, b) * num_blocks(p.vocabulary) * kBlock,
           coupling_of(columns.temperature[b], columns.alpha[b], columns.beta[b]), p.vocabulary};
 }
 
@@ -222,7 +233,7 @@ void write_noise(const ExpandFrontierParams& params, int64_t begin, int64_t end)
   while (begin < end) {
     const int64_t b = begin / blocks;
     const int64_t last = std::min(end, (b + 1) * blocks);
-    if (is_request_coupled(params, b)) {
+    if (is_request_coupled(params, b) && noise_row(params, b) == b) {
       write_noise_blocks(write_words, params.coupling.seeds[b], params.coupling.positions[b], begin - b * blocks,
                          last - b * blocks, params.noise + b * blocks * kBlock);
     }

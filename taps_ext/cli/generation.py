@@ -84,7 +84,7 @@ def generate(
     ] = None,
     drafting: Annotated[str, typer.Option(help=DRAFTING_HELP)] = "coupled",
     evidence_decay: Annotated[
-        float | None, typer.Option(help="Of 'evidence' (default 0.95); weights the scores of 'merged'.")
+        float | None, typer.Option(help="What a token leaves of it; default 0.95. 0: none in 'merged'.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,

@@ -19,7 +19,7 @@ COMPOSITIONS: dict[str, Callable[[int | None, float | None], Composition]] = {
     "confidence": lambda max_nodes, decay: ConfidenceRouting(),
     "entropy": lambda max_nodes, decay: EntropyRouting(),
     "evidence": lambda max_nodes, decay: EvidenceRouting(EVIDENCE_DECAY if decay is None else decay),
-    "merged": Merging,
+    "merged": lambda max_nodes, decay: _merging(max_nodes, decay),
 }
 
 
@@ -28,8 +28,8 @@ def make_composition(name: str, max_nodes: int | None = None, evidence_decay: fl
 
     Args:
         max_nodes: the node budget of a merged tree; None: the whole union.
-        evidence_decay: how much of the evidence for a drafter is left after a token. "evidence" has 0.95 by default,
-            "merged" weights its scores by evidence where it is given.
+        evidence_decay: how much of the evidence for a drafter is left after a token, 0.95 by default. "merged" weights
+            its scores by evidence where there is `max_nodes` to share out, or a decay is given; 0 is for no weights.
     """
     if name not in COMPOSITIONS:
         raise ValueError(f"composition must be one of {', '.join(COMPOSITIONS)}, got {name!r}")
@@ -38,3 +38,10 @@ def make_composition(name: str, max_nodes: int | None = None, evidence_decay: fl
     if evidence_decay is not None and name not in ("evidence", "merged"):
         raise ValueError(f"evidence_decay goes with composition evidence or merged, got {name!r}")
     return COMPOSITIONS[name](max_nodes, evidence_decay)
+
+
+def _merging(max_nodes: int | None, decay: float | None) -> Merging:
+    """Weighted by evidence where there is a budget to share out, or where asked for."""
+    if decay is None and max_nodes is not None:
+        decay = EVIDENCE_DECAY
+    return Merging(max_nodes, None if decay == 0 else decay)

@@ -41,7 +41,7 @@ class Composition(ABC):
 def check_decay(decay: Any) -> float:
     """`decay`; ValueError unless evidence can be discounted by it."""
     if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay <= 1:
-        raise ValueError(f"evidence_decay must be above 0 and at most 1, got {decay!r}")
+        raise ValueError(f"evidence_decay must be above 0 and at most 1, or 0 with merged, got {decay!r}")
     return float(decay)
 
 

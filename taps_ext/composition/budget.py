@@ -15,7 +15,7 @@ def share_budget(tree: DraftTree, joint_budget: int) -> DraftTree:
 
     Nodes never outscore their parents, so that what is kept is closed under ancestors. `joint_budget` is at least B.
     The rows stay padded to one another in the target's forward: what is saved is what a row does not verify beyond
-    the longest one.
+    the longest one, or on a device, where nobody knows that one, beyond what it could be.
     """
     is_drafted = tree.is_node()
     is_drafted[:, 0] = False
@@ -24,4 +24,5 @@ def share_budget(tree: DraftTree, joint_budget: int) -> DraftTree:
     ranks = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     is_kept = (ranks < joint_budget - tree.batch_size).view_as(scores)
     is_kept[:, 0] = True
-    return ops.prune_tree(replace(tree, scores=tree.scores.masked_fill(~is_kept, -torch.inf)), tree.capacity)
+    most = min(tree.capacity, joint_budget - tree.batch_size + 1)
+    return ops.prune_tree(replace(tree, scores=tree.scores.masked_fill(~is_kept, -torch.inf)), most)

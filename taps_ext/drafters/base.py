@@ -16,8 +16,7 @@ class DrafterState:
     """What a drafter remembers of one call (KV, lengths, last output): opaque, made by `reset`, owned by the call.
 
     `evidence`, where `reset` was asked for it: float32 [D, B], for each of the state's drafters and each row the
-    discounted log-probability (nats, temperature 1) that it gave to the tokens observed, as far as it predicted them:
-    `sum_i decay^(t - i) log q(x_i)`.
+    discounted log-probability (nats, temperature 1) that it gave to the tokens observed, as `evidence.py` defines it.
     """
 
     evidence: Tensor | None = None

@@ -74,12 +74,17 @@ class EagleState(DrafterState):
 
     def write(self, columns: Tensor | slice, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [D, B, kv_heads, T, head_dim] into the caches' columns, a slice or int64 [B, T]."""
-        for cache, new in ((self.keys, keys), (self.values, values)):
-            if isinstance(columns, slice):
-                cache[:, :, :, columns] = new
-            else:
-                rows = torch.arange(cache.shape[1], device=cache.device)[:, None]
-                cache[:, rows, :, columns] = new.permute(1, 3, 0, 2, 4)
+        write(self.keys, columns, keys)
+        write(self.values, columns, values)
+
+
+def write(cache: Tensor, columns: Tensor | slice, states: Tensor) -> None:
+    """Put states [D, B, heads, T, head_dim] into the columns of cache [D, B, heads, capacity, head_dim]."""
+    if isinstance(columns, slice):
+        cache[:, :, :, columns] = states
+    else:
+        rows = torch.arange(cache.shape[1], device=cache.device)[:, None]
+        cache[:, rows, :, columns] = states.permute(1, 3, 0, 2, 4)
 
 
 def own_state(state: DrafterState) -> EagleState:

@@ -1,9 +1,9 @@
 """Running evidence: how probable each drafter found what was emitted. It takes no further forward of a drafter.
 
-Evidence of drafter k is `sum_i w_i decay^(t - i) log q_k(x_i)` over the tokens x_1 .. x_t of a row, at temperature 1:
-what remains of the log-likelihood of the text; w_i is `PROMPT_WEIGHT` for the prompt's tokens and 1 for the answer's.
-Its softmax over drafters is the probability that each is the one to ask. It depends on the past alone, so that whatever
-is decided by it leaves the text as it is.
+Evidence of drafter k is `sum_i w_i decay^(t - i) log q_k(x_i)` over the tokens x_i of a row up to x_t, at temperature
+1: what remains of the log-likelihood of the text. It begins at the prompt's last `MOST_SLOTS` tokens, and w_i is
+`PROMPT_WEIGHT` for a prompt's tokens and 1 for the others. Its softmax over drafters is the probability that each is
+the one to ask. It depends on the past alone, so that whatever is decided by it leaves the text as it is.
 
 Dims: D drafters, B rows, T slots, V vocabulary.
 """

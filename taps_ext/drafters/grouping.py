@@ -40,7 +40,7 @@ class GroupedDrafters:
         for places, state in zip(self.members, states, strict=True):
             if state.evidence is None:
                 raise ValueError(
-                    f"drafter {places[0]} keeps no evidence; use another composition, or no evidence_decay"
+                    f"drafter {places[0]} keeps no evidence; use another composition, or evidence_decay=0 with merged"
                 )
             found |= zip(places, state.evidence, strict=True)
         return torch.stack([found[place].to(found[0].device) for place in sorted(found)])
