@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -17,7 +16,16 @@ import pytest
 import small_models
 import torch
 from torch import Tensor
-from training_cases import Watcher, files, small_dataset, small_target, small_trainer, tiny_recipe, write_conversations
+from training_cases import (
+    Watcher,
+    files,
+    small_dataset,
+    small_target,
+    small_trainer,
+    tiny_recipe,
+    weights,
+    write_conversations,
+)
 
 from taps_ext import cli, tiny
 from taps_ext.drafters import EagleDrafter, average_drafters, export_drafter, load_drafter, validate_drafter
@@ -32,7 +40,7 @@ from taps_ext.drafters.checkpoint_files import check_output, read_folder
 from taps_ext.training import Example, TokenDataset, calibrating, coupled_draws, trainer
 from taps_ext.training.calibrating import CalibrationSettings, calibrate, calibrate_drafter
 from taps_ext.training.calibration_report import COUPLED, TOPK, UNCOUPLED, CalibrationReport, measure
-from taps_ext.training.config import ObjectiveConfig
+from taps_ext.training.config import ObjectiveConfig, Recipe
 from taps_ext.training.coupled_draws import Draws
 from taps_ext.training.coupled_likelihood import LEAST_ALPHA, Likelihood, fit, likelihood
 from taps_ext.training.data import prepare
@@ -40,6 +48,7 @@ from taps_ext.training.draft_slots import DraftSlots, collect
 from taps_ext.training.features import FrozenTarget
 from taps_ext.training.materials import load_tokenizer
 from taps_ext.training.objectives import ObjectivePass, next_stream
+from taps_ext.training.progress import ValidationRecord
 from taps_ext.training.run import train
 
 ONE = Calibration((0.5, 1.0), ((0.6, 0.5), (1.2, 1.1)), ((0.4, 0.3), (0.8, 0.7)))
@@ -460,6 +469,7 @@ def test_the_command_writes_the_same_file_each_time_and_shows_what_it_is_worth(
     assert told["cells"][3][COUPLED]["nats"] < told["cells"][3][TOPK]["nats"]
     written = json.loads(before)
     assert written["drafter"] == read_folder(folder).digest and written["target"]["name"] == "target"
+    assert "texts" not in written["data"], "what they were to the drafter's training is not known"
     assert str(tmp_path) not in before.decode() and str(data.parent) not in before.decode()
     assert load_drafter(folder, tiny.load_target()[0]).calibration == Calibration.from_dict(written)
 
@@ -516,20 +526,31 @@ def calibrations(output: Path) -> dict[str, Calibration | None]:
     return {name: read_calibration(folder, read_folder(folder).digest) for name, folder in folders.items()}
 
 
-def test_a_run_ends_with_calibrated_drafters_as_the_command_would_calibrate_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> CalibrationSettings:
+    """What runs are calibrated with."""
     settings = CalibrationSettings((1.0,), depth=2, positions=128)
-    monkeypatch.setattr(trainer, "CalibrationSettings", lambda seed: settings)
-    recipe = tiny_recipe(tmp_path, calibrate=True, validate_every=2, learning_rate=2e-2)
+    monkeypatch.setattr(calibrating, "CalibrationSettings", lambda seed: settings)
+    return settings
+
+
+def own_recipe(folder: Path, output: str = "run", **training: Any) -> Recipe:
+    """Its best drafter is not the final one."""
+    return tiny_recipe(folder, output, **{"calibrate": True, "validate_every": 2, "learning_rate": 2e-2, **training})
+
+
+def test_a_run_ends_with_calibrated_drafters_as_the_command_would_calibrate_them(
+    quick: CalibrationSettings, tmp_path: Path
+) -> None:
+    recipe = own_recipe(tmp_path)
     result = train(recipe)
     assert all(calibrations(Path(recipe.output)).values())
     target, _ = tiny.load_target()
-    texts = prepare(recipe.data, load_tokenizer(recipe)).training
+    training = prepare(recipe.data, load_tokenizer(recipe)).training
     for place in (result.best, result.final):
         assert place is not None
         before = (place / CALIBRATION_FILE).read_bytes()
-        calibrate_drafter(place, target, texts, settings, target_name=recipe.target)
+        calibrate_drafter(place, target, training, quick, target_name=recipe.target, texts="training")
         assert (place / CALIBRATION_FILE).read_bytes() == before
 
 
@@ -537,57 +558,177 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", ["save_drafter", "write_calibration"])
-def test_a_run_killed_at_its_end_calibrates_again_to_the_same_bytes(
-    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("num_written", range(3))
+def test_a_run_killed_while_it_calibrates_is_calibrated_by_the_same_command_and_only_once(
+    num_written: int, quick: CalibrationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_trainer(tmp_path / "whole").train()
-    killed, genuine = tmp_path / "killed", getattr(trainer, moment)
+    whole, recipe = (own_recipe(tmp_path, name) for name in ("whole", "killed"))
+    train(whole)
+    output, writes = Path(recipe.output), iter(range(3))
+
+    def kill(path: Path, text: str) -> None:
+        if next(writes) == num_written:
+            path.with_name(f".{path.name}.0.tmp").write_text(text[:100])
+            raise KilledError
+        path.write_text(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("taps_ext.drafters.calibration.write_text", kill)
+        if num_written < 2:
+            with pytest.raises(KilledError):
+                train(recipe)
+        else:
+            train(recipe)
+    is_there = [(output / name / CALIBRATION_FILE).exists() for name in ("final", "best")]
+    assert is_there == [True] * num_written + [False] * (2 - num_written)
+    for name in ("final", "best"):
+        assert weights(output / name).keys() == weights(Path(whole.output) / name).keys(), "both are whole"
+    watcher = Watcher()
+    assert train(recipe, watcher).is_finished and watcher.steps == []
+    calibrated = [note.rpartition(" ")[2] for note in watcher.notes if note.startswith("calibrating the drafter")]
+    assert calibrated == ["final", "best"][num_written:]
+    assert files(output) == files(Path(whole.output))
+    monkeypatch.setattr("taps_ext.training.run.load_materials", lambda *_: pytest.fail("it is done"))
+    assert train(recipe, again := Watcher()).is_finished and len(again.notes) == 1
+
+
+def test_a_run_killed_while_it_saves_its_last_drafter_ends_like_one_that_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_trainer(tmp_path / "whole", calibrate=True).train()
+    killed, genuine = tmp_path / "killed", trainer.save_drafter
 
     def kill(*arguments: Any, **options: Any) -> Any:
-        if moment == "write_calibration" or arguments[1] == killed / "final":
+        if arguments[1] == killed / "final":
             raise KilledError
         return genuine(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, moment, kill)
+        patch.setattr(trainer, "save_drafter", kill)
         with pytest.raises(KilledError):
-            small_trainer(killed).train()
-    assert not (killed / "final").exists()
-    assert (killed / "best" / CALIBRATION_FILE).exists() == (moment == "save_drafter")
+            small_trainer(killed, calibrate=True).train()
+    assert not (killed / "final").exists() and not (killed / "best" / CALIBRATION_FILE).exists()
     watcher = Watcher()
-    assert small_trainer(killed, watcher).train().is_finished and watcher.steps == []
+    assert small_trainer(killed, watcher, calibrate=True).train().is_finished and watcher.steps == []
     assert files(killed) == files(tmp_path / "whole")
 
 
+def test_drafters_are_saved_and_nobody_waits_any_more_when_the_main_process_calibrates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, events = small_trainer(tmp_path, calibrate=True), []
+
+    def calibrate_noted(*arguments: Any) -> CalibrationReport:
+        events.append({path.name for path in tmp_path.iterdir()} >= {"best", "final"})
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(run.accelerator, "wait_for_everyone", lambda: events.append("wait"))
+    monkeypatch.setattr(calibrating, "calibrate", calibrate_noted)
+    run.train()
+    first = events.index(True)
+    assert set(events[:first]) == {"wait"} and set(events[first:]) == {True}
+
+
+def refused(*names: str) -> Callable[[Path, str], None]:
+    def write(path: Path, text: str) -> None:
+        if path.parent.name in names:
+            raise PermissionError(13, "Permission denied", str(path))
+        path.write_text(text)
+
+    return write
+
+
+class Remover(Watcher):
+    """Removes the best drafter when the last step is done."""
+
+    def __init__(self, output: Path) -> None:
+        super().__init__()
+        self.output = output
+
+    def validated(self, record: ValidationRecord) -> None:
+        super().validated(record)
+        if record.step == 12:
+            shutil.rmtree(self.output / "best")
+
+
+@pytest.mark.parametrize("failing", [("gone",), ("best",), ("final", "best")])
+def test_a_calibration_that_fails_costs_no_drafter(
+    failing: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_trainer(tmp_path / "whole", calibrate=False).train()
+    run, is_gone = tmp_path / "run", failing == ("gone",)
+    watcher = Remover(run) if is_gone else Watcher()
+    with monkeypatch.context() as patch:
+        patch.setattr("taps_ext.drafters.calibration.write_text", refused(*failing))
+        assert small_trainer(run, watcher, calibrate=True).train().is_finished
+    told = [note for note in watcher.notes if "is not calibrated" in note]
+    expected = "no drafter at" if is_gone else r"\[Errno 13\] Permission denied"
+    for name, note in zip(["best"] if is_gone else failing, told, strict=True):
+        assert re.match(f"the drafter {name} is not calibrated: {expected}", note) and "\n" not in note
+    assert (run / "final" / CALIBRATION_FILE).exists() == ("final" not in failing)
+    for path in (tmp_path / "whole" / "final").iterdir():
+        assert (run / "final" / path.name).read_bytes() == path.read_bytes()
+    if not is_gone:
+        assert small_trainer(run, calibrate=True).train().is_finished
+        assert all(calibrations(run).values())
+
+
+def test_a_finished_run_is_calibrated_later_on_its_own_texts_alone(quick: CalibrationSettings, tmp_path: Path) -> None:
+    train(own_recipe(tmp_path, calibrate=False))
+    recipe = own_recipe(tmp_path)
+    data, output = Path(recipe.data.sources[0].path), Path(recipe.output)
+    content, before = data.read_text(), files(output)
+    for said in (r"holds another run: dataset\.", r"there is no \S+\.jsonl"):
+        if "another" in said:
+            write_conversations(data, 24, seed=6)
+        else:
+            data.unlink()
+        watcher = Watcher()
+        assert train(recipe, watcher).is_finished and files(output) == before
+        for name, note in zip(("final", "best"), watcher.notes[-2:], strict=True):
+            assert re.match(f"the drafter {name} is not calibrated: .*{said}", note), note
+    data.write_text(content)
+    assert train(recipe).is_finished and all(calibrations(output).values())
+
+
 def test_a_best_drafter_of_an_earlier_step_has_a_calibration_of_its_own(tmp_path: Path) -> None:
-    small_trainer(tmp_path, learning_rate=1e-30).train()  # the first of equal ones is the best
+    small_trainer(tmp_path, learning_rate=1e-30, calibrate=True).train()  # the first of equal ones is the best
     step = json.loads((tmp_path / "best" / "config.json").read_text())["taps"]["step"]
     found = calibrations(tmp_path)
     assert step == 4 and found["best"] == found["final"] is not None, "equal weights"
-    small_trainer(tmp_path / "other", held_out=0).train()
+    small_trainer(tmp_path / "other", held_out=0, calibrate=True).train()
     assert (tmp_path / "other" / "final" / CALIBRATION_FILE).exists()
 
 
+def test_a_best_drafter_of_the_last_step_is_calibrated_with_the_final_one(tmp_path: Path) -> None:
+    watcher = Watcher()
+    small_trainer(tmp_path, watcher, steps=4, calibrate=True).train()
+    assert [note for note in watcher.notes if note.startswith("calibrating")] == ["calibrating the drafter final"]
+    best, final = ((tmp_path / name / CALIBRATION_FILE).read_bytes() for name in ("best", "final"))
+    assert best == final
+
+
 def test_a_run_with_too_little_text_says_that_it_is_not_calibrated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: CalibrationSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = CalibrationSettings()
-    monkeypatch.setattr(trainer, "CalibrationSettings", lambda seed: settings)
     monkeypatch.setattr(calibrating, "MIN_PLACES", 10_000)
     watcher = Watcher()
-    assert small_trainer(tmp_path, watcher).train().is_finished
+    assert small_trainer(tmp_path, watcher, calibrate=True).train().is_finished
     assert any(note.startswith("the drafter final is not calibrated: the texts have") for note in watcher.notes)
     assert calibrations(tmp_path) == {"best": None, "final": None}
 
 
 @pytest.mark.parametrize(("held_out", "calibrated_on"), [(0, 24), (6, 24), (120, 120)])
-def test_a_run_is_calibrated_on_what_it_held_out_where_that_is_enough(
+def test_a_run_is_calibrated_on_what_it_held_out_where_that_is_enough_and_says_where_it_is_not(
     held_out: int, calibrated_on: int, tmp_path: Path
 ) -> None:
-    small_trainer(tmp_path, held_out=held_out, steps=2).train()
+    watcher = Watcher()
+    small_trainer(tmp_path, watcher, held_out=held_out, steps=2, calibrate=True).train()
     told = json.loads((tmp_path / "final" / CALIBRATION_FILE).read_text())
     assert told["data"]["num_sequences"] == calibrated_on
+    assert told["data"]["texts"] == ("training" if calibrated_on == 24 else "held-out")
+    said = "the drafter final is calibrated on the texts that it was trained on: fewer than 512 tokens"
+    assert any(note.startswith(said) for note in watcher.notes) == (calibrated_on == 24)
 
 
 def test_calibration_can_be_left_to_later_also_by_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -595,16 +736,4 @@ def test_calibration_can_be_left_to_later_also_by_a_run_that_goes_on(tmp_path: P
     assert calibrations(tmp_path) == {"best": None, "final": None}
     shutil.rmtree(tmp_path / "final")
     small_trainer(tmp_path, calibrate=True).train()
-    assert all(calibrations(tmp_path).values())
-
-
-def test_a_full_disk_is_said_of_the_calibration_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "write_calibration", full)
-        with pytest.raises(OSError, match=r"the calibration of the drafter best could not be written to .* \(No space"):
-            small_trainer(tmp_path).train()
-    assert replace(small_trainer(tmp_path).train(), validation=None).is_finished
     assert all(calibrations(tmp_path).values())

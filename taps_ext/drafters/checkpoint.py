@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import CalibrationRecord, read_calibration
+from .calibration import read_calibration
 from .checkpoint_files import DrafterFiles, read_folder, write_folder
 from .eagle import EagleDrafter, compute_dtype_and_device
 from .eagle_network import EagleConfig, EagleNetwork
@@ -76,7 +76,6 @@ def save_drafter(
     embedding: nn.Module | Tensor,
     target_config: Any,
     metadata: Mapping[str, Any] | None = None,
-    calibration: CalibrationRecord | None = None,
 ) -> Path:
     """The folder written: exactly the published keys, the embedding included, in the network's dtype.
 
@@ -85,7 +84,6 @@ def save_drafter(
         target_config: of the target; it gives special tokens and the context length.
         metadata: provenance, JSON values (algorithm, target, domain, trained length, ...); kept in config.json under
             `taps` and in the header of model.safetensors.
-        calibration: of these weights as they are stored, in the network's dtype.
     """
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     assert isinstance(weight, Tensor)
@@ -98,9 +96,7 @@ def save_drafter(
     dtype = network.fc.weight.dtype
     tensors = {EMBEDDING: weight.detach().to(dtype), **network.state_dict()}
     stored = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
-    return write_folder(
-        folder, published_config(config, dtype, target_config), stored, dict(metadata or {}), calibration=calibration
-    )
+    return write_folder(folder, published_config(config, dtype, target_config), stored, dict(metadata or {}))
 
 
 def network_of(files: DrafterFiles, target_config: Any | None = None) -> EagleNetwork:

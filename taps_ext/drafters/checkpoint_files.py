@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..disk import check_writable, sync
-from .calibration import CALIBRATION_FILE, CalibrationRecord
+from .calibration import CALIBRATION_FILE
 from .tensor_files import StoredTensor, read_json, read_tensors, sha256, shard_map, write_safetensors
 
 logger = logging.getLogger(__name__)
@@ -81,13 +81,12 @@ def write_folder(
     tensors: Mapping[str, StoredTensor],
     metadata: Mapping[str, Any],
     also_bin: bool = False,
-    calibration: CalibrationRecord | None = None,
 ) -> Path:
     """The folder written: config.json and one model.safetensors, complete on disk before it gets its name.
 
     The metadata goes into both files, with the digest of the weights into config.json. `also_bin` adds the same
-    tensors as pytorch_model.bin, `calibration` its own file. One tensor is in memory at a time. A drafter that stood
-    there is replaced; a folder that holds anything else raises ValueError.
+    tensors as pytorch_model.bin. One tensor is in memory at a time. A drafter that stood there is replaced; a folder
+    that holds anything else raises ValueError.
     """
     folder = Path(folder)
     check_output(folder)
@@ -104,8 +103,6 @@ def write_folder(
         (fresh / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if also_bin:
             torch.save({name: tensor.read() for name, tensor in tensors.items()}, fresh / BIN_FILE)
-        if calibration is not None:
-            (fresh / CALIBRATION_FILE).write_text(calibration.text(digest), encoding="utf-8")
         for path in (*fresh.iterdir(), fresh):
             sync(path)
         _replace(place, fresh)

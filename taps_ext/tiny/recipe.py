@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..drafters import average_drafters
 from ..training import TokenDataset
-from ..training.calibrating import CalibrationSettings, calibrate_drafter
+from ..training.calibrating import CalibrationSettings, calibrate_drafter, calibration_texts
 from ..training.chat_format import ChatFormat
 from ..training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
 from ..training.config import Recipe as TrainingRecipe
@@ -35,7 +35,6 @@ from ..training.data import prepare
 from ..training.progress import choose
 from ..training.regeneration import regenerate
 from ..training.run import train
-from ..training.trainer import ENOUGH_TOKENS
 from .corpus import (
     ALL_DOMAINS,
     DOMAINS,
@@ -176,9 +175,10 @@ def _ship(recipe: Recipe, output: Path) -> dict[str, Any]:
         shutil.copytree(output / "runs" / run / "final", fresh / folder)
         asked = _training_recipe(recipe, recipe.methods[method], domain, seed, output / "runs" / run)
         data = prepare(asked.data, tokenizer)
-        is_enough = data.validation and sum(data.validation.num_learned) >= ENOUGH_TOKENS
-        texts = data.validation if data.validation and is_enough else data.training
-        calibrate_drafter(fresh / folder, target, texts, CalibrationSettings(seed=seed), target_name="target")
+        dataset, texts = calibration_texts(data.training, data.validation)
+        calibrate_drafter(
+            fresh / folder, target, dataset, CalibrationSettings(seed=seed), target_name="target", texts=texts
+        )
         facts[folder] = {"run": run}
     fresh.rename(output / "drafters")
     return facts

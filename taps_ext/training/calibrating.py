@@ -9,18 +9,24 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..disk import check_writable
-from ..drafters.calibration import LEAST_TEMPERATURE, Calibration, write_calibration
+from ..drafters.calibration import (
+    CALIBRATION_FILE,
+    LEAST_TEMPERATURE,
+    Calibration,
+    CalibrationRecord,
+    write_calibration,
+)
 from ..drafters.checkpoint import network_of
 from ..drafters.checkpoint_files import read_folder
 from ..drafters.eagle_network import EagleNetwork
@@ -41,6 +47,8 @@ PathOrId = str | os.PathLike[str]
 MOST_TEMPERATURE = 100.0
 HELD_OUT = 4  # one text in so many is left out of the fit
 MIN_PLACES = 32  # of a depth; deeper ones are not fitted, and drafting uses the last that is
+ENOUGH_TOKENS = 512  # that are learned, of held-out conversations that are calibrated on
+HELD_OUT_TEXTS, TRAINING_TEXTS = "held-out", "training"  # what texts were to the training that made the drafter
 DIGITS = 4  # behind the point: more than the data tells, and fewer than rounding errors reach
 
 
@@ -107,11 +115,13 @@ def calibrate_drafter(
     settings: CalibrationSettings | None = None,
     progress: Progress | None = None,
     target_name: str = "unnamed",
+    texts: str | None = None,
 ) -> CalibrationReport:
     """What the calibration of a drafter's folder is worth; calibration.json is written there, or replaced.
 
-    `model` is its target, `target_name` what the file calls that. ValueError or OSError, in a sentence, for a folder
-    that cannot be written to or is no drafter of this target.
+    `model` is its target, `target_name` what the file calls that, `texts` what the dataset was to its training, where
+    that is known. ValueError or OSError, in a sentence, for a folder that cannot be written to or is no drafter of this
+    target.
     """
     place = calibratable(folder)
     files = read_folder(place)
@@ -120,9 +130,62 @@ def calibrate_drafter(
     if files.target.get("fingerprint", identity.fingerprint) != identity.fingerprint:
         raise ValueError(f"{place} was trained for a target with other weights than {target_name}; give that one")
     report = calibrate(drafting_copy(network, source), source, dataset, settings, progress)
-    facts = calibration_facts(target_facts(target_name, identity), dataset)
+    facts = calibration_facts(target_facts(target_name, identity), dataset, texts)
     write_calibration(place, report.record(facts), files.digest)
     return report
+
+
+def calibration_texts(training: TokenDataset, validation: TokenDataset | None) -> tuple[TokenDataset, str]:
+    """A run's texts that its drafters are calibrated on, and what they were to it: held out, if these are enough."""
+    if validation is not None and sum(validation.num_learned) >= ENOUGH_TOKENS:
+        return validation, HELD_OUT_TEXTS
+    return training, TRAINING_TEXTS
+
+
+def calibrate_run(
+    folders: Iterable[Path],
+    source: FeatureSource,
+    training: TokenDataset,
+    validation: TokenDataset | None,
+    seed: int,
+    target: Mapping[str, Any] | None,
+    note: Callable[[str], None],
+) -> None:
+    """calibration.json for those drafters of a run that have none, on the run's own texts.
+
+    A calibration that fails costs no drafter: `note` gets a sentence. Drafters with the same file of weights share one.
+    """
+    dataset, texts = calibration_texts(training, validation)
+    records: dict[str | None, CalibrationRecord] = {}
+    for folder in uncalibrated(folders):
+        try:
+            for leftover in folder.glob(f".{CALIBRATION_FILE}.*"):  # of a killed process
+                leftover.unlink()
+            files = read_folder(folder)
+            if files.digest not in records:
+                note(f"calibrating the drafter {folder.name}")
+                network = drafting_copy(network_of(files), source)
+                report = calibrate(network, source, dataset, CalibrationSettings(seed=seed))
+                records[files.digest] = report.record(calibration_facts(target, dataset, texts))
+            write_calibration(folder, records[files.digest], files.digest)
+        except (ValueError, RuntimeError, OSError) as error:  # also memory or a disk that runs out
+            note(not_calibrated(folder.name, error))
+        else:
+            if texts == TRAINING_TEXTS:
+                note(
+                    f"the drafter {folder.name} is calibrated on the texts that it was trained on: fewer than "
+                    f"{ENOUGH_TOKENS} tokens to learn were held out"
+                )
+
+
+def uncalibrated(folders: Iterable[Path]) -> list[Path]:
+    """Those without a calibration."""
+    return [folder for folder in folders if not (folder / CALIBRATION_FILE).exists()]
+
+
+def not_calibrated(name: str, error: Exception) -> str:
+    """The sentence on a drafter whose calibration failed."""
+    return f"the drafter {name} is not calibrated: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def calibratable(folder: PathOrId) -> Path:

@@ -70,9 +70,15 @@ def target_facts(path_or_id: str, identity: TargetIdentity) -> dict[str, Any]:
     return {"name": name, "commit": identity.revision, "fingerprint": identity.fingerprint}
 
 
-def calibration_facts(target: Mapping[str, Any] | None, dataset: TokenDataset) -> dict[str, Any]:
-    """What a calibration says of its origin; a function of what it was made of, without times or folders."""
-    return {"target": target, "data": dataset_facts(dataset), "code": code_version()}
+def calibration_facts(
+    target: Mapping[str, Any] | None, dataset: TokenDataset, texts: str | None = None
+) -> dict[str, Any]:
+    """What a calibration says of its origin; a function of what it was made of, without times or folders.
+
+    `texts`: what the dataset was to the drafter's training, where that is known.
+    """
+    data = dataset_facts(dataset) | ({} if texts is None else {"texts": texts})
+    return {"target": target, "data": data, "code": code_version()}
 
 
 def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:

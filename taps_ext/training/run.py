@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ..disk import write_text, written
+from .calibrating import calibrate_run, not_calibrated, uncalibrated
 from .checks import RECIPE, check_disk, check_output
 from .config import Recipe
 from .dry_run import DryRun, dry_run
 from .launch import make_accelerator
 from .materials import Materials, load_materials
 from .progress import Observer, ValidationRecord
-from .provenance import target_facts
+from .provenance import check_same, dataset_facts, flat, target_facts
 from .recipe_files import dump_recipe
 from .trainer import BEST, FINAL, DrafterFacts, Trainer, TrainingResult
 from .update import micro_batch_size
@@ -26,7 +27,9 @@ DATA = "data.json"
 
 
 def train(recipe: Recipe, observer: Observer | None = None) -> TrainingResult:
-    """The recipe's run, from its beginning or from where it was stopped or killed; a finished one is left as it is.
+    """The recipe's run, from its beginning or from where it was stopped or killed.
+
+    A finished one is left as it is, but for calibrations that it lacks.
 
     Raises ValueError or OSError, in a sentence, before any work where that can be known before.
     """
@@ -38,6 +41,8 @@ def train(recipe: Recipe, observer: Observer | None = None) -> TrainingResult:
     if (output / FINAL).exists():
         if watching:
             watching.note(f"the run in {output} is finished already; its drafter is {output / FINAL}")
+        if accelerator.is_main_process and recipe.training.calibrate:
+            _calibrate(recipe, output, accelerator.device, watching)
         return _finished(output)
     materials = load_materials(recipe, accelerator.device, watching.preparing if watching else None)
     if watching:
@@ -72,6 +77,26 @@ def _metadata(recipe: Recipe, materials: Materials) -> dict[str, Any]:
     target = target_facts(recipe.target, materials.target.identity)
     facts = {"target": target, "data": materials.data.report.provenance()}
     return facts if materials.parent is None else {**facts, "parent": materials.parent}
+
+
+def _calibrate(recipe: Recipe, output: Path, device: torch.device, observer: Observer | None) -> None:
+    """The calibrations that a finished run lacks, as it was killed or something failed; what fails now is a note."""
+    folders = [output / name for name in (FINAL, BEST) if (output / name).exists()]
+    if not uncalibrated(folders):
+        return
+    note = observer.note if observer else lambda sentence: None
+    try:
+        materials = load_materials(recipe, device, observer.preparing if observer else None)
+        data, target = materials.data, _metadata(recipe, materials)["target"]
+        told = json.loads((output / FINAL / "config.json").read_text(encoding="utf-8"))["taps"]
+        here = {"dataset": dataset_facts(data.training), "target": target}
+        check_same(flat({name: told[name] for name in here}), flat(here), output)
+    except (ValueError, RuntimeError, OSError) as error:
+        for folder in uncalibrated(folders):
+            note(not_calibrated(folder.name, error))
+        return
+    source, seed = materials.target.source, recipe.training.seed
+    calibrate_run(folders, source, data.training, data.validation, seed, target, note)
 
 
 def _finished(output: Path) -> TrainingResult:

@@ -19,12 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..disk import written
-from ..drafters.calibration import CalibrationRecord, write_calibration
-from ..drafters.checkpoint import load_network, save_drafter
-from ..drafters.checkpoint_files import read_folder
+from ..drafters.checkpoint import save_drafter
 from ..drafters.eagle_network import EagleNetwork
 from .acceptance_estimate import estimate
-from .calibrating import CalibrationSettings, calibrate, drafting_copy
+from .calibrating import calibrate_run
 from .checkpoints import Checkpoints, RunState, layout
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
@@ -33,13 +31,12 @@ from .interruption import Interruption
 from .journal import Journal
 from .launch import broadcast, make_accelerator
 from .progress import Observer, StepRecord, ValidationRecord
-from .provenance import calibration_facts, check_same, code_version, dataset_facts, identity, settings
+from .provenance import check_same, code_version, dataset_facts, identity, settings
 from .update import UpdateFacts, Updater, held_out_batches
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-ENOUGH_TOKENS = 512  # that are learned, of held-out conversations that are calibrated on
 BEST, FINAL, CHECKPOINTS, LOG = "best", "final", "checkpoints", "log.jsonl"
 
 
@@ -139,7 +136,9 @@ class Trainer:
         """The drafter of the last step, written; or a word on where the run stands."""
         is_last = step == self.updater.num_steps
         if is_last:
-            self._write_drafter(FINAL, step, self._last, is_calibrated=self.config.calibrate)
+            self._write_drafter(FINAL, step, self._last)
+            if self.config.calibrate and self.accelerator.is_main_process:  # for which the others need not wait
+                self._calibrate()
         else:
             self.observer.note(
                 f"stopped after step {step} of {self.updater.num_steps}; run it again to go on from there"
@@ -200,22 +199,14 @@ class Trainer:
         state = RunState(step, self._identity, layout(self.accelerator), self._best, self._last)
         self.checkpoints.save(self.accelerator, state)
 
-    def _write_drafter(
-        self, name: str, step: int, record: ValidationRecord | None, is_calibrated: bool = False
-    ) -> None:
-        """The weights of now as a drafter's folder; every process takes part in gathering them.
-
-        The main process calibrates them, and the best drafter before them: where these have their name, it is done.
-        """
+    def _write_drafter(self, name: str, step: int, record: ValidationRecord | None) -> None:
+        """The weights of now as a drafter's folder; every process takes part in gathering them."""
         weights = self.accelerator.get_state_dict(self.updater.model)
         if self.accelerator.is_main_process:
             with torch.device("meta"):
                 network = EagleNetwork(self._network_config)
             network.load_state_dict({k.removeprefix("network."): v for k, v in weights.items()}, assign=True)
             network, metadata = network.to(self.facts.dtype), self._metadata(step, record)
-            calibration = self._calibrated(name, network) if is_calibrated else None
-            if is_calibrated:
-                self._calibrate_best(step, calibration)
             with written(f"the drafter {name}", self.output):
                 save_drafter(
                     network,
@@ -223,34 +214,15 @@ class Trainer:
                     embedding=self.source.embedding,
                     target_config=self.facts.target_config,
                     metadata=metadata,
-                    calibration=calibration,
                 )
         self.accelerator.wait_for_everyone()
 
-    def _calibrate_best(self, step: int, of_now: CalibrationRecord | None) -> None:
-        """The calibration of the best drafter, which may be the one of this step, in its folder."""
-        if self._best is None:
-            return
-        folder = self.output / BEST
-        record = of_now if self._best.step == step else self._calibrated(BEST, load_network(folder))
-        if record is not None:
-            with written(f"the calibration of the drafter {BEST}", self.output):
-                write_calibration(folder, record, read_folder(folder).digest)
-
-    def _calibrated(self, name: str, network: EagleNetwork) -> CalibrationRecord | None:
-        """The calibration of a network, on the held-out conversations where they are enough; None, and a note why."""
-        dataset = self.validation
-        if dataset is None or sum(dataset.num_learned) < ENOUGH_TOKENS:
-            dataset = self.updater.dataset
-        settings = CalibrationSettings(seed=self.config.seed)
-        self.observer.note(f"calibrating the drafter {name}")
-        try:
-            report = calibrate(drafting_copy(network, self.source), self.source, dataset, settings)
-        except (ValueError, RuntimeError) as error:  # memory that runs out should not cost the drafter
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            self.observer.note(f"the drafter {name} is not calibrated: {reason}")
-            return None
-        return report.record(calibration_facts((self.facts.metadata or {}).get("target"), dataset))
+    def _calibrate(self) -> None:
+        """Of the final drafter and the best one: a run that is killed here does it when it is started again."""
+        folders = [self.output / FINAL, *([self.output / BEST] if self._best else ())]
+        target = (self.facts.metadata or {}).get("target")
+        texts = self.updater.dataset, self.validation
+        calibrate_run(folders, self.source, *texts, self.config.seed, target, self.observer.note)
 
     def _metadata(self, step: int, record: ValidationRecord | None) -> dict[str, Any]:
         """How the drafter was made, in an order for readers; a function of the run alone, without times."""
