@@ -1,5 +1,5 @@
 #!/bin/sh
-# Coupled drafting, evidence and the stop rule: benchmarks/results/beyond.json, .md and .png. Some 80 minutes of one core;
+# Coupled drafting, evidence and the stop rule: benchmarks/results/beyond.json, .md and .png. Some two hours of one core;
 # what is done is kept in out/beyond.jsonl, and a second start goes on from there.
 # Usage: beyond.sh WORLDS [options of bench_beyond.py]; WORLDS is what worlds.sh made, its drafters calibrated (out/worlds)
 set -eu
