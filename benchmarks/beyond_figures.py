@@ -128,7 +128,7 @@ class Figures:
 
     def switches(self, panel: Panel) -> bool:
         """Whether prompts that switch domain were measured."""
-        cells = (cell for cell in self.parts["B"] if cell.drafters == panel.groups[0])
+        cells = (cell for cell in self.parts["B"] if (cell.world, cell.drafters) == (panel.world, panel.groups[0]))
         return any(cell.domain == SWITCHING for cell in cells)
 
     def nodes(self, panel: Panel, temperature: float, **how: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import platform
 import random
@@ -291,9 +292,20 @@ def test_the_report_shows_every_row_and_every_goal() -> None:
     assert "3 left out for time, 1 errors" in gpu_report.summary(result)
 
 
-@pytest.mark.parametrize(
-    "script", sorted((provenance.ROOT / "benchmarks" / "runs").glob("*.sh")), ids=lambda path: path.name
-)
+# ---- every script
+
+FOLDER = provenance.ROOT / "benchmarks"
+MODULES = [path.relative_to(FOLDER).with_suffix("").parts for path in sorted(FOLDER.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("module", MODULES, ids="/".join)
+def test_every_script_finds_what_it_imports(module: tuple[str, ...]) -> None:
+    """Those that need a GPU or further packages to run do without them until they do."""
+    found = importlib.import_module(".".join(module))
+    assert Path(str(found.__file__)) == FOLDER.joinpath(*module).with_suffix(".py")
+
+
+@pytest.mark.parametrize("script", sorted((FOLDER / "runs").glob("*.sh")), ids=lambda path: path.name)
 def test_run_scripts_are_well_formed(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

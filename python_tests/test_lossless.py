@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from small_models import CALIBRATIONS, FAMILIES, PAD, new_target, prompts, trained_drafters, trained_target
 from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import taps_ext as taps
 from taps_ext import decoder as decoder_module
@@ -30,32 +32,41 @@ SAMPLINGS = {  # of a batch of mixed temperatures
     name: taps.SamplingParams(temperature=[0.0, 0.3, 0.7, 1.0, 1.5], seed=11, **filters)
     for name, filters in {
         "unfiltered": {},
-        "top_k": {"top_k": 8},
+        "top_k": {"top_k": 3},
         "top_p": {"top_p": 0.8},
         "min_p": {"min_p": 0.1},
         "all": {"top_k": 12, "top_p": 0.9, "min_p": 0.05},
+        "by row": {"top_k": [0, 0, 0, 2, 0], "top_p": [1.0, 1.0, 0.6, 1.0, 1.0], "min_p": [0.0, 0.0, 0.0, 0.0, 0.2]},
     }.items()
 }
-BY_EVIDENCE = {"composition": "merged", "evidence_decay": 0.9}
+BY_EVIDENCE = {"composition": "merged", "evidence_decay": 0.95}
 WAYS: dict[str, dict[str, Any]] = {
     **{name: {"composition": name} for name in COMPOSITIONS},
-    "merged, 9 nodes": {"max_nodes": 9},
+    "merged, 9 nodes": {"max_nodes": 9, "evidence_decay": 0},
     "merged by evidence": BY_EVIDENCE,
     "merged by evidence, 4 nodes": {**BY_EVIDENCE, "max_nodes": 4},
     "merged by evidence, 9 nodes": {**BY_EVIDENCE, "max_nodes": 9},
     "joint budget": {"joint_budget": 27},
     "min_score": {"shape": replace(SHAPE, min_score=-2.5)},
     "evidence, all limits": {"composition": "evidence", "joint_budget": 19, "shape": replace(SHAPE, min_score=-3.5)},
+    "merged, one uncalibrated": {**BY_EVIDENCE, "uncalibrated": "chat"},
+    "evidence, one uncalibrated": {"composition": "evidence", "uncalibrated": "math"},
 }
 # Every way under every filter, and once without a look at the noise.
 GRID = [(way, name, "coupled") for way in WAYS for name in SAMPLINGS]
 GRID += [(way, name, "topk") for way, name in zip(WAYS, itertools.cycle(SAMPLINGS), strict=False)]
 
 
-def make_decoder(family: str = "llama", composition: str = "merged", **kwargs: object) -> taps.SpeculativeDecoder:
+def make_decoder(
+    family: str = "llama", composition: str = "merged", uncalibrated: str = "", **kwargs: object
+) -> taps.SpeculativeDecoder:
     drafter = "math" if composition == "single" else None
+    drafters = dict(trained_drafters(family))
+    if uncalibrated:
+        one = drafters[uncalibrated]
+        drafters[uncalibrated] = EagleDrafter(one.network, one.embedding, one.lm_head, uncalibrated)
     return taps.SpeculativeDecoder(
-        trained_target(family), trained_drafters(family), composition, drafter=drafter, **{"shape": SHAPE, **kwargs}
+        trained_target(family), drafters, composition, drafter=drafter, **{"shape": SHAPE, **kwargs}
     )
 
 
@@ -78,7 +89,9 @@ def plain_text(name: str) -> taps.PlainResult:
 @pytest.mark.parametrize(("way", "name", "drafting"), GRID, ids=map(", ".join, GRID))
 def test_sampled_text_is_that_of_plain_sampling_with_the_same_noise(way: str, name: str, drafting: str) -> None:
     decoder = make_decoder(**WAYS[way], drafting=drafting)
-    result = decoder.generate(*prompts(5), sampling=SAMPLINGS[name], max_new_tokens=32)
+    warns = drafting == "coupled" and "uncalibrated" in WAYS[way]
+    with pytest.warns(UserWarning, match="not calibrated") if warns else nullcontext():
+        result = decoder.generate(*prompts(5), sampling=SAMPLINGS[name], max_new_tokens=32)
     assert torch.equal(result.sequences, plain_text(name).sequences)
     assert result.finish_reasons == plain_text(name).finish_reasons
 
@@ -206,6 +219,14 @@ def test_a_look_at_the_noise_accepts_more_at_temperature_1(way: str) -> None:
 # ---- three tokens, frequencies
 
 SMALL_VOCAB = 5
+BATCH = 1_000  # the draws of one call
+UNFILTERED, FILTERED = taps.SamplingParams(1.0), taps.SamplingParams(0.7, top_k=3, top_p=0.9)
+SMALL_CASES: dict[str, tuple[dict[str, Any], taps.SamplingParams]] = {
+    "merged": ({}, UNFILTERED),
+    "evidence": ({"composition": "evidence"}, UNFILTERED),
+    "merged by evidence, 4 nodes": ({**BY_EVIDENCE, "max_nodes": 4}, UNFILTERED),
+    "joint budget, filtered": ({"joint_budget": 3 * BATCH}, FILTERED),
+}
 Rule = Callable[[Tensor, taps.DraftTree, Any, Tensor], Acceptance]
 
 
@@ -227,26 +248,33 @@ def small_vocabulary_decoder(**kwargs: Any) -> taps.SpeculativeDecoder:
     return taps.SpeculativeDecoder(target, drafters, **{"shape": taps.TreeShape(2, 2, 4), **kwargs})
 
 
-def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor) -> Tensor:
-    """P(first three tokens), [V, V, V], by running the stock target over every prefix."""
+def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor, sampling: taps.SamplingParams) -> Tensor:
+    """P(first three tokens), [V, V, V], by running the stock target and transformers' filters over every prefix."""
     joint = torch.zeros(SMALL_VOCAB, SMALL_VOCAB, SMALL_VOCAB)
     pairs = list(itertools.product(range(SMALL_VOCAB), repeat=2))
     ids = torch.cat([prompt.expand(len(pairs), -1), torch.tensor(pairs)], dim=1)
-    probabilities = decoder.target.model(input_ids=ids).logits.softmax(-1)[:, -3:]
+    logits = decoder.target.model(input_ids=ids).logits[:, -3:].flatten(0, 1)
+    top_k = TopKLogitsWarper(sampling.top_k or SMALL_VOCAB)
+    warpers = [TemperatureLogitsWarper(sampling.temperature), top_k, TopPLogitsWarper(sampling.top_p)]
+    logits = LogitsProcessorList(warpers)(ids, logits)
+    probabilities = logits.softmax(-1).unflatten(0, (len(pairs), 3))
     for row, (first, second) in enumerate(pairs):
         p = probabilities[row]
         joint[first, second] = p[0, first] * p[1, second] * p[2]
     return joint
 
 
-def chi_square_excess(decoder: taps.SpeculativeDecoder, num_draws: int = 20_000, batch_size: int = 1_000) -> float:
+def chi_square_excess(
+    decoder: taps.SpeculativeDecoder, sampling: taps.SamplingParams = UNFILTERED, num_draws: int = 20_000
+) -> float:
     """The chi-square of the first three tokens, in standard deviations above its mean."""
     prompt = torch.tensor([[1, 2, 0, 3]])
-    expected = expected_joint(decoder, prompt).flatten() * num_draws
+    expected = expected_joint(decoder, prompt, sampling).flatten() * num_draws
     observed = torch.zeros_like(expected)
-    for start in range(0, num_draws, batch_size):
-        sampling = taps.SamplingParams(temperature=1.0, seed=start)
-        result = decoder.generate(prompt.expand(batch_size, -1).contiguous(), sampling=sampling, max_new_tokens=3)
+    for start in range(0, num_draws, BATCH):
+        result = decoder.generate(
+            prompt.expand(BATCH, -1).contiguous(), sampling=replace(sampling, seed=start), max_new_tokens=3
+        )
         a, b, c = torch.tensor(result.new_tokens).T
         observed += torch.bincount((a * SMALL_VOCAB + b) * SMALL_VOCAB + c, minlength=len(expected))
     common = expected >= 5
@@ -256,10 +284,11 @@ def chi_square_excess(decoder: taps.SpeculativeDecoder, num_draws: int = 20_000,
     return float((((observed - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5)
 
 
-@pytest.mark.parametrize("way", ["merged", "evidence", "merged by evidence, 4 nodes"])
+@pytest.mark.parametrize("case", SMALL_CASES)
 @torch.inference_mode()
-def test_the_joint_frequency_of_three_tokens_is_the_targets(way: str) -> None:
-    assert chi_square_excess(small_vocabulary_decoder(**WAYS[way])) < 4
+def test_the_joint_frequency_of_three_tokens_is_the_targets(case: str) -> None:
+    way, sampling = SMALL_CASES[case]
+    assert chi_square_excess(small_vocabulary_decoder(**way), sampling) < 4
 
 
 def count_twice(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
@@ -306,11 +335,13 @@ def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling:
     return Acceptance(found.path, found.num_accepted, tokens, fresh.bonus_tokens, found.is_invalid)
 
 
+@pytest.mark.parametrize("case", ["merged", "evidence", "joint budget, filtered"])
 @pytest.mark.parametrize("rule", [count_twice, trust_the_drafter, redraw_beside_the_candidates])
 @torch.inference_mode()
-def test_the_chi_square_notices_what_coupling_invites(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chi_square_notices_what_coupling_invites(rule: Rule, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder_module, "verify", rule)
-    assert chi_square_excess(small_vocabulary_decoder(), num_draws=6_000) > 10
+    way, sampling = SMALL_CASES[case]
+    assert chi_square_excess(small_vocabulary_decoder(**way), sampling, num_draws=6_000) > 10
 
 
 @torch.inference_mode()
