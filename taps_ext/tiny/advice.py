@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 from .advice_words import CLOSINGS, EFFORTS, LINKS, SOFTENERS, TONES, TOPICS, WHEN, Topic
+from .wording import as_messages, capital
 
 FORMATS = ("", "", "", "Please give me a list.", "Keep it brief.", "Explain why.", "What should I avoid?")
 
@@ -40,8 +41,8 @@ class Adviser:
             (
                 f"How can I {goal} when {worry}?",
                 f"I want to {goal}, but {worry}. What would you do?",
-                f"{_capital(worry)}. Is there a way to {goal}?",
-                f"Do you have advice for someone who wants to {goal}? {_capital(worry)}.",
+                f"{capital(worry)}. Is there a way to {goal}?",
+                f"Do you have advice for someone who wants to {goal}? {capital(worry)}.",
             )
         )
         return f"{question} {wish}".strip(), wish
@@ -80,16 +81,16 @@ class Adviser:
         link = self.pick(LINKS)
         return self.pick(
             (
-                f"{_capital(action)}, {link} {benefit}.",
+                f"{capital(action)}, {link} {benefit}.",
                 f"{self.pick(SOFTENERS)} {action} {self.pick(WHEN)}; it {benefit}.",
-                f"{_capital(self.pick(WHEN))}, {action}. It {self.pick(EFFORTS)}, but it {benefit}.",
+                f"{capital(self.pick(WHEN))}, {action}. It {self.pick(EFFORTS)}, but it {benefit}.",
                 f"Take {self.draw('tools')} and {action}, {link} {benefit}.",
                 f"I would {action} {self.pick(WHEN)}.",
             )
         )
 
     def one_tip(self) -> str:
-        return f"{_capital(self.draw('actions'))} {self.pick(WHEN)}, and avoid {self.draw('traps')}."
+        return f"{capital(self.draw('actions'))} {self.pick(WHEN)}, and avoid {self.draw('traps')}."
 
     def paragraph(self) -> str:
         tips = [self.tip() for _ in range(self.rng.randint(2, 4))]
@@ -100,7 +101,7 @@ class Adviser:
     def bullets(self) -> str:
         lines = []
         for _ in range(self.rng.randint(3, 4)):
-            lines.append(f"- {_capital(self.draw('actions'))}.")
+            lines.append(f"- {capital(self.draw('actions'))}.")
             if self.rng.random() < 0.35:
                 lines.append(f"  * It {self.draw('benefits')}.")
             if self.rng.random() < 0.25:
@@ -113,17 +114,17 @@ class Adviser:
     def two_phases(self) -> str:
         first, second = self.rng.sample(WHEN, 2)
         return (
-            f"{_capital(first)}:\n- {_capital(self.draw('actions'))}.\n- {_capital(self.draw('actions'))}.\n"
-            f"{_capital(second)}:\n- {_capital(self.draw('actions'))}, {self.pick(LINKS)} {self.draw('benefits')}."
+            f"{capital(first)}:\n- {capital(self.draw('actions'))}.\n- {capital(self.draw('actions'))}.\n"
+            f"{capital(second)}:\n- {capital(self.draw('actions'))}, {self.pick(LINKS)} {self.draw('benefits')}."
         )
 
     def warnings(self) -> str:
         first, second = self.draw("traps"), self.draw("traps")
         return self.pick(
             (
-                f"Avoid {first}. {_capital(second)} is nearly as bad. Instead, {self.draw('actions')}.",
+                f"Avoid {first}. {capital(second)} is nearly as bad. Instead, {self.draw('actions')}.",
                 f"The usual trap is {first}, and after that {second}. {self.tip()}",
-                f"- {_capital(first)}\n- {_capital(second)}\nA better habit: {self.draw('actions')}.",
+                f"- {capital(first)}\n- {capital(second)}\nA better habit: {self.draw('actions')}.",
             )
         )
 
@@ -161,15 +162,7 @@ def generate_dialogue(rng: Random) -> list[dict[str, str]]:
     question, wish = adviser.opening_question()
     turns = [(question, adviser.first_answer(wish))]
     turns += [adviser.follow_up() for _ in range(rng.choice((0, 1, 1, 2, 3)))]
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return as_messages(turns)
 
 
 def _mirrored(clause: str) -> str:

@@ -24,6 +24,7 @@ from .program_words import (
     WORDS,
     Kind,
 )
+from .wording import as_messages, capital
 
 Item = TypeVar("Item")
 
@@ -46,7 +47,7 @@ class Program:
 
     def code(self) -> str:
         """The text of the program."""
-        docstring = (f'    """{_capital(self.task)}."""',) if self.has_docstring else ()
+        docstring = (f'    """{capital(self.task)}."""',) if self.has_docstring else ()
         if not self.parameter:
             return "\n".join((f"class {self.name}:", *docstring, *self.lines))
         taken, returned = self.types
@@ -174,7 +175,7 @@ class Programmer:
             types=("", ""),
             lines=tuple(lines),
             short="",
-            story=f"It keeps {field} in self.{field}. {_capital(more)} adds {cost} to it and {less} takes {cost} away"
+            story=f"It keeps {field} in self.{field}. {capital(more)} adds {cost} to it and {less} takes {cost} away"
             f"{told[rule]}.",
             calls=(f"{variable} = {{name}}()", f"{variable}.{more}({self.rng.randint(10, 40)})")
             + (f"{variable}.{less}({taken})", f"{variable}.{field}"),
@@ -193,7 +194,7 @@ class Programmer:
                 f"I need a {thing} that {program.task}. Call it {program.name}.",
                 f"In Python, how would you write a {thing} that {program.task}?",
                 f"Please write {program.name}, a {thing} that {program.task}.",
-                f"{_capital(thing)} {program.name}: it {program.task}.",
+                f"{capital(thing)} {program.name}: it {program.task}.",
             )
         )
         self.program = replace(
@@ -227,7 +228,7 @@ class Programmer:
     def rename(self) -> tuple[str, str]:
         first, second = self.pick(("run", "do", "my", "the", "new", "get")), self.pick(("task", "work", "job", "thing"))
         is_function = bool(self.program.parameter)
-        new = f"{first}_{second}" if is_function else f"{_capital(first)}{_capital(second)}"
+        new = f"{first}_{second}" if is_function else f"{capital(first)}{capital(second)}"
         self.program = replace(self.program, name=new)
         return self.pick((f"Rename it to {new}.", f"Can you call it {new}?")), self.program.code()
 
@@ -246,12 +247,4 @@ def generate_program_talk(rng: Random) -> list[dict[str, str]]:
     programmer = Programmer(rng)
     turns = [programmer.first_turn()]
     turns += [programmer.follow_up() for _ in range(rng.choice((0, 0, 1, 1, 2)))]
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return as_messages(turns)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
 
+from .wording import as_messages
+
 Item = TypeVar("Item")
 Row = tuple[str, tuple[int, ...]]  # a name, and a number a column
 
@@ -300,8 +302,4 @@ def generate_table_talk(rng: Random) -> list[dict[str, str]]:
     clerk = Clerk(rng)
     turns = [clerk.first_turn()]
     turns += [clerk.follow_up() for _ in range(rng.choice((0, 0, 1, 1, 2)))]
-    return [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
+    return as_messages(turns)

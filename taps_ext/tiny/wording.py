@@ -1,0 +1,19 @@
+"""What the generators of the domains share: how a turn becomes messages, how a sentence begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def as_messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Chat messages of (question, answer) turns, user first."""
+    return [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def capital(text: str) -> str:
+    """The text with a capital letter in front."""
+    return text[:1].upper() + text[1:]
