@@ -135,6 +135,14 @@ def test_the_text_arrives_before_the_last_step() -> None:
         assert [token for event in events for token in event.new_tokens[row]] == whole.new_tokens[row]
         steps = [event.num_accepted[row] for event in events if event.num_accepted[row] is not None]
         assert steps == whole.stats.num_accepted[row]
+    assert events[0].tree is None and events[0].path is None
+    for event in events[1:]:
+        assert event.tree is not None and event.path is not None
+        for row in range(2):
+            if event.num_accepted[row] is not None:
+                path = event.path[row, 1 : event.num_accepted[row] + 1]
+                accepted = event.tree.tokens[row, path].tolist()
+                assert accepted[: len(event.new_tokens[row])] == event.new_tokens[row][: len(accepted)]
 
     def drain() -> Generator[Any, None, None]:
         result = yield from decoder.stream(ids, mask, max_new_tokens=30, eos_token_id=())

@@ -231,7 +231,7 @@ class SpeculativeDecoder:
         self.target.commit(acceptance.path, num_committed - 1, state.prefix_lengths, state.kv, record.lengths)
         state.prefix_lengths = lengths
         state.root_tokens = torch.where(state.active, acceptance.bonus_tokens.clamp_min(0), state.root_tokens)
-        event = state.advance(record)
+        event = replace(state.advance(record), tree=composed.tree, path=acceptance.path)
         path = acceptance.path[:, : max(record.num_accepted) + 1].clamp_min(0)
         features = scored.features.gather(1, path[:, :, None].expand(-1, -1, scored.features.shape[-1]))
         tokens = acceptance.tokens[:, : path.shape[1]].clamp_min(0)

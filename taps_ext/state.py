@@ -121,6 +121,8 @@ class StepEvent:
     num_accepted: list[int | None]  # None: no decode step (the prefill's event, or a finished row)
     choices: list[str | tuple[str, ...] | None]
     accepted_proposers: list[tuple[tuple[str, ...], ...]]  # of each accepted draft token
+    tree: DraftTree | None = None  # what the target verified; None: the prefill's event
+    path: Tensor | None = None  # int64 [B, N], its accepted nodes in order from the root on, -1 behind
 
 
 @dataclass
