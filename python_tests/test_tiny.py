@@ -21,7 +21,9 @@ from taps_ext.drafters import average_drafters
 from taps_ext.tiny import recipe as tiny_recipe
 from taps_ext.tiny.arithmetic import Problem, generate_problem
 from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS
+from taps_ext.tiny.pretraining import PretrainingConfig, new_target, pretrain
 from taps_ext.tiny.tokenizer import train_tokenizer
+from taps_ext.training import TokenDataset
 from taps_ext.training.chat_format import ChatFormat
 from taps_ext.training.config import ObjectiveConfig
 
@@ -253,3 +255,27 @@ def test_compositions_stand_to_each_other_as_published(tmp_path: Path) -> None:
         gaps = [a - b for a, b in zip(merged[1], best[1], strict=True)]
         assert mean(gaps) >= -stdev(gaps) / len(gaps) ** 0.5
         assert confidence[0] >= 0.95 * best[0]
+
+
+def test_a_target_whose_training_was_stopped_is_the_one_whose_training_was_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tiny.conversations("math", 40, seed=5)
+    tokenizer = train_tokenizer((message["content"] for text in texts for message in text), vocab_size=400)
+    dataset = TokenDataset(ChatFormat(tokenizer).encode(text).cut(256) for text in texts)
+    config = PretrainingConfig(steps=6, batch_size=4)
+    monkeypatch.setattr("taps_ext.tiny.pretraining.CHECKPOINT_STEPS", 2)
+
+    def stop(step: int, loss: float) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    stopped, whole = (new_target(tokenizer, seed=3, hidden_size=64, num_layers=1) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(stopped, dataset, config, stop, tmp_path / "checkpoint.pt")
+    resumed, steps = new_target(tokenizer, seed=4, hidden_size=64, num_layers=1), []
+    loss = pretrain(resumed, dataset, config, lambda step, loss: steps.append(step), tmp_path / "checkpoint.pt")
+    assert steps == [5, 6]
+    assert loss == pretrain(whole, dataset, config, lambda step, loss: None)
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name

@@ -28,8 +28,13 @@ def conversations(domain: str, count: int, seed: int) -> list[Conversation]:
 
 def prompts(domain: str, count: int, seed: int = 0) -> list[Conversation]:
     """`count` held-out prompts: conversations cut after a user turn, none of them a prompt that training has seen."""
+    return [start[:-1] for start in answered_prompts(domain, count, seed)]
+
+
+def answered_prompts(domain: str, count: int, seed: int = 0) -> list[Conversation]:
+    """`prompts`, each with the answer that the generator gives behind it."""
     seen = _trained_prompts(domain)
-    unseen = (start for start in _starts(domain, f"held-out/{seed}") if repr(start) not in seen)
+    unseen = (start for start in _starts(domain, f"held-out/{seed}") if repr(start[:-1]) not in seen)
     return list(islice(unseen, count))
 
 
@@ -65,11 +70,11 @@ def _unseen(domain: str, key: str) -> Iterator[Conversation]:
 
 
 def _starts(domain: str, key: str) -> Iterator[Conversation]:
-    """Conversations up to one of their user turns, mostly the first."""
+    """Conversations up to the answer to one of their user turns, mostly the first."""
     for index, conversation in enumerate(_stream(domain, key)):
         rng = Random(f"cut/{domain}/{key}/{index}")
         turn = rng.choice((0, rng.randrange(len(conversation) // 2)))
-        yield conversation[: 2 * turn + 1]
+        yield conversation[: 2 * turn + 2]
 
 
 @cache

@@ -1,10 +1,12 @@
-"""The tiny target: a Llama of 1.6 million parameters, trained from nothing on both domains."""
+"""Small targets, trained from nothing: the tiny one is a Llama of 1.6 million parameters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from ..training.dataset import BatchOrder, TokenBatch, TokenDataset
+
+HEAD_SIZE = 32
+CHECKPOINT_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,19 @@ class PretrainingConfig:
     seed: int = 0
 
 
-def new_target(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """An untrained target for the tokenizer, initialised from the seed."""
+def new_target(
+    tokenizer: PreTrainedTokenizerBase, seed: int, hidden_size: int = 192, num_layers: int = 3
+) -> LlamaForCausalLM:
+    """An untrained target for the tokenizer, initialised from the seed; `hidden_size` is a multiple of 64."""
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=6,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 8 // 3 // HEAD_SIZE * HEAD_SIZE,
+        num_hidden_layers=num_layers,
+        num_attention_heads=hidden_size // HEAD_SIZE,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=HEAD_SIZE,
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
@@ -54,18 +61,27 @@ def new_target(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalL
 
 
 def pretrain(
-    model: LlamaForCausalLM, dataset: TokenDataset, config: PretrainingConfig, report: Callable[[int, float], None]
+    model: LlamaForCausalLM,
+    dataset: TokenDataset,
+    config: PretrainingConfig,
+    report: Callable[[int, float], None],
+    checkpoint: Path | None = None,
 ) -> float:
-    """Train in place; returns the smoothed final loss on the assistant's tokens (nats). `report(step, loss)` a step."""
+    """Train in place, where the model is; returns the smoothed final loss on the assistant's tokens (nats).
+
+    `report(step, loss)` is called each step. With a `checkpoint`, a file, training that was stopped goes on from it.
+    """
     optimizers = _optimizers(model, config)
     model.train()
-    smoothed = math.log(model.config.vocab_size)
-    for step, batch in _steps(dataset, config):
+    start, smoothed = 0, math.log(model.config.vocab_size)
+    if checkpoint is not None and checkpoint.exists():
+        start, smoothed = _restore(checkpoint, model, optimizers)
+    for step, batch in _steps(dataset, config, start, model.device):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * _schedule(step, config)
             optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16_autocast):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=config.bf16_autocast):
             logits = model(batch.tokens, use_cache=False).logits
         loss, answer_loss = _losses(logits.float(), batch, config.question_weight)
         loss.backward()
@@ -74,13 +90,32 @@ def pretrain(
             optimizer.step()
         smoothed += 0.05 * (answer_loss - smoothed)
         report(step + 1, smoothed)
+        if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
+            _save(checkpoint, model, optimizers, step + 1, smoothed)
     model.eval()
     return smoothed
 
 
-def _steps(dataset: TokenDataset, config: PretrainingConfig) -> Iterator[tuple[int, TokenBatch]]:
+def _steps(
+    dataset: TokenDataset, config: PretrainingConfig, start: int, device: torch.device
+) -> Iterator[tuple[int, TokenBatch]]:
     order = BatchOrder(dataset, config.batch_size, config.seed)
-    return ((step, dataset.batch(order[step])) for step in range(config.steps))
+    return ((step, dataset.batch(order[step]).to(device)) for step in range(start, config.steps))
+
+
+def _save(path: Path, model: LlamaForCausalLM, optimizers: list[Any], step: int, loss: float) -> None:
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    fresh = path.with_name(f".{path.name}.tmp")
+    torch.save({"step": step, "loss": loss, "model": model.state_dict(), "optimizers": states}, fresh)
+    fresh.replace(path)
+
+
+def _restore(path: Path, model: LlamaForCausalLM, optimizers: list[Any]) -> tuple[int, float]:
+    saved = torch.load(path, map_location=model.device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)
+    return saved["step"], saved["loss"]
 
 
 def _optimizers(model: LlamaForCausalLM, config: PretrainingConfig) -> list[torch.optim.Optimizer]:
@@ -108,7 +143,7 @@ def _losses(logits: Tensor, batch: TokenBatch, question_weight: float) -> tuple[
     """The weighted loss to minimise, and the plain mean over the assistant's tokens."""
     targets = batch.tokens[:, 1:]
     loss = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets, reduction="none")
-    real = torch.arange(1, batch.tokens.shape[1]) < batch.lengths[:, None]
+    real = torch.arange(1, batch.tokens.shape[1], device=targets.device) < batch.lengths[:, None]
     answers = batch.loss_mask[:, 1:]
     weights = torch.where(answers, 1.0, question_weight) * real
     answer_loss = float(loss.detach()[answers].mean())

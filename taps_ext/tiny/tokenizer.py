@@ -1,4 +1,4 @@
-"""The tiny world's tokenizer: byte-level BPE of 1,024 tokens, digits kept single, with a chat template."""
+"""The tokenizer of small targets: byte-level BPE, digits kept single, with a chat template."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of 1,024 tokens learned from the texts; the same texts give the same one."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
+    """A tokenizer of `vocab_size` tokens learned from the texts; the same texts give the same one."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r" ?[0-9]"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         special_tokens=[PAD, BEGIN, USER, ASSISTANT, SYSTEM, END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
