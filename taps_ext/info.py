@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ import torch
 from . import __version__, native
 
 REQUIRED = ("torch", "transformers", "safetensors", "numpy")
+GIT_SECONDS = 10
 OPTIONAL = ("typer", "rich", "matplotlib", "accelerate")
 
 
@@ -130,3 +133,25 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def code_version() -> dict[str, Any]:
+    """The package's version and, when it runs from a checkout, its commit and whether files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return {"taps_ext": __version__}
+    changes = _git(root, "status", "--porcelain", "--", "taps_ext")
+    return {
+        "taps_ext": __version__,
+        "commit": _git(root, "rev-parse", "HEAD"),
+        "is_changed": None if changes is None else bool(changes),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -46,6 +48,21 @@ def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(target)
     return model.to(device=device, dtype=chosen).eval(), tokenizer
+
+
+def drafter_folders(target: str, drafters: Sequence[str]) -> dict[str, str]:
+    """Name to folder or hub id; the embedded target brings its own drafters when none is given."""
+    if not drafters and target != tiny.TINY:
+        raise ValueError("give at least one drafter: --drafter NAME=FOLDER-OR-HUB-ID")
+    paths: dict[str, str] = {}
+    for entry in drafters or [f"{name}={tiny.TINY}/{name}" for name in tiny.drafter_paths()]:
+        name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)
+        if not (name and path):
+            raise ValueError(f"a drafter is given as NAME=FOLDER-OR-HUB-ID, got {entry!r}")
+        if name in paths:
+            raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
+        paths[name] = tiny.resolve(path)
+    return paths
 
 
 def process_index() -> int:

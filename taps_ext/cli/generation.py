@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..tiny import TINY, drafter_paths, resolve
-from .common import DEVICE_HELP, JSON_HELP, keep_logs_clean, load_target, progress
+from ..tiny import TINY
+from .common import DEVICE_HELP, JSON_HELP, drafter_folders, keep_logs_clean, load_target, progress
 
 if TYPE_CHECKING:
     from ..decoder import GenerationResult, SpeculativeDecoder
@@ -106,7 +106,7 @@ def generate(
     check_drafting(drafting)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
     shape = TreeShape(depth, branching, max_nodes, min_score)
-    paths = _drafter_paths(target, drafter or [])
+    paths = drafter_folders(target, drafter or [])
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
     keep_logs_clean()
@@ -153,21 +153,6 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if not prompt.strip():
         raise ValueError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     return prompt
-
-
-def _drafter_paths(target: str, drafters: Sequence[str]) -> dict[str, str]:
-    """Name to folder or hub id; the embedded target brings its own drafters when none is given."""
-    if not drafters and target != TINY:
-        raise ValueError("give at least one drafter: --drafter NAME=FOLDER-OR-HUB-ID")
-    paths: dict[str, str] = {}
-    for entry in drafters or [f"{name}={TINY}/{name}" for name in drafter_paths()]:
-        name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)
-        if not (name and path):
-            raise ValueError(f"a drafter is given as NAME=FOLDER-OR-HUB-ID, got {entry!r}")
-        if name in paths:
-            raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
-        paths[name] = resolve(path)
-    return paths
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:

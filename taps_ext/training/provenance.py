@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..drafters.eagle_network import EagleConfig
+from ..info import code_version
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
 from .target_ends import TargetIdentity
@@ -19,7 +18,6 @@ FREE = (
     *("log_every", "save_every", "keep_checkpoints", "tracker", "calibrate"),
     *("micro_batch_size", "gradient_checkpointing"),
 )
-GIT_SECONDS = 10
 
 
 def settings(config: TrainingConfig) -> dict[str, Any]:
@@ -84,25 +82,3 @@ def calibration_facts(
 def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
     """Size and content of a dataset, as JSON values."""
     return {"num_sequences": len(dataset), "num_tokens": dataset.num_tokens, "sha256": dataset.checksum}
-
-
-def code_version() -> dict[str, Any]:
-    """The package's version and, when it runs from a checkout, its commit and whether files differ from it."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return {"taps_ext": __version__}
-    changes = _git(root, "status", "--porcelain", "--", "taps_ext")
-    return {
-        "taps_ext": __version__,
-        "commit": _git(root, "rev-parse", "HEAD"),
-        "is_changed": None if changes is None else bool(changes),
-    }
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    command = ["git", "-C", str(root), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GIT_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

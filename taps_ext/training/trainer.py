@@ -21,6 +21,7 @@ import torch
 from ..disk import written
 from ..drafters.checkpoint import save_drafter
 from ..drafters.eagle_network import EagleNetwork
+from ..info import code_version
 from .acceptance_estimate import estimate
 from .calibrating import calibrate_run
 from .checkpoints import Checkpoints, RunState, layout
@@ -31,7 +32,7 @@ from .interruption import Interruption
 from .journal import Journal
 from .launch import broadcast, make_accelerator
 from .progress import Observer, StepRecord, ValidationRecord
-from .provenance import check_same, code_version, dataset_facts, identity, settings
+from .provenance import check_same, dataset_facts, identity, settings
 from .update import UpdateFacts, Updater, held_out_batches
 
 if TYPE_CHECKING:
