@@ -1,0 +1,1 @@
+"""Evaluation: tasks, variants, the runner, the report, and the check of losslessness."""

@@ -1,0 +1,157 @@
+"""A batch of questions, answered by one variant: turn after turn, each after the variant's own answers before it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..plain_generation import plain_generate
+from ..sampling import SamplingParams
+from .steps import RowSteps, Signals, analyse, sum_signals
+
+if TYPE_CHECKING:
+    from ..decoder import SpeculativeDecoder
+    from ..state import StepEvent
+    from ..target import TargetModel
+    from .tasks import Question
+    from .variants import Variant
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A variant and what decodes it: None is plain decoding."""
+
+    variant: Variant
+    decoder: SpeculativeDecoder | None
+
+    @property
+    def drafters(self) -> tuple[str, ...]:
+        """Their names, in the order of the bits of a node's proposers."""
+        return tuple(self.decoder.drafters) if self.decoder else ()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer, and how it came about."""
+
+    prompt_length: int  # tokens
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    seconds: float  # of the whole batch
+    steps: RowSteps
+
+
+@dataclass
+class Answer:
+    """What one question got."""
+
+    turns: list[Turn] = field(default_factory=list)
+    signals: dict[str, Any] = field(default_factory=dict)  # of all turns; see `steps.Signals`
+
+
+class Prompter:
+    """Conversations as tokens, through the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, system_prompt: str = "") -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError("the tokenizer has no chat template; give the target's instruction-tuned version")
+        self.tokenizer, self._system_prompt = tokenizer, system_prompt
+
+    def encode(self, question: Question, answers: Sequence[str]) -> list[int]:
+        """The prompt of the turn behind these answers."""
+        messages = [dict(message) for message in question.history]
+        if self._system_prompt and not (messages and messages[0]["role"] == "system"):
+            messages.insert(0, {"role": "system", "content": self._system_prompt})
+        for turn, answer in zip(question.turns, answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": question.turns[len(answers)]})
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer."""
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return text.strip()
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How questions are answered, by whatever variant."""
+
+    target: TargetModel
+    prompter: Prompter
+    max_new_tokens: int
+
+    def answer(
+        self, contestant: Contestant, questions: Sequence[Question], seeds: Sequence[int], temperature: float
+    ) -> list[Answer]:
+        """The answers to a batch of questions of equally many turns, each with its own noise."""
+        answers = [Answer() for _ in questions]
+        sampling = SamplingParams(temperature, seed=list(seeds))
+        found: list[Signals] = []
+        for _ in questions[0].turns:
+            said = [[turn.text for turn in answer.turns] for answer in answers]
+            prompts = [self.prompter.encode(*asked) for asked in zip(questions, said, strict=True)]
+            found += self._turn(contestant, prompts, sampling, answers)
+        if found:
+            for answer, told in zip(answers, sum_signals(found).to_dicts(contestant.drafters), strict=True):
+                answer.signals = told
+        return answers
+
+    def _turn(
+        self, contestant: Contestant, prompts: list[list[int]], sampling: SamplingParams, answers: list[Answer]
+    ) -> list[Signals]:
+        """One more turn for each of the answers; its signals, where anything was drafted."""
+        arguments = {**_padded(prompts), "sampling": sampling, "max_new_tokens": self.max_new_tokens}
+        self._wait()
+        started = time.perf_counter()
+        tokens, reasons, events = self._generate(contestant.decoder, arguments)
+        self._wait()
+        seconds = time.perf_counter() - started
+        signals: list[Signals] = []
+        if contestant.decoder is None:
+            steps = [RowSteps.plain(len(row)) for row in tokens]
+        else:
+            steps, found = analyse(events, len(prompts), len(contestant.drafters))
+            signals.append(found)
+        for answer, prompt, row, reason, taken in zip(answers, prompts, tokens, reasons, steps, strict=True):
+            text = self.prompter.decode(row)
+            answer.turns.append(Turn(len(prompt), row, text, reason, seconds, taken))
+        return signals
+
+    def _generate(
+        self, decoder: SpeculativeDecoder | None, arguments: dict[str, Any]
+    ) -> tuple[list[list[int]], list[str], list[StepEvent]]:
+        """New tokens, finish reasons and what happened in each step, which is looked at later."""
+        if decoder is None:
+            plain = plain_generate(self.target, **arguments)
+            return plain.new_tokens, plain.finish_reasons, []
+        events, stream = [], decoder.stream(**arguments)
+        while True:
+            try:
+                events.append(next(stream))
+            except StopIteration as end:
+                return end.value.new_tokens, end.value.finish_reasons, events
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given: the clock counts work, not orders."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Left-padded prompts and their mask, int64 [B, P]."""
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}

@@ -1,0 +1,106 @@
+"""The drafters of an evaluation: whether they are this target's, what tells them apart, and the variants' decoders."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..decoder import SpeculativeDecoder
+from ..drafters import average_drafters, load_drafter, load_drafters
+from ..drafters.checkpoint_files import DrafterFiles, read_folder
+from ..drafters.published_format import check_fits, network_config
+from ..drafters.tensor_files import sha256
+from ..target import TargetModel
+from ..training.target_ends import TargetIdentity
+from ..tree import TreeShape
+from .answering import Contestant
+from .variants import AVERAGE, MERGED, SINGLE, Variant
+
+Folders = Mapping[str, Any]  # drafters by name: a folder or hub id each
+
+
+def check_drafters(folders: Folders, target_config: Any) -> dict[str, DrafterFiles]:
+    """The drafters' files; ValueError or OSError, in a sentence, for one that does not fit the target's config."""
+    found = {}
+    for name, folder in folders.items():
+        try:
+            found[name] = read_folder(folder)
+            check_fits(found[name], network_config(found[name], target_config), target_config)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"drafter {name!r}: {error}") from error
+    return found
+
+
+def refuse_strangers(drafters: Mapping[str, DrafterFiles], target: TargetIdentity) -> None:
+    """ValueError, in a sentence, for a drafter that says that it was trained for other weights than the target's."""
+    for name, files in drafters.items():
+        told = files.target.get("fingerprint")
+        if told is not None and told not in (target.weights, target.ends):
+            raise ValueError(
+                f"drafter {name!r} is of another target, {files.target.get('name')}: its fingerprint is not that of "
+                f"{target}; give a drafter of this target, or remove taps.target from {files.folder / 'config.json'} "
+                "to use it all the same"
+            )
+
+
+def drafter_facts(drafters: Mapping[str, DrafterFiles], folders: Folders) -> dict[str, Any]:
+    """Which weights they are, as JSON values."""
+    return {
+        name: {"name": _short_name(folders[name]), "sha256": files.digest or _digest(files.folder)}
+        for name, files in drafters.items()
+    }
+
+
+def _short_name(path_or_id: Any) -> str:
+    path = Path(path_or_id).expanduser()
+    return path.resolve().name if path.exists() else str(path_or_id)
+
+
+def _digest(folder: Path) -> str:
+    """Of the weights of a drafter that does not say it."""
+    files = sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    sums = [sha256(path) for path in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def make_contestants(
+    target: TargetModel, folders: Folders, variants: Sequence[Variant], shape: TreeShape
+) -> list[Contestant]:
+    """A decoder a variant; all share the target and the drafters. `shape` is that of trees whose variant says none."""
+    used = {name: path for name, path in folders.items() if any(name in variant.drafters for variant in variants)}
+    loaded = load_drafters(used, target)
+    found = []
+    for variant in variants:
+        if variant.is_plain:
+            found.append(Contestant(variant, None))
+            continue
+        drafters: Mapping[str, Any] = {name: loaded[name] for name in variant.drafters}
+        if variant.composition == AVERAGE:
+            drafters = {AVERAGE: _average(target, [folders[name] for name in variant.drafters], variant.weight)}
+        found.append(Contestant(variant, _decoder(target, drafters, variant, shape)))
+    return found
+
+
+def _average(target: TargetModel, folders: Sequence[Any], weight: float | None) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        average_drafters(folders, None if weight is None else [weight, 1 - weight], Path(folder) / AVERAGE)
+        return load_drafter(Path(folder) / AVERAGE, target)
+
+
+def _decoder(
+    target: TargetModel, drafters: Mapping[str, Any], variant: Variant, shape: TreeShape
+) -> SpeculativeDecoder:
+    is_average, is_merged = variant.composition == AVERAGE, variant.composition == MERGED
+    return SpeculativeDecoder(
+        target,
+        drafters,
+        SINGLE if is_average else variant.composition,
+        shape=shape if variant.max_nodes is None else replace(shape, max_nodes=variant.max_nodes),
+        max_nodes=variant.max_nodes if is_merged else None,
+        drafting="topk" if is_average else variant.drafting,  # which it would be anyway, with a warning
+        evidence_decay=variant.evidence_decay,
+    )

@@ -1,0 +1,219 @@
+"""An evaluation: variants x tasks x temperatures, every question of each, in a folder that a stopped run goes on in."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import info
+from ..target import TargetModel
+from ..training.target_ends import identify
+from ..tree import TreeShape
+from . import results
+from .answering import Answering, Contestant, Prompter
+from .contestants import Folders, check_drafters, drafter_facts, make_contestants, refuse_strangers
+from .plan import Batch, Plan, Settings, batches
+from .record import Asked, line_of
+from .tasks import TASKS, Question
+from .variants import Variant
+
+WARM_UP_TOKENS = 4
+
+Report = Callable[[str, int, int], None]  # told what is answered, and how many batches are done, of how many
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a launch (torchrun, accelerate launch), and which of them this one is."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_this_launch(cls) -> Processes:
+        """Joined with the others, if there are any."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ModuleNotFoundError as missing:
+            raise ValueError(f"several processes need {missing.name}: pip install 'taps_ext[eval]'") from missing
+        state = PartialState(cpu=not torch.cuda.is_available())  # else processes on CPUs do not know of each other
+        return cls(state.process_index, state.num_processes)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+
+def evaluate(
+    target: Any,
+    tokenizer: Any,
+    drafter_folders: Folders,
+    tasks: Mapping[str, Sequence[Question]],
+    variants: Sequence[Variant],
+    temperatures: Sequence[float],
+    settings: Settings,
+    folder: Path,
+    report: Report | None = None,
+    *,
+    label: str = "",
+    target_name: str | None = None,
+    sources: Mapping[str, str] | None = None,
+    command: str = "",
+) -> None:
+    """Answer every question of the tasks with every variant, a line each in `folder` (`record.py` says of what).
+
+    What a stopped run has written is not done again, whatever the number of processes was; lines are the same as those
+    of a run that was not stopped, times aside. Everything that cannot be evaluated is refused before any work, in a
+    sentence (ValueError, OSError).
+
+    Args:
+        target: a transformers causal LM in evaluation mode.
+        drafter_folders: a folder or hub id by name.
+        tasks: questions by the task's name; names of `TASKS` are scored as their task says.
+        variants: of `parse_variants`, plain first.
+        label: tells apart runs that are compared; those of one label are replicates.
+        sources: by task, where its questions are from, for people.
+        command: the command line, for the record.
+    """
+    processes = Processes.of_this_launch()
+    files = check_drafters(drafter_folders, target.config.get_text_config())
+    identity = identify(target)
+    refuse_strangers(files, identity)
+    plan = Plan(tasks, variants, temperatures, settings, drafter_facts(files, drafter_folders), sources or {}, label)
+    model = TargetModel(target)
+    prompter = Prompter(tokenizer, settings.system_prompt)
+    _refuse_long_questions(plan, prompter, model)
+    name = target_name or Path(identity.name).name
+    facts = {"name": name, "commit": identity.revision, "fingerprint": identity.fingerprint}
+    configuration = {"label": label, "target": facts, **plan.configuration()}
+    configuration["settings"]["dtype"] = str(target.dtype).removeprefix("torch.")
+    results.check_folder(folder, configuration)
+    shape = TreeShape(settings.depth, settings.branching, settings.max_nodes)
+    contestants = make_contestants(model, drafter_folders, plan.variants, shape)
+    with _folder(folder, configuration, _provenance(command, model, processes), processes):
+        answers = results.Answers(folder, processes.index, plan.variants[0].label)
+        answering = Answering(model, prompter, settings.max_new_tokens)
+        _Run(plan, contestants, answering, answers, name, report or _no_report).run(processes)
+        answers.close()
+        processes.wait()
+
+
+class _Run:
+    """One process' share of an evaluation."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        contestants: Sequence[Contestant],
+        answering: Answering,
+        answers: results.Answers,
+        target_name: str,
+        report: Report,
+    ) -> None:
+        self._plan, self._contestants, self._answering = plan, contestants, answering
+        self._answers, self._target_name, self._report = answers, target_name, report
+        self._warm: set[tuple[str, bool]] = set()
+
+    def run(self, processes: Processes) -> None:
+        """Batch after batch; on each, plain decoding and then the variants, so that the machine's mood falls on all."""
+        mine = batches(self._plan)[processes.index :: processes.count]
+        todo = [
+            (batch, contestant)
+            for batch in mine
+            for contestant in self._contestants
+            if contestant.variant.runs_at(batch.temperature)
+        ]
+        for done, (batch, contestant) in enumerate(todo):
+            what = f"{batch.task}, T = {batch.temperature:g}, {contestant.variant.label}"
+            self._report(what, done, len(todo))
+            self._answer(batch, contestant)
+        self._report("done", len(todo), len(todo))
+
+    def _answer(self, batch: Batch, contestant: Contestant) -> None:
+        """The lines of a batch that are missing. All of it is decoded, as its rows are what they were decoded with."""
+        label = contestant.variant.label
+        asked = [self._asked(batch, place) for place in range(len(batch.questions))]
+        missing = [place for place, one in enumerate(asked) if one.key(label) not in self._answers]
+        if not missing:
+            return
+        self._warm_up(batch, contestant)
+        seeds = [one.seed for one in asked]
+        given = self._answering.answer(contestant, batch.questions, seeds, batch.temperature)
+        lines = []
+        for place in missing:
+            own = [turn.tokens for turn in given[place].turns]
+            plain = own if contestant.variant.is_plain else self._answers.plain_tokens(asked[place].key(label))
+            lines.append(line_of(asked[place], given[place], contestant, plain, self._target_name))
+        self._answers.add(lines)
+
+    def _asked(self, batch: Batch, place: int) -> Asked:
+        is_right = TASKS[batch.task].is_right if batch.task in TASKS else None
+        seed = self._plan.settings.seed + batch.first + place
+        return Asked(batch.questions[place], batch.task, batch.temperature, seed, len(batch.questions), is_right)
+
+    def _warm_up(self, batch: Batch, contestant: Contestant) -> None:
+        """A few tokens that nobody measures, once a variant with noise and once without."""
+        if (mark := (contestant.variant.label, batch.temperature > 0)) not in self._warm:
+            self._warm.add(mark)
+            short = Answering(self._answering.target, self._answering.prompter, WARM_UP_TOKENS)
+            short.answer(contestant, batch.questions, [0] * len(batch.questions), batch.temperature)
+
+
+@contextmanager
+def _folder(
+    folder: Path, configuration: Mapping[str, Any], provenance: Mapping[str, Any], processes: Processes
+) -> Iterator[None]:
+    """The main process makes the folder ready and holds it; the others wait for that."""
+    lock = results.begin(folder, configuration, provenance) if processes.index == 0 else None
+    processes.wait()
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _refuse_long_questions(plan: Plan, prompter: Prompter, target: TargetModel) -> None:
+    """ValueError for a question that may not fit, with its answers, into the target's context."""
+    longest = getattr(target.config, "max_position_embeddings", None)
+    for task, questions in plan.tasks.items():
+        for question in questions:
+            prompt = len(prompter.encode(question, [""] * (len(question.turns) - 1)))
+            length = prompt + len(question.turns) * plan.settings.max_new_tokens
+            if longest is not None and length > longest:
+                raise ValueError(
+                    f"question {question.id} of {task} may come to {length} tokens with its answers, and the target's "
+                    f"context is {longest}; leave it out, or lower max_new_tokens"
+                )
+            target.refuse_longer_than_exact(length)
+
+
+def _provenance(command: str, target: TargetModel, processes: Processes) -> dict[str, Any]:
+    """How the results came about, as JSON values; none of it must be the same when a run goes on."""
+    here = info.collect()
+    is_cuda = target.device.type == "cuda"
+    return {
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **info.code_version(),
+        "versions": {"python": platform.python_version(), **here.versions},
+        "platform": here.platform,
+        "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
+        "num_threads": here.num_threads,
+        "num_processes": processes.count,
+    }
+
+
+def _no_report(what: str, done: int, total: int) -> None:
+    """For callers who do not watch."""
