@@ -57,14 +57,54 @@ stage_target() {
 }
 
 stage_drafters() {
-    for seed in 1 2 3; do
-        for method in eagle2 hass; do
-            mkdir -p "$folder/drafters/$method/$seed"
-            for name in full chat half math; do
-                echo "$data $folder train-one $method $seed $name"
-            done
+    for which in 'eagle2 1' 'hass 1' 'eagle2 2' 'eagle2 3' 'hass 2' 'hass 3'; do
+        mkdir -p "$folder/drafters/${which% *}/${which#* }"
+        for name in full chat half math; do
+            echo "$data $folder train-one $which $name"
         done
     done | STEPS=$steps xargs -P "$jobs" -L 1 sh "$self"
+}
+
+# evaluate RESULTS METHOD SEED LABEL OPTION...: with the drafters of that method and seed.
+evaluate() {
+    results="$folder/results/$1" drafters="$folder/drafters/$2/$3" label="$4"
+    shift 4
+    # shellcheck disable=SC2086 # launchers are words
+    OMP_NUM_THREADS=1 ${LAUNCH:-"$python" -m torch.distributed.run --nproc-per-node "$jobs" --master-port 29517 -m} \
+        taps_ext evaluate --target "$folder/target" --dtype float32 --label "$label" --output "$results" \
+        --drafter math="$drafters/math/final" --drafter chat="$drafters/chat/final" \
+        --drafter half="$drafters/half/final" --drafter full="$drafters/full/final" \
+        --questions 80 --max-new-tokens 64 --batch-size 8 "$@"
+}
+
+two_tasks="--task mt_bench=$data/eval/mt_bench.jsonl --task gsm8k=$data/eval/gsm8k.jsonl"
+all_tasks="$two_tasks --task math500=$data/eval/math500.jsonl --task svamp=$data/eval/svamp.jsonl"
+singles='--variant single:math --variant single:chat --variant single:half --variant single:full'
+both='math+chat'
+merged="--variant merged:$both --variant merged:$both@60"
+paper="$singles --variant average:$both --variant confidence:$both $merged"
+
+stage_evaluate() {
+    # shellcheck disable=SC2086 # options are words
+    {
+        evaluate eagle2-1 eagle2 1 EAGLE-2 $all_tasks --temperature 0 --temperature 1 $paper --variant entropy:$both \
+            --variant evidence:$both --variant merged:$both@60,evidence=0 --variant single:math,topk \
+            --variant single:chat,topk --variant confidence:$both,topk --variant merged:$both,topk
+        evaluate hass-1 hass 1 HASS $all_tasks --temperature 0 --temperature 1 $paper
+        for seed in 2 3; do
+            evaluate eagle2-$seed eagle2 $seed EAGLE-2 $all_tasks --temperature 0 $singles $merged
+        done
+        evaluate eagle2-weights eagle2 1 EAGLE-2 $all_tasks --temperature 0 --variant average:$both,weight=0.1 \
+            --variant average:$both,weight=0.3 --variant average:$both,weight=0.7 --variant average:$both,weight=0.9
+        evaluate eagle2-budgets eagle2 1 EAGLE-2 $two_tasks --temperature 0 \
+            --variant single:math@20 --variant single:math@120 --variant single:math@240 \
+            --variant single:chat@20 --variant single:chat@120 --variant single:chat@240 \
+            --variant merged:$both@20 --variant merged:$both@120 --variant merged:$both@240
+    }
+}
+
+stage_report() {
+    "$python" -m taps_ext report "$folder/results" --output "$folder/report"
 }
 
 [ $# -gt 0 ] || set -- target drafters evaluate report

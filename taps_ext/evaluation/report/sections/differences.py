@@ -1,0 +1,173 @@
+"""Paired differences: every variant against the best single drafter, and the pairs that the findings are about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ..figures import AVERAGE, MERGED, ROUTING, SINGLE, TOPK, View, mean_over
+from ..pictures import INK, Dot, Panel, Picture, Style
+from ..statistics import Sampled
+from ..tables import Column, Entry, Table
+from .base import MEAN, Section, variant_table
+
+TITLE = "Paired differences"
+TEXT = (
+    "Differences in acceptance length over the same questions and drafter seeds, with 95% intervals of resampled "
+    "questions: an interval without 0 is a difference. The best single drafter of a task is the one that accepted most "
+    "on it here, so it is chosen with hindsight, which favours it a little."
+)
+
+Choice = Callable[[str], "str | None"]  # the variant that stands for it on a task
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`one` against `other`, in words and by task."""
+
+    words: str
+    one: Choice
+    other: Choice
+
+
+def section(views: Sequence[View]) -> Section:
+    """Two tables and a picture a view."""
+    tables: list[Table] = []
+    pictures = []
+    for view in views:
+        if not view.singles():
+            continue
+        tables.append(_against_best(view))
+        compared = [(one, [_difference(view, one, task) for task in view.tasks]) for one in comparisons(view)]
+        compared = [(one, found) for one, found in compared if any(part is not None for part in found)]
+        if compared:
+            tables.append(_named(view, compared))
+            pictures.append(_picture(view, compared))
+    return Section("differences", TITLE, TEXT, tuple(tables), tuple(pictures))
+
+
+def _against_best(view: View) -> Table:
+    best = {task: view.extreme(view.singles(), task) for task in view.tasks}
+
+    def difference(variant: str, task: str) -> Sampled | None:
+        reference = best[task]
+        return None if reference is None else view.difference(variant, reference, task)
+
+    told = ", ".join(f"{view.title(task)} {name}" for task, name in best.items() if name is not None)
+    title, note = "Against the best single drafter of each task", f"The best single drafters: {told}."
+    return variant_table(view, "against-best-single", title, note, difference, form="+.2f")
+
+
+def _difference(view: View, comparison: Comparison, task: str) -> Sampled | None:
+    one, other = comparison.one(task), comparison.other(task)
+    return None if one is None or other is None or one == other else view.difference(one, other, task)
+
+
+def comparisons(view: View) -> list[Comparison]:
+    """The pairs that there are variants for."""
+    return [*_merged(view), *_mixed(view), *_averaged(view), *_signals(view), *_drafting(view)]
+
+
+def specialists(view: View) -> list[str]:
+    """The drafters that are composed (averaged, routed or merged); all where nothing is."""
+    composed = {name for variant in view.variants(AVERAGE, *ROUTING, MERGED) for name in view.specs[variant].drafters}
+    return [name for name in view.drafters if name in composed] or view.drafters
+
+
+def _always(variant: str) -> Choice:
+    return lambda task: variant
+
+
+def _best(view: View, drafters: Sequence[str], nodes: int | None = None, is_best: bool = True) -> Choice:
+    return lambda task: view.extreme(view.singles(drafters, nodes), task, is_best)
+
+
+def _merged(view: View) -> Iterator[Comparison]:
+    for variant in view.variants(MERGED):
+        spec, nodes = view.specs[variant], view.nodes(variant)
+        if view.temperature > 0 and spec.drafting == TOPK:
+            continue
+        size = nodes or view.base_nodes
+        if view.singles(spec.drafters, size):
+            words = f"{variant} vs best single of {size} nodes"
+            yield Comparison(words, _always(variant), _best(view, spec.drafters, size))
+    weighted = [name for name in view.variants(MERGED) if view.nodes(name) and view.specs[name].evidence_decay]
+    for variant in weighted:
+        spec = view.specs[variant]
+        for other in view.variants(MERGED):
+            rest = view.specs[other]
+            same = (rest.drafters, rest.max_nodes, rest.drafting) == (spec.drafters, spec.max_nodes, spec.drafting)
+            if same and not rest.evidence_decay:
+                yield Comparison(f"{variant} vs {other}", _always(variant), _always(other))
+
+
+def _mixed(view: View) -> Iterator[Comparison]:
+    experts = specialists(view)
+    for variant in view.singles([name for name in view.drafters if name not in experts]):
+        yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, experts))
+
+
+def _averaged(view: View) -> Iterator[Comparison]:
+    for variant in view.variants(AVERAGE):
+        spec = view.specs[variant]
+        if spec.weight is None:
+            yield Comparison(
+                f"{variant} vs worst specialist", _always(variant), _best(view, spec.drafters, is_best=False)
+            )
+
+
+def _signals(view: View) -> Iterator[Comparison]:
+    """Routing signals against each other, where all else is the same."""
+    found = view.variants(*ROUTING)
+    for one in found:
+        for other in found:
+            spec, rest = view.specs[one], view.specs[other]
+            same = (spec.drafters, spec.max_nodes, spec.drafting) == (rest.drafters, rest.max_nodes, rest.drafting)
+            if same and ROUTING.index(spec.composition) > ROUTING.index(rest.composition):
+                yield Comparison(f"{one} vs {other}", _always(one), _always(other))
+    for variant in found:
+        drafters, is_usual = view.specs[variant].drafters, view.nodes(variant) == view.base_nodes
+        is_default = view.temperature == 0 or view.is_coupled(variant)
+        if is_usual and is_default and view.singles(drafters):
+            yield Comparison(f"{variant} vs best single", _always(variant), _best(view, drafters))
+
+
+def _drafting(view: View) -> Iterator[Comparison]:
+    """Drafting with the target's noise against top-k."""
+    for variant in view.variants(SINGLE, *ROUTING, MERGED):
+        spec = view.specs[variant]
+        for other in view.variants(spec.composition):
+            rest = view.specs[other]
+            same = (rest.drafters, rest.max_nodes, rest.evidence_decay) == (
+                *(spec.drafters, spec.max_nodes),
+                spec.evidence_decay,
+            )
+            if same and view.is_coupled(variant) and rest.drafting == TOPK:
+                yield Comparison(f"{variant} vs {other}", _always(variant), _always(other))
+
+
+def _named(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled | None]]]) -> Table:
+    rows: list[tuple[Entry, ...]] = []
+    has_mean = len(view.tasks) > 1
+    for comparison, found in compared:
+        figures = [*found, *([mean_over(found)] if has_mean else [])]
+        rows.append((comparison.words, *(None if figure is None else figure.estimate for figure in figures)))
+    heads = [*(view.title(task) for task in view.tasks), *([MEAN] if has_mean else [])]
+    columns = (Column("comparison"), *(Column(head, "+.2f") for head in heads))
+    note = "Best and worst are of the task; where both sides are the same variant nothing is compared."
+    return Table(f"comparisons-{view.slug}", f"Comparisons: {view.name}", note, columns, tuple(rows))
+
+
+def _picture(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled | None]]]) -> Picture:
+    panels = []
+    for index, task in enumerate(view.tasks):
+        dots = [
+            Dot(comparison.words, figure.estimate, Style(INK))
+            for comparison, found in compared
+            if (figure := found[index]) is not None
+        ]
+        panels.append(Panel(view.title(task), tuple(dots), reference=0.0))
+    caption = "Differences in acceptance length with 95% intervals; right of the dashed line the first accepts more."
+    title = f"Comparisons: {view.name}"
+    shown = tuple(panel for panel in panels if panel.marks)
+    return Picture(f"comparisons-{view.slug}", title, caption, (shown,), x="tokens a step")

@@ -1,0 +1,52 @@
+"""Where the numbers come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..figures import View
+from ..runs import Run
+from ..tables import Column, Entry, Table
+from .base import Section
+
+TITLE = "Provenance"
+TEXT = "What each results folder was asked, with what, and where it ran. report.json holds all counts of this report."
+
+
+def section(views: Sequence[View]) -> Section:
+    """A table of facts, a column a run."""
+    runs = list(dict.fromkeys(run for view in views for run in view.runs))
+    told = [_facts(run) for run in runs]
+    names = dict.fromkeys(name for facts in told for name in facts)
+    rows: list[tuple[Entry, ...]] = [(name, *(facts.get(name) for facts in told)) for name in names]
+    heads = [f"run {number}" for number in range(1, len(runs) + 1)]
+    columns = (Column("fact"), *(Column(head) for head in heads))
+    return Section("provenance", TITLE, TEXT, (Table("provenance", "Runs", "", columns, tuple(rows)),))
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Facts by dotted name, as text."""
+    asked = run.configuration
+    facts: dict[str, Any] = {"label": asked["label"], "target": asked["target"], "drafters": asked["drafters"]}
+    facts["tasks"] = {
+        name: {part: task[part] for part in ("num_questions", "source")} for name, task in asked["tasks"].items()
+    }
+    facts |= {"temperatures": asked["temperatures"], "settings": asked["settings"], **run.provenance}
+    return {name: _text(value) for name, value in _flat(facts) if value not in (None, "")}
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in facts.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(f"{prefix}{name}", value)]
+    return found
+
+
+def _text(value: Any) -> str:
+    """Checksums in their first 12 digits."""
+    if isinstance(value, str):
+        is_checksum = len(value) >= 40 and all(letter in "0123456789abcdef" for letter in value)
+        return value[:12] if is_checksum else value
+    return ", ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
