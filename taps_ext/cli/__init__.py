@@ -17,7 +17,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from ..native import NativeModuleError
-from . import calibration, drafters, evaluation, generation, report, training
+from . import calibration, drafters, evaluation, evaluation_lossless, generation, report, training
 from .common import process_index
 
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
@@ -32,7 +32,7 @@ app = typer.Typer(
 )
 COMMANDS = (
     *(generation.demo, generation.generate, generation.info),
-    *(evaluation.evaluate, report.report),
+    *(evaluation.evaluate, report.report, evaluation_lossless.check_lossless),
     *(training.train, training.features, training.regenerate),
     *(calibration.calibrate, drafters.average, drafters.export, drafters.validate),
 )

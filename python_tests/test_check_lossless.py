@@ -1,0 +1,396 @@
+"""The check of losslessness: it passes what is lossless, notices what is not, and tells rounding from faults."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import new_target, prompts, trained_drafters, trained_target
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+import taps_ext as taps
+from taps_ext import decoder as decoder_module
+from taps_ext import plain_generation
+from taps_ext.cli.evaluation_lossless import check_lossless as command
+from taps_ext.drafters.eagle import EagleDrafter
+from taps_ext.evaluation.divergence import Batch, Divergence, ListeningTarget, find_divergences
+from taps_ext.evaluation.frequencies import chi_square, common_beginnings
+from taps_ext.evaluation.lossless import (
+    LosslessReport,
+    LosslessSettings,
+    TextCheck,
+    check_lossless,
+    count_units,
+    make_ways,
+)
+from taps_ext.target import TargetModel
+from taps_ext.verification import Acceptance, verify
+
+SETTINGS = LosslessSettings(max_new_tokens=24, num_draws=0, shape=taps.TreeShape(4, 4, 16))
+FREQUENCIES = replace(SETTINGS, temperatures=(1.0,), max_new_tokens=1, num_draws=1500, draws_together=500)
+MERGED = make_ways(["math", "chat"], ["merged"])
+
+
+def small_prompts(count: int = 8) -> list[list[int]]:
+    """Token ids, of different lengths."""
+    return [ids[mask.bool()].tolist() for ids, mask in zip(*prompts(count), strict=True)]
+
+
+@cache
+def reduced(dtype: torch.dtype) -> tuple[Any, dict[str, EagleDrafter]]:
+    """The small target and its drafters in another precision."""
+    target = copy.deepcopy(trained_target()).to(dtype)
+    drafters = {}
+    for name, one in trained_drafters().items():
+        network = copy.deepcopy(one.network).to(dtype)
+        drafters[name] = EagleDrafter(
+            network, target.get_input_embeddings(), target.get_output_embeddings(), name, one.calibration
+        )
+    return target, drafters
+
+
+def check(settings: LosslessSettings, ways: Any = MERGED, dtype: torch.dtype = torch.float32) -> LosslessReport:
+    target, drafters = (trained_target(), trained_drafters()) if dtype == torch.float32 else reduced(dtype)
+    return check_lossless(target, drafters, ways, small_prompts(), settings)
+
+
+def test_every_way_of_decoding_passes() -> None:
+    ways, settings, done = make_ways(["math", "chat"]), replace(SETTINGS, num_draws=200), []
+    report = check_lossless(trained_target(), trained_drafters(), ways, small_prompts(), settings, done.append)
+    assert (report.verdict, report.passed, report.notes) == ("lossless", True, [])
+    labels = ["single:math", "single:chat", "confidence", "entropy", "evidence", "merged"]
+    assert [(one.temperature, one.way) for one in report.texts] == list(itertools.product((0.0, 0.5, 1.0), labels))
+    assert {(one.num_texts, one.verdict) for one in report.texts} == {(8, "equal")}
+    assert [one.way for one in report.frequencies] == ["plain", *labels]
+    assert len(done) == count_units(ways, 8, settings) == 3 * 7 + 7
+
+
+def test_prompts_and_texts_of_different_lengths_are_decoded_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(target: Any, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> taps.PlainResult:
+        seen.append((attention_mask.sum(1).tolist(), options["max_new_tokens"], options["sampling"].seed))
+        return taps.plain_generate(target, input_ids, attention_mask, **options)
+
+    monkeypatch.setattr("taps_ext.evaluation.lossless.plain_generate", spy)
+    check(replace(SETTINGS, batch_size=5, seed=7))
+    assert len(seen) == 6  # two batches at three temperatures
+    lengths, new_tokens, seeds = zip(*seen[:2], strict=True)
+    assert [len(row) for row in lengths] == [5, 3]
+    assert [len(set(row)) for row in lengths] == [5, 3]
+    assert new_tokens[0] == [24, 21, 18, 15, 24]
+    assert list(itertools.chain(*seeds)) == list(range(7, 15))
+
+
+# ---- rules that are wrong
+
+Rule = Callable[[Tensor, taps.DraftTree, Any, Tensor], Acceptance]
+
+
+def trust_the_drafter(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    """The drafter's first child is taken for the draw, whatever is drawn."""
+    found = verify(logits, tree, sampling, positions)
+    if tree.capacity == 1:
+        return found
+    take = (found.path[:, 1] != 1) & (tree.num_nodes > 1)
+    child = tree.tokens[:, 1]
+    at_child = verify(logits[:, 1:2], taps.DraftTree.of_roots(child), sampling, positions + 1)
+    bonus = torch.where(take, at_child.bonus_tokens, found.bonus_tokens)
+    path, tokens = found.path.clone(), found.tokens.clone()
+    path[take, 1:], tokens[take] = -1, -1
+    path[take, 1], tokens[take, 0], tokens[take, 1] = 1, child[take], bonus[take]
+    return Acceptance(path, torch.where(take, 1, found.num_accepted), tokens, bonus, found.is_invalid)
+
+
+def draw_with_other_noise(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    return verify(logits, tree, sampling, positions + 1_000_000)
+
+
+def draw_at_twice_the_temperature(logits: Tensor, tree: taps.DraftTree, sampling: Any, positions: Tensor) -> Acceptance:
+    return verify(logits, tree, replace(sampling, temperature=2 * sampling.temperature), positions)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_texts_notice_a_rule_that_trusts_the_drafter(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    report = check(replace(SETTINGS, temperatures=(temperature,)))
+    assert [one.verdict for one in report.texts] == ["different"]
+    assert (report.verdict, report.passed) == ("not lossless", False)
+    assert not any(one.is_near_tie for one in report.texts[0].divergences)
+
+
+def test_frequencies_notice_a_rule_that_trusts_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    plain, merged = check(FREQUENCIES).frequencies
+    assert (plain.verdict, merged.verdict) == ("as expected", "not as expected")
+
+
+def test_texts_alone_notice_fresh_noise_which_leaves_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "verify", draw_with_other_noise)
+    report = check(replace(SETTINGS, num_draws=1500, draws_together=500))
+    assert [one.verdict for one in report.texts] == ["equal", "different", "different"]
+    assert [one.verdict for one in report.frequencies] == ["as expected", "as expected"]
+    assert not report.passed
+
+
+def test_frequencies_alone_notice_what_is_wrong_with_plain_decoding_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (decoder_module, plain_generation):
+        monkeypatch.setattr(module, "verify", draw_at_twice_the_temperature)
+    report = check(replace(SETTINGS, num_draws=1500, draws_together=500))
+    assert {one.verdict for one in report.texts} == {"equal"}
+    assert [one.verdict for one in report.frequencies] == ["not as expected", "not as expected"]
+    assert report.verdict == "not lossless"
+
+
+# ---- reduced precision
+
+
+def score_with(change: Callable[[Tensor], Tensor]) -> Any:
+    """`TargetModel.score` with other logits."""
+    stock = TargetModel.score
+
+    def score(self: TargetModel, *arguments: Any, **options: Any) -> Any:
+        scored = stock(self, *arguments, **options)
+        return replace(scored, logits=change(scored.logits))
+
+    return score
+
+
+def last_spacings(logits: Tensor) -> Tensor:
+    """Every other token a spacing up or down."""
+    signs = 1 - 2 * (torch.arange(logits.shape[-1]) % 2)
+    return (logits * (1 + signs * torch.finfo(logits.dtype).eps)).to(logits.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_parts_texts_at_near_ties_only(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of it than there is by itself, so that texts do part."""
+    monkeypatch.setattr(TargetModel, "score", score_with(last_spacings))
+    settings = replace(SETTINGS, temperatures=(1.0, 2.0), max_new_tokens=100)
+    report = check(settings, dtype=dtype)
+    parted = [one for text in report.texts for one in text.divergences]
+    assert parted
+    assert {text.verdict for text in report.texts} <= {"equal", "near-ties"}
+    assert report.passed
+    assert report.verdict == f"lossless, up to near-ties of {str(dtype).removeprefix('torch.')}"
+    for one in parted:
+        assert one.evidence is not None
+        assert one.evidence.tree_lead > one.evidence.plain_lead  # the noise is the same: the lead must have moved
+        assert 0 < one.evidence.spacing <= one.evidence.difference
+
+
+def test_a_wrong_rule_is_a_fault_in_reduced_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    report = check(SETTINGS, dtype=torch.bfloat16)
+    assert {text.verdict for text in report.texts} == {"different"}
+    faults = [one.evidence for text in report.texts for one in text.divergences if not one.is_near_tie]
+    assert any(evidence is not None and not evidence.is_drawn for evidence in faults)
+
+
+def test_the_leads_are_read_off_the_two_computations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A logit that is moved in trees alone moves the lead there by as much."""
+    boosted = 9
+
+    def boost(logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[..., boosted] += 40
+        return logits
+
+    monkeypatch.setattr(TargetModel, "score", score_with(boost))
+    (text,) = check(replace(SETTINGS, temperatures=(0.0,))).texts
+    assert len(text.divergences) == 8
+    for one in text.divergences:
+        assert one.token == boosted
+        assert one.evidence is not None
+        assert one.evidence.tree_lead - one.evidence.plain_lead == pytest.approx(40, abs=1e-3)
+        assert one.evidence.plain_lead < 0
+        assert one.evidence.difference == pytest.approx(40, abs=1e-3)
+        assert one.evidence.is_drawn
+        assert not one.is_near_tie
+
+
+@pytest.mark.parametrize(("cut", "token_is_there"), [(-1, True), (None, False)])
+def test_a_text_that_ends_elsewhere_is_a_fault(cut: int | None, token_is_there: bool) -> None:
+    ids, mask = prompts(1)
+    target = ListeningTarget(TargetModel(trained_target()))
+    decoder = taps.SpeculativeDecoder(target, trained_drafters())
+    batch = Batch(ids, mask, 0.0, [0], [9])
+    (tokens,) = taps.plain_generate(target, **batch.arguments).new_tokens
+    plain = tokens[:cut] if cut else [*tokens, 5]
+    ((divergence,), _) = find_divergences(decoder, batch, [plain])
+    expected = (8, tokens[8], None) if token_is_there else (9, None, 5)
+    assert (divergence.place, divergence.token, divergence.plain_token) == expected
+    assert divergence.evidence is None
+    assert not divergence.is_near_tie
+
+
+# ---- frequencies
+
+
+def test_common_beginnings_are_the_targets_exact_probabilities() -> None:
+    torch.manual_seed(3)
+    target = new_target(vocab_size=5, pad_token_id=None, eos_token_id=None)
+    target.get_output_embeddings().weight.data.mul_(8)
+    prompt = [1, 2, 0]
+    found = common_beginnings(target, prompt, 0.7, num_tokens=3, least=0.02, batch_size=2)
+
+    def probability(text: tuple[int, ...]) -> float:
+        with torch.inference_mode():
+            rows = (target(torch.tensor([[*prompt, *text]])).logits[0, 2:-1] / 0.7).softmax(-1)
+        return float(rows[range(len(text)), list(text)].prod()) if text else 1.0
+
+    every = [text for length in range(4) for text in itertools.product(range(5), repeat=length)]
+    common = {text: probability(text) for text in every if probability(text) >= 0.02}
+    assert found == pytest.approx(common, rel=1e-5)
+    assert 10 < len(found) < 60
+
+
+BEGINNINGS = {(): 1.0, (3,): 0.5, (4,): 0.3, (3, 7): 0.25, (3, 8): 0.248}
+
+
+def test_texts_are_counted_at_their_longest_beginning_and_rare_cells_are_pooled() -> None:
+    """Own shares: 0.2 of (), 0.002 of (3,) (pooled, and with fewer than 5 put to the smallest), 0.3, 0.25, 0.248."""
+    texts = [[3, 7]] * 30 + [[3, 8]] * 20 + [[3, 9]] * 1 + [[4, 1]] * 29 + [[5, 3]] * 20
+    test = chi_square(texts, BEGINNINGS)
+    cells = [(30, 25), (20, 24.8), (29, 30), (21, 20.2)]
+    assert test.num_cells == 4
+    assert test.statistic == pytest.approx(sum((count - mean) ** 2 / mean for count, mean in cells))
+
+
+def test_p_values_are_those_of_the_tables() -> None:
+    """The 5% points of 1 and 3 degrees of freedom are 3.841 and 7.815."""
+    halves = {(): 1.0, (0,): 0.5, (1,): 0.5}
+    off = (3.841 * 10_000) ** 0.5 / 2
+    texts = [[0]] * round(5_000 + off) + [[1]] * round(5_000 - off)
+    assert chi_square(texts, halves).p_value == pytest.approx(0.05, abs=1e-3)
+    fourths = {(): 1.0, **{(token,): 0.25 for token in range(4)}}
+    off = (7.815 * 10_000 / 4 / 2) ** 0.5
+    counts = [round(2_500 + off), round(2_500 - off), 2_500, 2_500]
+    texts = [[token] for token, count in enumerate(counts) for _ in range(count)]
+    assert chi_square(texts, fourths).p_value == pytest.approx(0.05, abs=1e-3)
+    assert chi_square([[0]] * 10, {(): 1.0, (0,): 1.0}).p_value == 1.0
+
+
+# ---- what is said
+
+
+def text_check(**changes: Any) -> TextCheck:
+    return TextCheck(
+        **{"way": "merged", "temperature": 0.0, "num_texts": 2, "acceptance_length": 2.0, "divergences": []} | changes
+    )
+
+
+def test_what_takes_weight_from_the_verdict_is_said() -> None:
+    report = LosslessReport("float32", SETTINGS, [text_check(acceptance_length=1.0)], [])
+    assert report.passed
+    assert report.notes == [
+        "no draft token was accepted by merged: equal texts prove little",
+        "the frequencies of the first tokens were not checked",
+    ]
+
+
+def test_one_fault_among_near_ties_is_a_fault() -> None:
+    fault = Divergence(0, 3, 5, None, None)
+    report = LosslessReport("bfloat16", SETTINGS, [text_check(divergences=[fault]), text_check()], [])
+    assert (report.passed, report.verdict) == (False, "not lossless")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperatures": ()}, "one or more different temperatures"),
+        ({"temperatures": (1.0, 1.0)}, "one or more different temperatures"),
+        ({"temperatures": (-1.0,)}, "temperature must be finite and at least 0"),
+        ({"num_draws": -1}, "num_draws must be at least 0, got -1"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_settings_that_check_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(SETTINGS, **changes)
+
+
+# ---- the command
+
+
+def run(*arguments: str) -> Result:
+    """`taps-ext check-lossless` on the embedded models, on little."""
+    import typer
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(command)
+    little = ["--composition=merged", "--max-new-tokens=12", "--limit=4", "--draws=100", "--depth=3", "--max-nodes=16"]
+    return CliRunner().invoke(app, [*little, *arguments])
+
+
+def test_the_command_says_lossless_to_people_and_to_programs(tmp_path: Path) -> None:
+    result = run()
+    assert result.exit_code == 0
+    assert "4/4" in result.stdout
+    assert result.stdout.rstrip().endswith("lossless")
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"prompt": "How many pens are 3 boxes of 4?"}\n{"prompt": "How can I sleep better?"}\n')
+    result = run("--json", "--prompts", str(own), "--temperature=1", "--composition=single")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["verdict"], facts["passed"]) == (0, "lossless", True)
+    ways = ["merged", "single:math", "single:chat"]
+    assert [(one["way"], one["temperature"], one["num_texts"]) for one in facts["texts"]] == [
+        (way, 1.0, 2) for way in ways
+    ]
+    assert [one["way"] for one in facts["frequencies"]] == ["plain", *ways]
+
+
+def test_the_command_shows_where_texts_part_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    result = run("--draws=0")
+    assert result.exit_code == 1
+    assert "fault, not what these logits draw" in result.stdout
+    assert "not lossless" in result.stdout
+    result = run("--draws=0", "--json")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["passed"], facts["verdict"]) == (1, False, "not lossless")
+    assert facts["texts"][0]["divergences"][0]["is_near_tie"] is False
+
+
+def test_near_ties_pass_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TargetModel, "score", score_with(last_spacings))
+    result = run("--dtype=bfloat16", "--draws=0", "--max-new-tokens=48", "--limit=8", "--temperature=1")
+    assert result.exit_code == 0
+    assert "near-tie: " in result.stdout
+    assert "lossless, up to near-ties of bfloat16" in result.stdout
+
+
+def test_a_tree_a_position_too_far_is_a_fault_and_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it draws is the rule's, from logits that are off by a few spacings of bfloat16."""
+    stock = TargetModel._forward_tree
+
+    def shifted(self: TargetModel, tree: Any, positions: Tensor, *rest: Any) -> Tensor:
+        return stock(self, tree, positions + 1, *rest)
+
+    monkeypatch.setattr(TargetModel, "_forward_tree", shifted)
+    result = run("--dtype=bfloat16", "--draws=0", "--temperature=0", "--max-new-tokens=24")
+    assert result.exit_code == 1
+    assert "fault, the tree's logits are not the target's" in result.stdout
+
+
+def test_what_cannot_be_checked_is_said_before_any_work(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('\n{"prompt": 3}\n')
+    for arguments, words in [
+        (["--prompts", str(bad)], "bad.jsonl, line 2: "),
+        (["--composition=best"], "composition must be one of"),
+        (["--drafting=maybe"], "drafting must be coupled or topk"),
+        (["--target=elsewhere"], "give at least one drafter"),
+    ]:
+        result = run(*arguments)
+        assert isinstance(result.exception, ValueError)
+        assert words in str(result.exception)

@@ -1,0 +1,204 @@
+"""taps-ext check-lossless."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..tiny import TINY
+from .common import DEVICE_HELP, JSON_HELP, drafter_folders, keep_logs_clean, load_target, progress
+from .generation import DRAFTING_HELP
+
+if TYPE_CHECKING:
+    from ..evaluation.divergence import Divergence
+    from ..evaluation.lossless import FrequencyCheck, LosslessReport, TextCheck
+    from ..evaluation.tasks import Question
+
+SENTENCES = (
+    "What is the difference between weather and climate?",
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Explain your steps.",
+    "Write a short poem about a lighthouse in winter.",
+    "Explain to a ten-year-old why the sky is blue.",
+    "List five things to check before renting a flat.",
+    "If 3 pens cost 4.50, what do 7 pens cost?",
+    "Write a Python function that tells whether a word is a palindrome.",
+    "Summarise in two sentences what photosynthesis does.",
+)
+MOST_DIVERGENCES = 12  # shown; --json has all
+STYLES = {"equal": "green", "as expected": "green", "near-ties": "yellow"}
+FAULT = "bold red"
+
+
+def check_lossless(
+    target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")] = TINY,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="[NAME=]FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
+    ] = None,
+    composition: Annotated[
+        list[str] | None,
+        typer.Option(help="single, confidence, entropy, evidence or merged; repeatable; default: all."),
+    ] = None,
+    merged_nodes: Annotated[
+        int | None, typer.Option(help="Node budget of the merged tree; default: the union.")
+    ] = None,
+    temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default: 0, 0.5 and 1.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Your own prompts, a file of JSON lines; default: built-in ones.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="So many of the prompts, evenly spread.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Of the longest texts.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
+    draws: Annotated[int, typer.Option(help="For the frequencies of the first tokens; 0 leaves them out.")] = 1000,
+    depth: Annotated[int, typer.Option(help="Levels that a drafter drafts.")] = 6,
+    branching: Annotated[int, typer.Option(help="Children per expanded node.")] = 10,
+    max_nodes: Annotated[int, typer.Option(help="Nodes of a drafter's tree, root included.")] = 60,
+    drafting: Annotated[str, typer.Option(help=DRAFTING_HELP)] = "coupled",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+) -> None:
+    """Check that your drafters leave your target's text as it is; exit code 1 if they do not.
+
+    Greedy texts and texts drawn with the same noise must equal plain decoding's, and the first tokens of many draws
+    must come as often as the target's probabilities say. In bfloat16 and float16 texts may part at near-ties: these
+    are shown with the logits there, and told apart from faults.
+    """
+    from ..decoder import check_drafting
+    from ..device import choose
+    from ..drafters import load_drafters
+    from ..evaluation import lossless
+    from ..tree import TreeShape
+
+    settings = lossless.LosslessSettings(
+        temperatures=tuple(temperature or lossless.TEMPERATURES),
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        num_draws=draws,
+        seed=seed,
+        shape=TreeShape(depth, branching, max_nodes),
+    )
+    paths = drafter_folders(target, drafter or [])
+    ways = lossless.make_ways(list(paths), composition or [], check_drafting(drafting), merged_nodes)
+    questions, place = _questions(target, prompts, limit), choose(device)
+    keep_logs_clean()
+    with progress() as bars:
+        bar = bars.add_task("loading", total=lossless.count_units(ways, len(questions), settings))
+        model, tokenizer = load_target(target, dtype, place)
+        report = lossless.check_lossless(
+            model,
+            load_drafters(paths, model),
+            ways,
+            [_encode(tokenizer, question) for question in questions],
+            settings,
+            lambda done: bars.update(bar, advance=1, description=done),
+        )
+    if as_json:
+        from ..demo_report import json_text
+
+        print(json_text(report.to_dict()))
+    else:
+        Console(highlight=False, soft_wrap=True).print(_page(report, tokenizer))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _questions(target: str, prompts: Path | None, limit: int) -> list[Question]:
+    from ..evaluation.tasks import TASKS, Question, load_prompts
+
+    if prompts is not None:
+        return load_prompts(prompts, limit)
+    if target == TINY:
+        chat = limit // 2
+        math = TASKS["tiny_math"].load(limit=limit - chat)
+        return [*math, *(TASKS["tiny_chat"].load(limit=chat) if chat else [])]
+    built_in = [Question(str(number), "built-in", (text,)) for number, text in enumerate(SENTENCES)]
+    return built_in[:limit]
+
+
+def _encode(tokenizer: Any, question: Question) -> list[int]:
+    """The tokens of a question's first turn: through the chat template where there is one, else as it is."""
+    messages = [*map(dict, question.history), {"role": "user", "content": question.turns[0]}]
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        tokens = tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+    return tokens
+
+
+def _page(report: LosslessReport, tokenizer: Any) -> Group:
+    """The verdicts, the places where texts part, and what to make of it."""
+    parts: list[RenderableType] = [_verdicts(report), Text(), *_divergences(report, tokenizer)]
+    style = FAULT if not report.passed else "bold green" if report.verdict == "lossless" else "bold yellow"
+    parts += [Text(report.verdict, style=style), *map(Text, report.notes)]
+    return Group(*parts)
+
+
+def _verdicts(report: LosslessReport) -> Table:
+    """A row a way: its texts at each temperature, and the frequencies of its first tokens."""
+    table = Table("texts equal\nto plain's", box=None, padding=(0, 2, 0, 0))
+    for temperature in report.settings.temperatures:
+        table.add_column(f"\nT = {temperature:g}", no_wrap=True)
+    table.add_column("acceptance\nlength", justify="right", no_wrap=True)
+    if report.frequencies:
+        num_tokens, one = report.settings.num_first_tokens, report.frequencies[0]
+        table.add_column(f"{one.num_draws} x {num_tokens} tokens,\nT = {one.temperature:g}: chi-square", no_wrap=True)
+        table.add_column("\np-value", no_wrap=True)
+    frequencies = {check.way: check for check in report.frequencies}
+    for way in dict.fromkeys([*frequencies, *(check.way for check in report.texts)]):
+        checks = [check for check in report.texts if check.way == way]
+        cells = [_text_cell(check) for check in checks] or [Text("")] * len(report.settings.temperatures)
+        lengths = [check.acceptance_length for check in checks]
+        length = f"{sum(lengths) / len(lengths):.2f}" if lengths else ""
+        table.add_row(way, *cells, length, *(_frequency_cells(frequencies[way]) if way in frequencies else ()))
+    return table
+
+
+def _text_cell(check: TextCheck) -> Text:
+    equal = f"{check.num_texts - len(check.divergences)}/{check.num_texts}"
+    words = equal if check.verdict == "equal" else f"{equal} {check.verdict}"
+    return Text(words, style=STYLES.get(check.verdict, FAULT))
+
+
+def _frequency_cells(check: FrequencyCheck) -> tuple[str, Text]:
+    is_expected = "" if check.verdict == "as expected" else f", {check.verdict}"
+    words = Text(f"{check.test.p_value:.2g}{is_expected}", style=STYLES.get(check.verdict, FAULT))
+    return f"{check.test.statistic:.1f} in {check.test.num_cells} cells", words
+
+
+def _divergences(report: LosslessReport, tokenizer: Any) -> list[Text]:
+    """Where texts part, faults first, and what the logits say there."""
+    found = [(check, one) for check in report.texts for one in check.divergences]
+    found.sort(key=lambda pair: pair[1].is_near_tie)
+    lines = []
+    for check, one in found[:MOST_DIVERGENCES]:
+        here, plain = (_spelled(tokenizer, token) for token in (one.token, one.plain_token))
+        where = f"{check.way}, T = {check.temperature:g}, text {one.row}, token {one.place}: {here} instead of {plain}"
+        style = "yellow" if one.is_near_tie else FAULT
+        lines.append(Text.assemble((where, style), f"\n  {_reason(one, here, report.dtype)}"))
+    if len(found) > MOST_DIVERGENCES:
+        lines.append(Text(f"... and {len(found) - MOST_DIVERGENCES} more; --json has all"))
+    return [*lines, Text()] if lines else []
+
+
+def _reason(one: Divergence, token: str, dtype: str) -> str:
+    evidence = one.evidence
+    if evidence is None:
+        return "fault: one text goes on and the other does not, which no rounding explains"
+    leads = f"{token} leads by {evidence.tree_lead:+.4g} in the tree, by {evidence.plain_lead:+.4g} in the plain step"
+    apart, rounding = (value / evidence.spacing for value in (evidence.difference, evidence.rounding))
+    logits = f"their logits are up to {apart:.3g} spacings of {dtype} apart, and rounding moves them by {rounding:.3g}"
+    if one.is_near_tie:
+        return f"near-tie: {leads}; {logits}"
+    is_drawn = "the tree's logits are not the target's" if evidence.is_drawn else "not what these logits draw"
+    return f"fault, {is_drawn}: {leads}; {logits}"
+
+
+def _spelled(tokenizer: Any, token: int | None) -> str:
+    return "the end" if token is None else repr(tokenizer.decode([token]))
