@@ -2,16 +2,14 @@
 
     python benchmarks/real_text_target.py math.jsonl chat.jsonl --output out/real_text/target
 
-A byte-pair tokenizer, a Llama, one pass over at most `--steps` batches. Goes on where it was stopped. Beside the target
+A byte-pair tokenizer and a Llama, `--steps` updates. Goes on where it was stopped. Beside the target
 it writes target.json: what it was made of and how well it learned.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,8 @@ def main() -> None:
     if (options.output / "target.json").exists():
         print(f"{options.output} is there already")
         return
+    if options.output.exists():
+        raise SystemExit(f"{options.output} is there and holds no target of this script; give another --output")
     torch.set_num_threads(options.threads)
     sources = survey(DataConfig(tuple(SourceConfig(str(path)) for path in options.data)))
     conversations = [one.messages for source in sources for one in source.conversations()]
@@ -48,12 +48,10 @@ def main() -> None:
         bf16_autocast=True,
         seed=options.seed,
     )
-    options.output.mkdir(parents=True, exist_ok=True)
-    checkpoint = options.output.with_name("target.checkpoint.pt")
-    started = time.monotonic()
+    fresh = options.output.with_name(f".{options.output.name}.unfinished")
+    fresh.mkdir(parents=True, exist_ok=True)
+    checkpoint = fresh / "checkpoint.pt"
     loss = pretrain(model, dataset, config, _say, checkpoint)
-    fresh = options.output.with_name(".target")
-    shutil.rmtree(fresh, ignore_errors=True)
     model.cpu().save_pretrained(fresh)
     save_tokenizer(tokenizer, fresh)
     facts = {
@@ -64,13 +62,11 @@ def main() -> None:
         "num_conversations": len(dataset),
         "num_tokens": dataset.num_tokens,
         "final_loss_nats": round(loss, 4),
-        "seconds": round(time.monotonic() - started),
         "provenance": provenance(),
     }
     write_json(fresh / "target.json", facts)
-    shutil.rmtree(options.output)
-    fresh.rename(options.output)
     checkpoint.unlink(missing_ok=True)
+    fresh.rename(options.output)
 
 
 def _options() -> argparse.Namespace:

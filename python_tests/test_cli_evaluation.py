@@ -80,6 +80,24 @@ def test_json_is_one_object_with_the_same_figures(evaluate, tmp_path: Path) -> N
     assert run["tasks"]["prompts"]["source"] == "mine.jsonl" and run["settings"]["dtype"] == "float32"
 
 
+def test_the_command_is_kept_without_the_places_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "here" / "math").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["evaluate", "--target", "someone/Llama", "--drafter=math=tiny/math", "--drafter", "b=here/math"]
+    arguments += [f"--task=gsm8k={tmp_path}/gsm8k.jsonl", "--system-prompt", "Yes/no, then why.", "-o/home/me/results"]
+    monkeypatch.setattr(sys, "argv", ["taps-ext", *arguments, "--prompts", "~/mine.jsonl"])
+    assert evaluation._command() == (
+        "taps-ext evaluate --target someone/Llama --drafter=math=tiny/math --drafter b=math --task=gsm8k=gsm8k.jsonl "
+        "--system-prompt 'Yes/no, then why.' -oresults --prompts mine.jsonl"
+    )
+
+
+def test_texts_that_differ_in_float32_fail_the_command(evaluate, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taps_ext.evaluation.summary.Summary.num_different", 1)
+    done = evaluate(*SHORT, "--temperature=0", "--task=tiny_math")
+    assert done.code == 1 and "A BUG, PLEASE REPORT IT" in done.out
+
+
 # ---- what it refuses, before the target is loaded
 
 
@@ -110,6 +128,10 @@ def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--temperature=nan"], "temperature must be finite and at least 0"),
         (["--temperature=1", "--temperature=1"], "a temperature is given twice"),
         (["--batch-size=0"], "batch_size must be at least 1"),
+        (["--max-new-tokens=1"], "max_new_tokens must be at least 2"),
+        (["--seed=99999999999999999999"], "seed"),
+        (["--variant=merged@٣"], "@ is followed by the nodes of a tree"),
+        (["--drafter=average=tiny/math"], "'average' is that of averaged weights"),
         (["--max-nodes=0"], "max_nodes must be"),
         (["--device=tpu"], "device must be cpu"),
         (["--drafter=math=tiny/math", "--drafter=math=tiny/chat"], "given twice"),

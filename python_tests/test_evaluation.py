@@ -21,8 +21,8 @@ from taps_ext import tiny
 from taps_ext.decoder import SpeculativeDecoder
 from taps_ext.drafters import load_drafter, load_drafters
 from taps_ext.evaluation import contestants, results, steps
-from taps_ext.evaluation.answering import Prompter
 from taps_ext.evaluation.plan import Plan, Settings, batches
+from taps_ext.evaluation.prompting import Prompter
 from taps_ext.evaluation.runner import evaluate
 from taps_ext.evaluation.summary import summarise
 from taps_ext.evaluation.tasks import TASKS, Question
@@ -292,6 +292,15 @@ def test_a_line_holds_what_the_decoder_did(finished: Path) -> None:
         assert line["model_id"] == "tiny/confidence" and line["drafters"] == ["math", "chat"]
 
 
+def test_seeds_count_through_a_tasks_batches_and_clocks_have_run(finished: Path) -> None:
+    places = {question.id: place for place, question in enumerate(TWO_TURNS)}
+    lines = read(finished)
+    assert {line["question_id"]: line["seed"] for line in lines if line["task"] == "prompts"} == {
+        name: 5 + place for name, place in places.items()
+    }
+    assert all(seconds > 0 for line in lines for seconds in line["choices"][0]["wall_time"])
+
+
 def test_plain_lines_have_a_step_a_token_but_the_first(finished: Path) -> None:
     lines = [line for line in read(finished) if line["variant"] == "plain"]
     assert lines
@@ -434,17 +443,22 @@ def test_what_is_there_is_not_done_again_whichever_process_did_it(folder: Path) 
 def test_texts_that_differ_from_plains_are_told_loudly(folder: Path) -> None:
     path = folder / "answers-0.jsonl"
     lines = list(map(json.loads, path.read_text().splitlines()))
-    kept = [line for line in lines if (line["variant"], line["question_id"]) != ("merged", "b")]
+    kept = [
+        line for line in lines if (line["variant"], line["question_id"]) not in (("merged", "b"), ("merged@8", "b"))
+    ]
     for line in kept:
         if (line["variant"], line["question_id"], line["temperature"]) == ("plain", "b", 1.0):
             line["turns"][1]["tokens"][2] += 1
+        if (line["variant"], line["question_id"], line["temperature"]) == ("plain", "b", 0.0):
+            line["turns"][0]["tokens"].append(9)  # of which the others' text is a part
     path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     again(folder)
     new = [line for line in read(folder) if (line["variant"], line["question_id"]) == ("merged", "b")]
-    assert [[turn["equals_plain"] for turn in line["turns"]] for line in new] == [[True, True], [True, False]]
+    assert [[turn["equals_plain"] for turn in line["turns"]] for line in new] == [[False, True], [True, False]]
     summary = summarise(folder)
-    assert summary.num_different == 1 and "1 OF 40 ANSWERS DIFFER" in summary.verdict() and "BUG" in summary.verdict()
-    assert "rounds" in replace(summary, dtype="bfloat16").verdict()
+    assert summary.num_different == 4 and "4 OF 40 ANSWERS DIFFER" in summary.verdict() and "BUG" in summary.verdict()
+    rounded = replace(summary, dtype="bfloat16")
+    assert summary.is_broken and not rounded.is_broken and "rounds" in rounded.verdict()
 
 
 @pytest.mark.parametrize(
@@ -506,6 +520,23 @@ def test_answers_without_the_run_they_are_of_are_refused(folder: Path) -> None:
         again(folder)
 
 
+def test_a_folder_that_another_run_took_meanwhile_is_left_to_it(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, lock = tmp_path / "results", results._lock
+
+    def lock_late(path: Path) -> int:
+        shutil.copytree(finished, folder, dirs_exist_ok=True)
+        return lock(path)
+
+    monkeypatch.setattr(results, "_lock", lock_late)
+    with pytest.raises(ValueError, match="another configuration"):
+        again(folder, label="other")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in finished.iterdir()
+    }
+
+
 def test_two_evaluations_do_not_write_to_one_folder(folder: Path) -> None:
     lock = results._lock(folder)
     try:
@@ -559,7 +590,22 @@ def test_a_drafter_of_another_vocabulary_is_refused(tmp_path: Path, stranger: An
 
 def test_a_question_longer_than_the_context_is_refused(tmp_path: Path) -> None:
     long = Question("long", "c", ("word " * 3000, "and?"))
-    refused(tmp_path, "question long of prompts may come to .* context is 2048", {"prompts": [long]})
+    refused(tmp_path, "question long may come to .* context is 2048", {"prompts": [long]})
+    fits = Question("fits", "c", ("word " * 800,))
+    length = len(Prompter(models()[1]).encode(fits, []))
+    assert length < 2048
+    answers = replace(SHORT, max_new_tokens=2049 - length)
+    refused(tmp_path, "question fits may come to 2049 tokens with its answers", {"prompts": [fits]}, settings=answers)
+
+
+def test_a_chat_template_that_refuses_a_system_prompt_says_so_in_a_sentence(tmp_path: Path) -> None:
+    tokenizer = copy.copy(models()[1])
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    settings = replace(SHORT, system_prompt="Be brief.")
+    refused(tmp_path, "refuses question a: no system role", models=(models()[0], tokenizer), settings=settings)
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
@@ -574,6 +620,9 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         ({"temperatures": (0.0, 0.0)}, "a temperature is given twice"),
         ({"temperatures": (-1.0,)}, "temperature must be"),
         ({"tasks": {"prompts": ()}}, "a task with questions"),
+        ({"tasks": {"prompts": [TWO_TURNS[0], TWO_TURNS[0]]}}, "has the question id 'a' twice"),
+        ({"settings": replace(SHORT, seed=2**63 - 1)}, "seed"),
+        ({"settings": replace(SHORT, seed=10**20)}, "seed"),
     ],
 )
 def test_a_plan_of_nothing_is_refused(tmp_path: Path, given: dict[str, Any], sentence: str) -> None:
@@ -584,3 +633,5 @@ def test_settings_that_cannot_be_are_refused() -> None:
     for name in ("max_new_tokens", "batch_size", "depth", "branching", "max_nodes"):
         with pytest.raises(ValueError, match=name):
             Settings(**{name: 0})
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 2"):
+        Settings(max_new_tokens=1)

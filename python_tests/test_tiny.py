@@ -279,3 +279,9 @@ def test_a_target_whose_training_was_stopped_is_the_one_whose_training_was_not(
     assert loss == pretrain(whole, dataset, config, lambda step, loss: None)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
+    for other, changed in (
+        (new_target(tokenizer, seed=3, hidden_size=128, num_layers=1), config),
+        (stopped, replace(config, seed=9)),
+    ):
+        with pytest.raises(ValueError, match="is of another training"):
+            pretrain(other, dataset, changed, stop, tmp_path / "checkpoint.pt")

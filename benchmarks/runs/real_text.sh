@@ -10,6 +10,7 @@
 set -eu
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
+[ $# -gt 0 ] || { echo "usage: real_text.sh DATA [FOLDER [STAGE...]]" >&2; exit 2; }
 data="$(cd "$1" && pwd)"
 folder="${2:-$root/out/real_text}"
 jobs="${JOBS:-2}"
@@ -47,7 +48,8 @@ train_drafter() {
 }
 
 if [ "${1:-}" = train-one ]; then
-    train_drafter "$2" "$3" "$4"
+    # shellcheck disable=SC2086 # three words
+    train_drafter $2
     exit
 fi
 
@@ -60,9 +62,9 @@ stage_drafters() {
     for which in 'eagle2 1' 'hass 1' 'eagle2 2' 'eagle2 3' 'hass 2' 'hass 3'; do
         mkdir -p "$folder/drafters/${which% *}/${which#* }"
         for name in full chat half math; do
-            echo "$data $folder train-one $which $name"
+            echo "$which $name"
         done
-    done | STEPS=$steps xargs -P "$jobs" -L 1 sh "$self"
+    done | STEPS=$steps xargs -P "$jobs" -I '{}' sh "$self" "$data" "$folder" train-one '{}'
 }
 
 # evaluate RESULTS METHOD SEED LABEL OPTION...: with the drafters of that method and seed.

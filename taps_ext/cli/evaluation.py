@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -96,7 +97,10 @@ def evaluate(
             print(f"stopped; the same command goes on in {output}", file=sys.stderr)
             raise typer.Exit(STOPPED) from None
     if is_main_process():
-        _show(summarise(output), output, as_json)
+        summary = summarise(output)
+        _show(summary, output, as_json)
+        if summary.is_broken:
+            raise typer.Exit(1)
 
 
 def _tasks(
@@ -133,11 +137,13 @@ def _own_gpu() -> str | None:
 
 def _command() -> str:
     """The command line, with every path shortened to its last part: what others can repeat, not where it ran."""
-    told = ["taps-ext"]
-    for argument in sys.argv[1:]:
-        name, equals, value = argument.rpartition("=")
-        told.append(f"{name}{equals}{Path(value).name}" if os.sep in value else argument)
-    return shlex.join(told)
+    return shlex.join(["taps-ext", *map(_told, sys.argv[1:])])
+
+
+def _told(argument: str) -> str:
+    head, value = re.fullmatch(r"(-o|(?:.*=)?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
+    is_path = value.startswith(("/", "~", ".")) or (os.sep in value and Path(value).exists())
+    return head + Path(value).expanduser().resolve().name if is_path else argument
 
 
 def _target_config(target: str) -> Any:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..plain_generation import plain_generate
 from ..sampling import SamplingParams
+from .prompting import Prompter, padded
 from .steps import RowSteps, Signals, analyse, sum_signals
 
 if TYPE_CHECKING:
@@ -55,32 +55,6 @@ class Answer:
     signals: dict[str, Any] = field(default_factory=dict)  # of all turns; see `steps.Signals`
 
 
-class Prompter:
-    """Conversations as tokens, through the tokenizer's chat template."""
-
-    def __init__(self, tokenizer: Any, system_prompt: str = "") -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ValueError("the tokenizer has no chat template; give the target's instruction-tuned version")
-        self.tokenizer, self._system_prompt = tokenizer, system_prompt
-
-    def encode(self, question: Question, answers: Sequence[str]) -> list[int]:
-        """The prompt of the turn behind these answers."""
-        messages = [dict(message) for message in question.history]
-        if self._system_prompt and not (messages and messages[0]["role"] == "system"):
-            messages.insert(0, {"role": "system", "content": self._system_prompt})
-        for turn, answer in zip(question.turns, answers, strict=False):
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": question.turns[len(answers)]})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
-
-    def decode(self, tokens: list[int]) -> str:
-        """The text of an answer."""
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        return text.strip()
-
-
 @dataclass(frozen=True)
 class Answering:
     """How questions are answered, by whatever variant."""
@@ -109,7 +83,7 @@ class Answering:
         self, contestant: Contestant, prompts: list[list[int]], sampling: SamplingParams, answers: list[Answer]
     ) -> list[Signals]:
         """One more turn for each of the answers; its signals, where anything was drafted."""
-        arguments = {**_padded(prompts), "sampling": sampling, "max_new_tokens": self.max_new_tokens}
+        arguments = {**padded(prompts), "sampling": sampling, "max_new_tokens": self.max_new_tokens}
         self._wait()
         started = time.perf_counter()
         tokens, reasons, events = self._generate(contestant.decoder, arguments)
@@ -144,14 +118,3 @@ class Answering:
         """Until the device has done what it was given: the clock counts work, not orders."""
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Left-padded prompts and their mask, int64 [B, P]."""
-    longest = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}

@@ -28,9 +28,9 @@ class Settings:
     system_prompt: str = ""  # put before conversations that bring none
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("max_new_tokens", 2), ("batch_size", 1)):  # the first token is no decode step's
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         TreeShape(self.depth, self.branching, self.max_nodes)
 
 
@@ -54,6 +54,11 @@ class Plan:
         if not self.temperatures:
             raise ValueError("an evaluation needs a temperature")
         SamplingParams(tuple(self.temperatures))
+        SamplingParams(seed=[self.settings.seed, self.settings.seed + max(map(len, self.tasks.values()))])
+        for name, questions in self.tasks.items():
+            ids = [question.id for question in questions]
+            if repeated := [one for one in ids if ids.count(one) > 1]:
+                raise ValueError(f"the task {name!r} has the question id {repeated[0]!r} twice; ids tell answers apart")
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"a temperature is given twice: {', '.join(map(str, self.temperatures))}")
 

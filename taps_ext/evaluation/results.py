@@ -74,6 +74,11 @@ def begin(folder: Path, configuration: Mapping[str, Any], provenance: Mapping[st
     check_folder(folder, configuration)
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
+    try:
+        check_folder(folder, configuration)  # nobody else writes now
+    except ValueError:
+        os.close(lock)
+        raise
     run = _read_run(folder)
     history = run[PROVENANCE] if run else {**provenance, RESUMED: []}
     if run is not None and _place(provenance) != _place([history, *history[RESUMED]][-1]):

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from ..target import TargetModel
 from ..training.target_ends import identify
 from ..tree import TreeShape
 from . import results
-from .answering import Answering, Contestant, Prompter
+from .answering import Answering, Contestant
 from .contestants import Folders, check_drafters, drafter_facts, make_contestants, refuse_strangers
 from .plan import Batch, Plan, Settings, batches
+from .prompting import Prompter, refuse_long
 from .record import Asked, line_of
 from .tasks import TASKS, Question
 from .variants import Variant
@@ -38,15 +39,16 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def of_this_launch(cls) -> Processes:
-        """Joined with the others, if there are any."""
+    def of_this_launch(cls, device: torch.device) -> Processes:
+        """Joined with the others, if there are any; `device` is this one's."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         try:
             from accelerate import PartialState
         except ModuleNotFoundError as missing:
             raise ValueError(f"several processes need {missing.name}: pip install 'taps_ext[eval]'") from missing
-        state = PartialState(cpu=not torch.cuda.is_available())  # else processes on CPUs do not know of each other
+        # Without cpu=True processes on CPUs do not know of each other; one that is done waits for the slowest.
+        state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=30))
         return cls(state.process_index, state.num_processes)
 
     def wait(self) -> None:
@@ -86,7 +88,7 @@ def evaluate(
         sources: by task, where its questions are from, for people.
         command: the command line, for the record.
     """
-    processes = Processes.of_this_launch()
+    processes = Processes.of_this_launch(target.device)
     files = check_drafters(drafter_folders, target.config.get_text_config())
     identity = identify(target)
     refuse_strangers(files, identity)
@@ -185,18 +187,10 @@ def _folder(
 
 
 def _refuse_long_questions(plan: Plan, prompter: Prompter, target: TargetModel) -> None:
-    """ValueError for a question that may not fit, with its answers, into the target's context."""
-    longest = getattr(target.config, "max_position_embeddings", None)
-    for task, questions in plan.tasks.items():
+    for questions in plan.tasks.values():
         for question in questions:
             prompt = len(prompter.encode(question, [""] * (len(question.turns) - 1)))
-            length = prompt + len(question.turns) * plan.settings.max_new_tokens
-            if longest is not None and length > longest:
-                raise ValueError(
-                    f"question {question.id} of {task} may come to {length} tokens with its answers, and the target's "
-                    f"context is {longest}; leave it out, or lower max_new_tokens"
-                )
-            target.refuse_longer_than_exact(length)
+            refuse_long(question, prompt + len(question.turns) * plan.settings.max_new_tokens, target)
 
 
 def _provenance(command: str, target: TargetModel, processes: Processes) -> dict[str, Any]:

@@ -46,12 +46,19 @@ class Summary:
         """Answers that are not plain decoding's."""
         return self.num_texts - sum(cell.num_equal for cell in self.cells.values())
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether texts differ where nothing excuses it."""
+        return self.num_different > 0 and self.dtype == "float32"
+
     def verdict(self) -> str:
         """Whether the texts are the target's own, in a sentence."""
+        if not self.num_texts:
+            return "Nothing but plain decoding was evaluated."
         if not self.num_different:
             return f"All {self.num_texts} answers equal plain decoding's, token by token."
         told = f"{self.num_different} of {self.num_texts} answers differ from plain decoding's"
-        if self.dtype == "float32":
+        if self.is_broken:
             return f"{told.upper()} IN FLOAT32: A BUG, PLEASE REPORT IT (taps-ext check-lossless says where they part)."
         return f"{told}; {self.dtype} rounds with the shape of a batch (taps-ext check-lossless says where they part)."
 

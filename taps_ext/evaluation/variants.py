@@ -69,6 +69,10 @@ def parse_variants(
     for name in drafters:
         if not name.strip() or any(character in name for character in RESERVED):
             raise ValueError(f"a drafter's name may not be empty or hold any of {RESERVED}, got {name!r}")
+        if name == AVERAGE:
+            raise ValueError(
+                f"the name {AVERAGE!r} is that of averaged weights; give the drafter another, as NAME=FOLDER"
+            )
     specs = specs or default_specs(drafters, max_nodes, is_sampled=any(value > 0 for value in temperatures))
     variants = [_parse(spec.strip(), drafters, max_nodes) for spec in specs]
     plain = [one for one in variants if one.is_plain] or [Variant(PLAIN, PLAIN)]
@@ -163,7 +167,7 @@ def _participants(composition: str, text: str | None, drafters: Sequence[str]) -
 
 
 def _num_nodes(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 2:
         raise ValueError(f"@ is followed by the nodes of a tree, 2 or more with its root, got {text!r}")
     return int(text)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from ..disk import sync
 from ..training.dataset import BatchOrder, TokenBatch, TokenDataset
 
 HEAD_SIZE = 32
@@ -69,13 +71,15 @@ def pretrain(
 ) -> float:
     """Train in place, where the model is; returns the smoothed final loss on the assistant's tokens (nats).
 
-    `report(step, loss)` is called each step. With a `checkpoint`, a file, training that was stopped goes on from it.
+    `report(step, loss)` is called each step. With a `checkpoint`, a file, training that was stopped goes on from it;
+    ValueError if it is of another configuration, model or dataset.
     """
+    identity = {"training": asdict(config), "model": model.config.to_diff_dict(), "data": dataset.checksum}
     optimizers = _optimizers(model, config)
     model.train()
     start, smoothed = 0, math.log(model.config.vocab_size)
     if checkpoint is not None and checkpoint.exists():
-        start, smoothed = _restore(checkpoint, model, optimizers)
+        start, smoothed = _restore(checkpoint, model, optimizers, identity)
     for step, batch in _steps(dataset, config, start, model.device):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -91,7 +95,9 @@ def pretrain(
         smoothed += 0.05 * (answer_loss - smoothed)
         report(step + 1, smoothed)
         if checkpoint is not None and (step + 1) % CHECKPOINT_STEPS == 0:
-            _save(checkpoint, model, optimizers, step + 1, smoothed)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            progress = {"step": step + 1, "loss": smoothed, "model": model.state_dict(), "optimizers": states}
+            _save(checkpoint, {**progress, "identity": json.dumps(identity)})
     model.eval()
     return smoothed
 
@@ -103,15 +109,17 @@ def _steps(
     return ((step, dataset.batch(order[step]).to(device)) for step in range(start, config.steps))
 
 
-def _save(path: Path, model: LlamaForCausalLM, optimizers: list[Any], step: int, loss: float) -> None:
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    fresh = path.with_name(f".{path.name}.tmp")
-    torch.save({"step": step, "loss": loss, "model": model.state_dict(), "optimizers": states}, fresh)
+def _save(path: Path, values: dict[str, Any]) -> None:
+    fresh = path.with_name(f"{path.name}.tmp")
+    torch.save(values, fresh)
+    sync(fresh)
     fresh.replace(path)
 
 
-def _restore(path: Path, model: LlamaForCausalLM, optimizers: list[Any]) -> tuple[int, float]:
+def _restore(path: Path, model: LlamaForCausalLM, optimizers: list[Any], identity: dict[str, Any]) -> tuple[int, float]:
     saved = torch.load(path, map_location=model.device, weights_only=True)
+    if saved["identity"] != json.dumps(identity):
+        raise ValueError(f"{path} is of another training: other settings, sizes or data; delete it to begin anew")
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
