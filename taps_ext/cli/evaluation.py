@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..evaluation.tasks import Question
 
 TINY_TASKS = ("tiny_math", "tiny_chat")
+FILE_WIDTH = 200  # of what is printed where there is no terminal
 PROMPTS = "prompts"  # the task of one's own prompts
 
 
@@ -164,7 +165,7 @@ def _show(summary: Summary, output: Path, as_json: bool) -> None:
 
         print(json_text(summary.to_dict()))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
     console.print(_table(summary))
     console.print()
     console.print(summary.verdict(), style="bold red" if summary.num_different else "")
@@ -174,7 +175,8 @@ def _show(summary: Summary, output: Path, as_json: bool) -> None:
 def _table(summary: Summary) -> Table:
     """A row a variant: its acceptance length on each task and temperature, and its texts that are plain's."""
     columns = sorted({(temperature, task) for _, task, temperature in summary.cells}, key=lambda one: one[0])
-    table = Table("acceptance length", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("acceptance length", overflow="fold")
     for temperature, task in columns:
         table.add_column(f"{task}\nT = {temperature:g}", justify="right")
     table.add_column("as plain", justify="right")
