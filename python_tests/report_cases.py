@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from taps_ext.evaluation.report import reading
+from taps_ext.evaluation.report.figures import views
+from taps_ext.evaluation.report.sections import sections
+from taps_ext.evaluation.report.tables import as_csv
 
 DRAFTERS = ("math", "chat")
 TASKS = {"gsm8k": 12, "mt_bench": 10, "svamp": 9}  # questions
@@ -33,6 +40,7 @@ VARIANTS = {
     "merged@60": variant("merged", evidence_decay=0.95),
     "merged@60,evidence=0": variant("merged", evidence_decay=0.0),
     "single:math@20": variant("single", ("math",), max_nodes=20),
+    "single:chat@20": variant("single", ("chat",), max_nodes=20),
     "merged@20": variant("merged", max_nodes=20, evidence_decay=0.95),
     "single:math,topk": variant("single", ("math",), drafting="topk"),
 }
@@ -144,7 +152,7 @@ def turn(random: np.random.Generator, facts: Mapping[str, Any], drafters: Sequen
         "num_proposed": [0 if is_plain else nodes - 1 + 15 * is_merged] * len(accepted),
         "chosen": [None if is_merged or is_plain else str(name) for name in names],
         "proposers": masks,
-        "equals_plain": True,
+        "equals_plain": is_plain or bool(random.integers(0, 8)),
         "is_right": bool(random.integers(0, 2)) if task != "mt_bench" else None,
     }
 
@@ -166,3 +174,9 @@ def histogram(values: np.ndarray, bins: np.ndarray) -> dict[str, Any]:
     indices, counts = np.unique(bins.astype(int), return_counts=True)
     named = {str(index): int(count) for index, count in zip(indices, counts, strict=True)}
     return {"count": len(values), "sum": float(values.sum()), "bins": named}
+
+
+def read_tables(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """The tables of a folder's report, as their CSV files say them."""
+    found = [table for section in sections(views(reading.read([folder]))) for table in section.tables]
+    return {table.name: list(csv.DictReader(io.StringIO(as_csv(table)))) for table in found}

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from report_cases import DRAFTERS, SETTINGS, TASKS, VARIANTS, answer, write_results
+import report_cases
+from report_cases import DRAFTERS, SETTINGS, TASKS, VARIANTS, answer, read_tables, write_results
 
 from taps_ext import cli
-from taps_ext.evaluation.report import files, published, reading, saved
+from taps_ext.evaluation.report import files, reading, saved
 from taps_ext.evaluation.report.figures import View, tokens_per_second, views
 from taps_ext.evaluation.report.page import inline
-from taps_ext.evaluation.report.pictures import spread
-from taps_ext.evaluation.report.sections import Section, sections
+from taps_ext.evaluation.report.pictures import Line, Panel, Picture, Style, draw, spread
+from taps_ext.evaluation.report.sections import Section, paper, sections
+from taps_ext.evaluation.report.sections.base import style
 from taps_ext.evaluation.report.sections.depth import conditional
 from taps_ext.evaluation.report.statistics import Estimate
 from taps_ext.evaluation.report.tables import Column, Table, as_csv, as_html, markdown
@@ -46,8 +46,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tables(results: Path) -> Tables:
     """The tables of `results`, as their CSV files say them."""
-    found = [table for section in sections(views(reading.read([results]))) for table in section.tables]
-    return {table.name: list(csv.DictReader(io.StringIO(as_csv(table)))) for table in found}
+    return read_tables(results)
 
 
 @pytest.fixture(scope="module")
@@ -94,16 +93,28 @@ def _section(folder: Path, name: str) -> Section | None:
     return found[0] if found else None
 
 
-def test_the_script_of_the_docs_makes_the_main_table_from_the_lines(results: Path, tables: Tables) -> None:
+def test_the_script_of_the_docs_makes_the_main_table_from_the_lines(
+    results: Path, tables: Tables, tmp_path: Path
+) -> None:
     script = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    assert script is not None and len(script[1].strip().splitlines()) <= 23
-    for name, folder, temperature in (("hass-t0", results / "hass", 0), ("eagle-2-t1", results / "seed0", 1)):
-        told = subprocess.run(
-            [sys.executable, "-c", script[1], str(folder), str(temperature)], capture_output=True, text=True, check=True
-        )
+    assert script is not None and len(script[1].strip().splitlines()) <= 26
+    folder = Path(shutil.copytree(results, tmp_path / "results"))
+    with (folder / "hass" / "answers-0.jsonl").open("a") as file:
+        file.write('{"variant":')  # as a killed run leaves it
+    told = {
+        temperature: subprocess.run(
+            [sys.executable, "-c", script[1], str(folder), str(temperature)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for temperature in (0, 1)
+    }
+    for label, temperature in (("HASS", 0), ("EAGLE-2", 0), ("EAGLE-2", 1)):
+        name = f"{label.lower()}-t{temperature}"
         lengths, speeds = tables[f"acceptance-{name}"], tables[f"tokens-per-second-{name}"]
         by_variant = {row["variant"]: row for row in lengths}, {row["variant"]: row for row in speeds}
-        printed = [line.split("\t") for line in told.stdout.splitlines()]
+        printed = [line.split("\t")[1:] for line in told[temperature].splitlines() if line.split("\t")[0] == label]
         for variant, task, length, speed in printed:
             assert float(by_variant[1][variant][task.upper()]) == pytest.approx(float(speed), abs=0.01)
             if variant != "plain":
@@ -193,7 +204,7 @@ def test_a_variant_with_fewer_questions_is_compared_on_those_and_said_to_be_inco
     assert cells is not None and all(len(cell.ids) == 11 and "gsm8k-11" not in cell.ids for cell in cells)
     assert cells[0].ids == cells[1].ids
     section = _section(folder, "acceptance")
-    assert section is not None and "single:chat on GSM8K has 11" in section.tables[0].note
+    assert section is not None and "GSM8K, fewest 11 of 12 (single:chat)." in section.tables[0].note
 
 
 def test_a_torn_line_is_left_out_and_the_order_of_lines_changes_no_figure(tmp_path: Path) -> None:
@@ -213,8 +224,9 @@ def _tau(cell: Any) -> tuple[Any, Any]:
 
 def test_acceptance_by_depth_is_conditional() -> None:
     steps = np.array([20.0, 30.0, 0.0, 50.0])  # 100 steps: 80 accept one node or more, 50 two, and these three
-    assert conditional(steps) == pytest.approx([0.8, 50 / 80, 1.0])
-    assert conditional(np.array([90.0, 5.0, 5.0])) == [0.1, None]  # 10 steps are too few to say
+    assert conditional(steps, 3) == pytest.approx([0.8, 50 / 80, 1.0])
+    assert conditional(np.array([90.0, 5.0, 5.0]), 2) == [0.1, None]  # 10 steps are too few to say
+    assert conditional(np.array([50.0, 30.0, 40.0]), 4) == pytest.approx([70 / 120, 40 / 70, 0.0, None])
 
 
 def test_merging_counts_proposers_and_the_nodes_it_saved(results: Path, tables: Tables) -> None:
@@ -267,7 +279,7 @@ def test_signals_are_oriented_so_that_more_is_better(tables: Tables) -> None:
 def test_a_section_is_there_only_where_the_results_have_what_it_needs(tmp_path: Path, results: Path) -> None:
     folder = write_results(tmp_path / "few", variants=FEW, temperatures=(0.0,))
     names = [section.name for section in sections(views(reading.read([folder])))]
-    assert names == ["acceptance", "differences", "speed", "depth", "signals", "losslessness", "provenance"]
+    assert names == ["acceptance", "differences", "plain", "depth", "signals", "provenance"]
     every = [section.name for section in sections(views(reading.read([results])))]
     assert {"averaging", "routing", "merging", "budget", "published"}.issubset(every)
 
@@ -282,16 +294,7 @@ def test_published_figures_stand_beside_the_row_that_does_the_same_and_are_marke
     hass = {row["published row"] for row in tables["published-hass-t0"]}
     assert hass == {"MathInstruct", "ShareGPT"}
     section = _section(results, "published")
-    assert section is not None and published.SOURCE in section.text
-
-
-@pytest.mark.parametrize("rows", [(published.EAGLE_2, "EAGLE"), (published.HASS, "HASS")])
-def test_published_rows_are_whole(rows: tuple[dict[float, dict[str, Sequence[float]]], str]) -> None:
-    tables, beginning = rows
-    for temperature, table in tables.items():
-        assert len(table) == 7 and all(len(row) == len(published.TASKS) for row in table.values())
-        assert published.of_label(f"{beginning}-2", temperature) == table
-    assert published.of_label("mine", 0.0) == {}
+    assert section is not None and paper.SOURCE in section.text
 
 
 def test_the_page_asks_the_network_for_nothing_and_its_ids_are_its_own(report: Path) -> None:
@@ -344,10 +347,10 @@ def test_results_that_cannot_be_reported_are_refused_in_a_sentence(
     answers = folder / "answers-0.jsonl"
     lines = answers.read_text().splitlines(keepends=True)
     for broken, said in (
-        ("not json\n", "answers-0.jsonl, line 3, is no JSON"),
-        (lines[0].replace('"turns"', '"turn"'), "line 3, is no answer as taps-ext evaluate writes them: 'turns' is"),
+        ("not json\n", "answers-0.jsonl, line 3: no answer"),
+        (lines[0].replace('"turns"', '"turn"'), "'gsm8k-0' of gsm8k is none as taps-ext evaluate writes them: 'turns'"),
         (lines[0].replace('"single:math"', '"unknown"').replace('"plain"', '"unknown"'), "no variant 'unknown'"),
-        ("[]\n", "line 3, is no answer"),
+        ("[]\n", "line 3: no answer"),
     ):
         answers.write_text("".join([*lines[:2], broken, *lines[2:]]))
         assert said in _refusal(capsys, folder, output)
@@ -397,6 +400,18 @@ def test_runs_that_asked_something_else_are_not_compared(tmp_path: Path, capsys:
     deep = {**SETTINGS, "depth": 8}
     other = write_results(tmp_path / "other", seed=1, variants=FEW, tasks={"gsm8k": 3}, settings=deep)
     assert "differ in settings.depth (6 and 8)" in _refusal(capsys, one, other, tmp_path / "report")
+    run = json.loads((one / "run.json").read_text())
+    run["tasks"]["gsm8k"] |= {"sha256": "other", "num_questions": 4}
+    run["drafters"]["math"]["sha256"] = "of another seed"
+    asked = Path(shutil.copytree(one, tmp_path / "asked"))
+    (asked / "run.json").write_text(json.dumps(run))
+    assert "differ in the questions of gsm8k (3 of checksum gsm8k and 4" in _refusal(
+        capsys, one, asked, tmp_path / "report"
+    )
+    dotted, dashed = (
+        write_results(tmp_path / label, label, variants=FEW, tasks={"gsm8k": 3}) for label in ("a.b", "a-b")
+    )
+    assert "would have the same file names" in _refusal(capsys, dotted, dashed, tmp_path / "report")
     assert "answer question 'gsm8k-0' of gsm8k" in _refusal(capsys, one, one, tmp_path / "report")
 
 
@@ -423,6 +438,83 @@ def test_more_variants_of_the_same_drafters_are_of_one_replicate_and_sped_up_ove
         }
         found = view.quotient(name, "plain", "gsm8k", tokens_per_second)
         assert found is not None and found.value == pytest.approx(rate[name] / rate["plain"])
+
+
+def test_the_same_drafters_are_one_seed_whatever_else_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that adds the drafter `half` is of the seed of math and chat, and may not answer for them again."""
+    one = write_results(tmp_path / "one", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    more = {"plain": FEW["plain"], "single:half": report_cases.variant("single", ("half",))}
+    other = write_results(tmp_path / "other", variants=more, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    run = json.loads((other / "run.json").read_text())
+    run["drafters"]["half"] = {"name": "half", "sha256": "half"}
+    (other / "run.json").write_text(json.dumps(run))
+    view = _view(tmp_path, label="")
+    assert view.replicates("single:half", "gsm8k") == [0] == view.replicates("single:math", "gsm8k")
+    assert view.difference("single:half", "single:math", "gsm8k") is not None
+    third = Path(shutil.copytree(one, tmp_path / "third"))
+    run["variants"] = FEW
+    (third / "run.json").write_text(json.dumps(run))
+    assert "answer question 'gsm8k-0' of gsm8k" in _refusal(capsys, one, third, tmp_path / "report")
+
+
+def test_a_folder_of_results_may_hold_others(tmp_path: Path) -> None:
+    write_results(tmp_path / "results", "one", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    write_results(tmp_path / "results" / "seed0", "other", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    assert [run.label for run in reading.read([tmp_path / "results"])] == ["one", "other"]
+
+
+@pytest.mark.parametrize("case", ["one question", "plain alone", "plain so far at 1", "no decode step"])
+def test_results_with_little_to_draw_make_a_report(tmp_path: Path, case: str) -> None:
+    variants = {"plain": VARIANTS["plain"]} if case == "plain alone" else VARIANTS
+    temperatures = (0.0, 1.0) if case == "plain so far at 1" else (0.0,)
+    folder = write_results(tmp_path / "results", variants=variants, tasks={"gsm8k": 1}, temperatures=temperatures)
+    for path in folder.glob("answers-*.jsonl"):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for turn in (turn for line in lines for turn in line["turns"] if case == "no decode step"):
+            turn |= {name: [] for name in ("num_accepted", "num_nodes", "num_proposed", "chosen", "proposers")}
+        kept = [line for line in lines if line["temperature"] == 0 or line["variant"] == "plain"]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    _report(folder, tmp_path / "report")
+    assert not re.search(r"\bnan\b", (tmp_path / "report" / "report.md").read_text())
+
+
+def test_signals_above_temperature_0_are_of_top_k_runs_and_others_are_marked(tables: Tables, results: Path) -> None:
+    assert {row["variant"] for row in tables["signals-eagle-2-t1"]} == {"single:math,topk", "single:chat (coupled)"}
+    assert {row["variant"] for row in tables["signals-eagle-2-t0"]} == {"single:math", "single:chat"}
+    section = _section(results, "signals")
+    assert section is not None
+    notes = {table.name: table.note for table in section.tables}
+    assert "of the noised distribution, not the paper's signal" in notes["signals-eagle-2-t1"]
+    assert notes["signals-eagle-2-t0"] == "" and "noised" in notes["signal-routing-math-chat-eagle-2-t1"]
+
+
+def test_the_union_and_the_equal_budget_are_told_apart(results: Path) -> None:
+    view = _view(results)
+    told = {name: view.told(name) for name in ("merged", "merged@60", "merged@20", "single:math")}
+    assert told == {"merged": "merged (union)", "merged@60": "merged@60 (equal budget)",
+                    "merged@20": "merged@20", "single:math": "single:math"}  # fmt: skip
+    assert style(view, "merged") != style(view, "merged@60") != style(view, "merged@60,evidence=0")
+
+
+def test_figures_that_a_clock_made_have_no_interval(tables: Tables) -> None:
+    for name in ("speed-up", "tokens-per-second"):
+        assert set(tables[f"{name}-eagle-2-t0"][0]) == {"variant", "GSM8K", "MT_BENCH", "SVAMP", "mean over tasks"}
+
+
+def test_an_interval_without_0_does_not_end_in_one() -> None:
+    columns = (Column("gap", "+.2f"),)
+    ends = ((0.01, 0.001, 0.03), (-0.01, -0.03, -0.0004), (0.01, -0.001, 0.03))
+    text = markdown(Table("name", "", "", columns, tuple((Estimate(*figures),) for figures in ends)))
+    assert "+0.010 (+0.001 to +0.030)" in text and "+0.01 (0.00 to +0.03)" in text
+    assert "\u22120.0100 (\u22120.0300 to \u22120.0004)" in text
+
+
+def test_a_line_that_the_last_panel_lacks_is_named_too() -> None:
+    panels = (Panel("", (Line("only here", [1], [0.5], Style()),)), Panel("", (Line("there", [1], [0.4], Style()),)))
+    _, svg = draw(Picture("name", "", "", (panels,)))
+    assert svg.count("<!-- only here -->") == 1 == svg.count("<!-- there -->")
 
 
 def test_report_json_keeps_every_count(results: Path, tmp_path: Path) -> None:

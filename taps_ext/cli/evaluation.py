@@ -174,7 +174,8 @@ def _show(summary: Summary, output: Path, as_json: bool) -> None:
 
 def _table(summary: Summary) -> Table:
     """A row a variant: its acceptance length on each task and temperature, and its texts that are plain's."""
-    columns = sorted({(temperature, task) for _, task, temperature in summary.cells}, key=lambda one: one[0])
+    places = dict.fromkeys((temperature, task) for _, task, temperature in summary.cells)
+    columns = sorted(places, key=lambda place: place[0])
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("acceptance length", overflow="fold")
     for temperature, task in columns:

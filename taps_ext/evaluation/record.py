@@ -22,7 +22,8 @@ A line is a JSON object, of one question as one variant answered it at one tempe
         over the drafted nodes (no root) of all turns that this drafter proposed; accepted: on the accepted path.
         confidence: exp(score), the drafter's probability of the path to the node, in bin min(99, floor(100 c^(1/3))).
         entropy: nats, of the distribution that proposed the node, in bin min(99, floor(10 h)). In merged trees a score
-        is the highest of its proposers', weighted as the variant says, and entropies are not known: count 0.
+        is the highest of its proposers', weighted as the variant says, and entropies are not known: count 0. Where a
+        drafter drafts coupled, above temperature 0, both are of softmax(alpha log q / T + beta noise), not of its q.
 
 The prefill, and the token that it gives, are no decode step: the acceptance length is
 (sum of num_accepted + steps) / steps. Plain decoding has a step a token but the first, with 0 accepted.

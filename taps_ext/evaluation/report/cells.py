@@ -1,16 +1,14 @@
-"""What is counted of each question, and a cell: one variant on one task at one temperature."""
+"""What is counted of each question; a cell, one variant on one task at one temperature; a run, a folder's cells."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
 from .statistics import Array
-
-NUM_BINS = 100  # of a signal's histogram, as the runner writes them
-SIGNALS = ("confidence", "entropy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +109,32 @@ def pooled(cells: Sequence[Cell]) -> Cell:
 def _pooled_signal(parts: Sequence[Signal], total: Callable[[Sequence[Array]], Array]) -> Signal:
     sums = [total([getattr(part, name) for part in parts]) for name in SUMS]
     return Signal.of(sums, np.sum([part.bins for part in parts], axis=0))
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Which cell it is, within a run."""
+
+    variant: str
+    task: str
+    temperature: float
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A results folder: what it was asked, where it ran, and its cells."""
+
+    configuration: Mapping[str, Any]  # run.json but its provenance
+    provenance: Mapping[str, Any]
+    cells: Mapping[Key, Cell]
+
+    @property
+    def label(self) -> str:
+        """The name of what is compared, such as EAGLE-2; runs of a label with other drafters are its replicates."""
+        return str(self.configuration["label"])
+
+    def checksums(self, variant: str | None = None) -> dict[str, str]:
+        """Of the drafters that take part in the variant, by name; of all without one."""
+        drafters = self.configuration["drafters"]
+        names = drafters if variant is None else self.configuration["variants"][variant]["drafters"]
+        return {name: str(drafters[name]["sha256"]) for name in names}

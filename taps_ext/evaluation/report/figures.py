@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from .cells import Cell, pooled
-from .runs import Key, Run
+from ..variants import AVERAGE, MERGED, NAMES, PLAIN, SINGLE, Variant
+from .cells import Cell, Key, Run, pooled
 from .statistics import Array, Sampled, mean, ratio
 
-PLAIN, SINGLE, AVERAGE, MERGED = "plain", "single", "average", "merged"
-ROUTING = ("confidence", "entropy", "evidence")
+ROUTING = tuple(name for name in NAMES if name not in (PLAIN, SINGLE, AVERAGE, MERGED))
 TOPK = "topk"
 
 Figure = Callable[[Cell], tuple[Array, Array]]  # numerators and denominators by question: a ratio of sums
@@ -56,30 +54,37 @@ def accuracy(cell: Cell) -> tuple[Array, Array]:
     return cell.right, cell.scored
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What a variant is, as run.json says it."""
-
-    composition: str
-    drafters: tuple[str, ...]
-    max_nodes: int | None  # of each tree; of a merged one: of the union
-    drafting: str
-    evidence_decay: float | None
-    weight: float | None
-
-
 class View:
     """The runs of one label at one temperature. Variants and tasks stand in the order of the first run with them."""
 
     def __init__(self, label: str, temperature: float, runs: Sequence[Run]) -> None:
         self.label, self.temperature, self.runs = label, temperature, tuple(runs)
-        self._replicates = list(dict.fromkeys(run.drafters for run in runs))
+        self._seeds: list[dict[str, str]] = []  # checksums of drafters by name: those that were evaluated together
         self._cells: dict[tuple[str, str], dict[int, list[Cell]]] = {}
-        for run in runs:
+        numbers = [self._seed_of(run) for run in runs]
+        for run, number in zip(runs, numbers, strict=True):
             for key, cell in run.cells.items():
                 if key.temperature == temperature:
                     own = self._cells.setdefault((key.variant, key.task), {})
-                    own.setdefault(self._replicates.index(run.drafters), []).append(cell)
+                    own.setdefault(self._replicate(run, number, key.variant), []).append(cell)
+
+    def _seed_of(self, run: Run) -> int:
+        """The first drafter seed that has no other drafter by a name of the run's."""
+        own = run.checksums()
+        fits = (all(there.get(name, sha) == sha for name, sha in own.items()) for there in self._seeds)
+        number = next((number for number, is_fit in enumerate(fits) if is_fit), len(self._seeds))
+        if number == len(self._seeds):
+            self._seeds.append({})
+        self._seeds[number].update(own)
+        return number
+
+    def _replicate(self, run: Run, number: int, variant: str) -> int:
+        """The drafter seed that all of the variant's drafters are of, wherever they came first; else the run's."""
+        found = {
+            next(place for place, there in enumerate(self._seeds) if there.get(name) == sha)
+            for name, sha in run.checksums(variant).items()
+        }
+        return found.pop() if len(found) == 1 else number
 
     @property
     def name(self) -> str:
@@ -89,19 +94,16 @@ class View:
     @property
     def slug(self) -> str:
         """Of the view, for files."""
-        safe = "".join(letter if letter.isalnum() else "-" for letter in self.label.lower())
-        return "-".join([*([safe] if safe else []), f"t{self.temperature:g}"])
+        return "-".join([*([safe(self.label)] if self.label else []), f"t{self.temperature:g}"])
 
     @cached_property
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, Variant]:
         """Every variant with a cell here."""
-        found: dict[str, Spec] = {}
+        found: dict[str, Variant] = {}
         for run in self.runs:
             for name, facts in run.configuration["variants"].items():
                 if any(variant == name for variant, _ in self._cells):
-                    drafters = tuple(facts["drafters"])
-                    rest = (facts[part] for part in ("max_nodes", "drafting", "evidence_decay", "weight"))
-                    found.setdefault(name, Spec(facts["composition"], drafters, *rest))
+                    found.setdefault(name, Variant(name, **{**facts, "drafters": tuple(facts["drafters"])}))
         return found
 
     @cached_property
@@ -143,6 +145,17 @@ class View:
         spec = self.specs[variant]
         return spec.max_nodes if spec.composition == MERGED else spec.max_nodes or self.base_nodes
 
+    def told(self, variant: str) -> str:
+        """The variant's name, and of a merged one whether it is the union or the usual number of nodes."""
+        nodes = self.nodes(variant)
+        if self.specs[variant].composition != MERGED or nodes not in (None, self.base_nodes):
+            return variant
+        return f"{variant} ({'union' if nodes is None else 'equal budget'})"
+
+    def most_nodes(self, variant: str) -> int:
+        """Nodes that a step verifies at most, root included."""
+        return self.nodes(variant) or 1 + len(self.specs[variant].drafters) * (self.base_nodes - 1)
+
     def is_coupled(self, variant: str) -> bool:
         """Whether it drafts with the target's noise; below temperature 0 nothing does."""
         spec = self.specs[variant]
@@ -163,14 +176,17 @@ class View:
         parts = [cell for number in sorted(own if replicates is None else replicates) for cell in own.get(number, ())]
         return pooled(parts) if parts else None
 
+    def shared(self, variants: Iterable[str], task: str) -> list[int]:
+        """The drafter seeds that all of these variants have, but those that were not run on the task."""
+        found = [set(own) for name in variants if (own := self.replicates(name, task))]
+        return sorted(set.intersection(*found)) if found else []
+
     def aligned(self, variants: Sequence[str], task: str) -> list[Cell] | None:
         """Each variant's counts over the replicates and questions that all of them have; None if there are none."""
-        replicates = set.intersection(*(set(self.replicates(name, task)) for name in variants))
+        replicates = self.shared(variants, task)
         found = [self.cell(name, task, replicates) for name in variants]
         cells = [cell for cell in found if cell is not None]
-        if len(cells) < len(variants):
-            return None
-        return _common(cells)
+        return _common(cells) if cells and len(cells) == len(variants) else None
 
     def value(self, variant: str, task: str, figure: Figure, replicates: Iterable[int] | None = None) -> Sampled | None:
         """A variant's figure on a task; None where it was not run, or the figure has no value."""
@@ -191,24 +207,35 @@ class View:
         cells = _common([pooled(parts) for parts in zip(*pairs, strict=True)])
         return None if cells is None else _known(_of(cells[0], task, figure) / _of(cells[1], task, figure))
 
-    def singles(self, drafters: Iterable[str] | None = None, nodes: int | None = None) -> list[str]:
-        """Single drafters with trees of this size (default: the usual one), coupled ones where any is."""
-        size = nodes or self.base_nodes
-        wanted = set(self.drafters if drafters is None else drafters)
+    def single(self, drafter: str, nodes: int | None = None, is_coupled: bool = True) -> str | None:
+        """The drafter alone with trees of this size (default: the usual), coupled or top-k where there are both."""
         found = [
             name
             for name in self.variants(SINGLE)
-            if self.nodes(name) == size and self.specs[name].drafters[0] in wanted
+            if self.specs[name].drafters == (drafter,) and self.nodes(name) == (nodes or self.base_nodes)
         ]
-        coupled = [name for name in found if self.is_coupled(name)]
-        return coupled or found
+        return min(found, key=lambda name: self.is_coupled(name) != is_coupled, default=None)
+
+    def singles(self, drafters: Iterable[str] | None = None, nodes: int | None = None) -> list[str]:
+        """Of each drafter (default: of all) the variant that is it alone, where it was run."""
+        found = [self.single(name, nodes) for name in (self.drafters if drafters is None else drafters)]
+        return [name for name in found if name is not None]
 
     def extreme(self, variants: Sequence[str], task: str, is_best: bool = True) -> str | None:
-        """Of these variants the one that accepts most on the task, or least; the first of equals."""
-        values = {name: value.value for name in variants if (value := self.value(name, task, micro)) is not None}
-        if not values:
+        """Of these variants the one that accepts most on the task, or least, over the questions of all that were run
+        on it; the first of equals."""
+        there = [name for name in variants if self.replicates(name, task)]
+        cells = self.aligned(there, task)
+        if cells is None:
             return None
-        return max(values, key=lambda name: values[name] if is_best else -values[name])
+        figures = {name: _of(cell, task, micro).value for name, cell in zip(there, cells, strict=True)}
+        values = {name: value if is_best else -value for name, value in figures.items() if np.isfinite(value)}
+        return max(values, key=lambda name: values[name], default=None)
+
+
+def safe(name: str) -> str:
+    """A name for files."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower())
 
 
 def _common(cells: Sequence[Cell]) -> list[Cell] | None:
@@ -233,12 +260,16 @@ def mean_over(figures: Sequence[Sampled | None]) -> Sampled | None:
 
 
 def views(runs: Sequence[Run]) -> list[View]:
-    """A view a label and temperature, those of a label together."""
+    """A view a label and temperature, those of a label together; ValueError for labels that files cannot tell apart."""
     by_label: dict[str, list[Run]] = {}
     for run in runs:
         by_label.setdefault(run.label, []).append(run)
-    return [
-        View(label, temperature, own)
-        for label, own in by_label.items()
-        for temperature in sorted({key.temperature for run in own for key in run.cells})
-    ]
+    found: dict[str, View] = {}
+    for label, own in by_label.items():
+        for temperature in sorted({key.temperature for run in own for key in run.cells}):
+            view = View(label, temperature, own)
+            if (other := found.setdefault(view.slug, view)) is not view:
+                raise ValueError(
+                    f"{other.name!r} and {view.name!r} would have the same file names, *-{view.slug}; report them apart"
+                )
+    return list(found.values())

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...disk import check_writable, written
-from .figures import View, equal_to_plain, mean_over, micro, tokens_per_second, views
+from .cells import Run
+from .figures import Figure, View, equal_to_plain, forwards_per_token, mean_over, micro, views
 from .page import page
 from .pictures import Picture, draw
-from .runs import Run
 from .saved import dump
 from .sections import Section, sections
 from .tables import as_csv, markdown
@@ -93,28 +93,32 @@ def _tiles(seen: Sequence[View]) -> list[tuple[str, str]]:
     """The first figures that a reader looks for, of the first view; losslessness is that of all."""
     view = seen[0]
     tiles: list[tuple[str, str]] = []
-    lengths = {one: mean_over([view.value(one, task, micro) for task in view.tasks]) for one in view.usual()}
-    known = {one: figure for one, figure in lengths.items() if figure is not None}
-    if known:
-        best = max(known, key=lambda one: known[one].value)
-        tiles.append((f"{known[best].value:.2f}", f"tokens a step, mean over tasks: {best}, the longest ({view.name})"))
-    singles = {one: known[one] for one in view.singles() if one in known}
-    if singles:
-        best = max(singles, key=lambda one: singles[one].value)
-        tiles.append((f"{singles[best].value:.2f}", f"tokens a step: {best}, the best single drafter over all tasks"))
-    if view.plain is not None:
-        speeds = [
-            (mean_over([view.quotient(one, view.plain, task, tokens_per_second) for task in view.tasks]), one)
-            for one in known
-        ]
-        fastest = max(((speed.value, one) for speed, one in speeds if speed is not None), default=None)
-        if fastest is not None:
-            tiles.append((f"{fastest[0]:.2f}x", f"plain decoding's tokens a second: {fastest[1]}, the fastest"))
+    lengths = _means(view, micro)
+    if lengths:
+        best = max(lengths, key=lambda one: lengths[one])
+        tiles.append(
+            (f"{lengths[best]:.2f}", f"tokens a step, mean over tasks: {view.told(best)}, the longest ({view.name})")
+        )
+        if best_singles := [one for one in view.singles() if one in lengths]:
+            single = max(best_singles, key=lambda one: lengths[one])
+            tiles.append((f"{lengths[single]:.2f}", f"tokens a step: {single}, the best single drafter over all tasks"))
+        if (forwards := _means(view, forwards_per_token).get(best)) is not None:
+            tiles.append((f"{forwards:.2f}", f"target forwards a token: {view.told(best)}; plain decoding has 1"))
     cells = [cell for view in seen for one in view.variants() for task in view.tasks if (cell := view.cell(one, task))]
     equal, turns = (sum(int(equal_to_plain(cell)[side].sum()) for cell in cells) for side in (0, 1))
     if turns:
-        tiles.append((f"{equal:,} of {turns:,}", "texts equal plain decoding's, token by token"))
+        tiles.append((f"{equal:,} of {turns:,}", "turns answered as plain decoding does, token by token"))
     return tiles
+
+
+def _means(view: View, figure: Figure) -> dict[str, float]:
+    """Of the usual variants, each over all tasks and the drafter seeds that all have."""
+    usual = view.usual()
+    found = {
+        one: mean_over([view.value(one, task, figure, view.shared(usual, task)) for task in view.tasks])
+        for one in usual
+    }
+    return {one: mean.value for one, mean in found.items() if mean is not None}
 
 
 def _markdown(title: str, lead: str, parts: Sequence[Section]) -> str:

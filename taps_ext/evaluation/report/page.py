@@ -6,19 +6,21 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 
-from .pictures import BLUE, BROWN, GRID, INK, PAPER, QUIET, Picture
+from .pictures import BLUE, BROWN, GRID, INK, PAPER, PURPLE, QUIET, Picture
 from .sections import Section
 from .tables import as_html
 
 LONG_TABLE = 24  # rows; longer ones are folded away
 SWAPPED = {INK: "var(--ink)", QUIET: "var(--quiet)", GRID: "var(--grid)", PAPER: "var(--paper)"}
-SWAPPED |= {BLUE: "var(--blue)", BROWN: "var(--brown)"}  # too dark on dark paper
+SWAPPED |= {BLUE: "var(--blue)", BROWN: "var(--brown)", PURPLE: "var(--purple)"}  # too dark on dark paper
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --quiet: #5d6673; --grid: #e2e5ea; --paper: #fefefe;
-  --shade: #f5f6f8; --link: #0b63a5; --blue: #0072b2; --brown: #7f5f17; }
+  --shade: #f5f6f8; --link: #0b63a5; --blue: #0072b2; --brown: #7f5f17;
+  --purple: #7a3fb0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --quiet: #9aa4b2; --grid: #363d47; --paper: #15181d;
-  --shade: #1d2127; --link: #6cb6ff; --blue: #3d9ad6; --brown: #c3a15a; } }
+  --shade: #1d2127; --link: #6cb6ff; --blue: #3d9ad6; --brown: #c3a15a;
+  --purple: #b58ae0; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 1rem; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -71,7 +73,9 @@ details summary { cursor: pointer; color: var(--link); font-size: .9rem; margin:
   .picture .scroll svg { max-width: none; }
   tbody th:first-child { min-width: 7.5rem; max-width: 9.5rem; white-space: normal; overflow-wrap: break-word; }
   wbr { display: inline; }
-  th, td { padding: .35rem .55rem; }
+  th, td { padding: .35rem .5rem; }
+  td.text { min-width: 0; overflow-wrap: break-word; }
+  thead th { min-width: 0; }
 }
 @media print { nav { display: none; } .frame { display: block; } figure { break-inside: avoid; } }
 """

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .statistics import Estimate
 
 INK, QUIET, GRID, PAPER = "#1b1f24", "#6b7280", "#e2e5ea", "#fefefe"  # each used for nothing else: page.py swaps them
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
-BROWN = "#7f5f17"
+BROWN, PURPLE = "#7f5f17", "#7a3fb0"
 SHARES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 DOTS_PER_INCH = 110
 NAME_GAP = 0.066  # of a panel's height, between the names of lines
@@ -27,6 +27,11 @@ class Style:
     colour: str = INK
     marker: str = "o"
     dashes: str = "-"
+
+    @property
+    def size(self) -> float:
+        """Of a marker: a star of the same size looks smaller."""
+        return 9.5 if self.marker == "*" else 5.5
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,15 @@ class Picture:
     ticks: dict[str, float] = field(default_factory=dict)  # of x, by label; none: matplotlib's
 
 
+def drawable(picture: Picture) -> Picture | None:
+    """The picture without panels that have no marks; None if there are no others."""
+    rows = [tuple(panel for panel in row if panel.marks) for row in picture.panels]
+    panels = tuple(row for row in rows if row)
+    return replace(picture, panels=panels) if panels else None
+
+
 def draw(picture: Picture) -> tuple[bytes, str]:
-    """The picture as PNG and as SVG. ValueError, in a sentence, where matplotlib is missing."""
+    """The picture, a `drawable` one, as PNG and as SVG. ValueError, in a sentence, where matplotlib is missing."""
     try:
         import matplotlib as mpl
         from matplotlib.figure import Figure
@@ -141,7 +153,7 @@ def _size(picture: Picture) -> tuple[float, float]:
         return max(6.0, labels + 0.5 + 2.1 * num_columns), 0.35 + height * len(picture.panels)
     if isinstance(picture.panels[0][0].marks[0], Steps):
         return max(6.0, 0.5 + 2.5 * num_columns), 0.6 + 1.75 * len(picture.panels)
-    names = [mark.name for panel in picture.panels[0] for mark in panel.marks if isinstance(mark, Line)]
+    names = [mark.name for row in picture.panels for panel in row for mark in panel.marks if isinstance(mark, Line)]
     return max(6.0, 0.6 + 2.5 * num_columns + 0.075 * max(map(len, names), default=0)), 3.5 * len(picture.panels)
 
 
@@ -156,9 +168,10 @@ def _draw(figure: Any, picture: Picture) -> None:
             if number >= len(panels):
                 panel_axes.set_axis_off()
                 continue
-            _draw_panel(panel_axes, panels[number], rows, is_last=number == len(panels) - 1)
+            _draw_panel(panel_axes, panels[number], rows)
             if picture.ticks:
                 panel_axes.set_xticks(list(picture.ticks.values()), list(picture.ticks))
+        _name_ends(row[len(panels) - 1], [mark for panel in panels for mark in panel.marks if isinstance(mark, Line)])
         if picture.y:
             row[0].set_ylabel(picture.y)
     for panel_axes in axes[-1]:
@@ -181,7 +194,7 @@ def _legend(figure: Any, picture: Picture) -> None:
         figure.legend(handles=handles, loc="outside upper left", ncols=8, frameon=False, handlelength=1, handleheight=1)
 
 
-def _draw_panel(axes: Any, panel: Panel, rows: Sequence[str], is_last: bool) -> None:
+def _draw_panel(axes: Any, panel: Panel, rows: Sequence[str]) -> None:
     axes.set_title(panel.title)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
@@ -207,22 +220,21 @@ def _draw_panel(axes: Any, panel: Panel, rows: Sequence[str], is_last: bool) -> 
     if any(isinstance(mark, Steps) for mark in panel.marks):
         axes.set_yticks([])
         axes.set_ylim(bottom=0)
-    lines = [mark for mark in panel.marks if isinstance(mark, Line)]
-    if is_last and lines:
-        _name_ends(axes, lines)
 
 
 def _draw_line(axes: Any, line: Line) -> None:
     style = {"color": line.style.colour, "linestyle": line.style.dashes, "marker": line.style.marker}
-    axes.plot(line.x, line.y, **style, markersize=4.5, linewidth=1.6)
-    if line.low:
+    axes.plot(line.x, line.y, **style, markersize=line.style.size - 1, linewidth=1.6)
+    if line.low and len(line.x) == 1:
+        axes.plot(list(line.x) * 2, [*line.low, *line.high], color=line.style.colour, linewidth=1.2)
+    elif line.low:
         axes.fill_between(line.x, line.low, line.high, color=line.style.colour, alpha=0.12, linewidth=0)
 
 
 def _name_ends(axes: Any, lines: Sequence[Line]) -> None:
-    """Each line's name right of the panel, level with its end, or as near as names that do not overlap can be."""
+    """Each name right of the last panel, level with the end of its last line, or as near as names do not overlap."""
     low, high = axes.get_ylim()
-    ends = sorted(lines, key=lambda line: line.y[-1])
+    ends = sorted({line.name: line for line in lines}.values(), key=lambda line: line.y[-1])
     places = spread([(line.y[-1] - low) / (high - low) for line in ends], NAME_GAP)
     for place, line in zip(places, ends, strict=True):
         where = {"xycoords": "axes fraction", "va": "center", "annotation_clip": False}
@@ -244,7 +256,9 @@ def _draw_dot(axes: Any, dot: Dot, row: int) -> None:
     figure = dot.estimate
     axes.plot([figure.low, figure.high], [row, row], color=dot.style.colour, linewidth=1.8, solid_capstyle="round")
     face = PAPER if dot.style.dashes != "-" else dot.style.colour
-    axes.plot(figure.value, row, dot.style.marker, color=dot.style.colour, markerfacecolor=face, markersize=5.5)
+    axes.plot(
+        figure.value, row, dot.style.marker, color=dot.style.colour, markerfacecolor=face, markersize=dot.style.size
+    )
 
 
 def _draw_shares(axes: Any, shares: Shares, row: int, colours: dict[str, str]) -> None:

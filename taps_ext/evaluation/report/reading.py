@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .cells import COUNTS, NUM_BINS, SIGNALS, Cell, Signal
-from .runs import PARTS, Key, Run, check_comparable
+from ..results import PROVENANCE, RUN_FILE, read_lines
+from ..steps import NUM_BINS, SIGNALS
+from ..variants import PLAIN, SINGLE
+from .cells import COUNTS, Cell, Key, Run, Signal
 from .saved import load
 from .statistics import Array, pairs_won
 
-RUN, ANSWERS = "run.json", "answers-*.jsonl"
+PARTS = ("label", "target", "drafters", "variants", "tasks", "temperatures", "settings")  # of a configuration
 
 
 def read(paths: Sequence[Path]) -> tuple[Run, ...]:
@@ -29,29 +31,32 @@ def _read_path(path: Path) -> Iterable[Run]:
         return load(path)
     if not path.is_dir():
         raise ValueError(f"{path} does not exist; give a folder that taps-ext evaluate wrote, or a report.json")
-    folders = [path] if (path / RUN).is_file() else sorted(file.parent for file in path.glob(f"*/{RUN}"))
+    folders = sorted(file.parent for pattern in (RUN_FILE, f"*/{RUN_FILE}") for file in path.glob(pattern))
     if not folders:
-        raise ValueError(f"{path} holds no results: neither it nor a folder in it has a {RUN}")
+        raise ValueError(f"{path} holds no results: neither it nor a folder in it has a {RUN_FILE}")
     return [read_folder(folder) for folder in folders]
 
 
 def read_folder(folder: Path) -> Run:
     """A results folder. A last line that a kill tore is left out; the first answer to a question counts."""
-    configuration = _configuration(folder / RUN)
+    configuration = _configuration(folder / RUN_FILE)
     lines: dict[Key, dict[str, Mapping[str, Any]]] = {}
-    for where, line in _lines(folder):
+    for line in read_lines(folder):
         try:
             key = Key(line["variant"], line["task"], float(line["temperature"]))
             if key.variant not in configuration["variants"] or key.task not in configuration["tasks"]:
-                raise ValueError(f"{RUN} knows no variant {key.variant!r} of task {key.task!r}")
-            counted = _question(line, configuration["variants"][key.variant]["composition"] == "single")
+                raise ValueError(f"{RUN_FILE} knows no variant {key.variant!r} of task {key.task!r}")
+            counted = _question(line, configuration["variants"][key.variant]["composition"] == SINGLE)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{where} is no answer as taps-ext evaluate writes them: {told}") from error
+            raise ValueError(
+                f"{folder}: the answer of {line['variant']} to {line['question_id']!r} of {line['task']} is none as "
+                f"taps-ext evaluate writes them: {told}"
+            ) from error
         lines.setdefault(key, {}).setdefault(str(line["question_id"]), counted)
     if not lines:
         raise ValueError(f"{folder} has no answers yet; let taps-ext evaluate go on")
-    provenance = configuration.pop("provenance", {})
+    provenance = configuration.pop(PROVENANCE, {})
     cells = {key: _cell(lines[key]) for key in _in_order(lines, configuration)}
     return Run(configuration, provenance, cells)
 
@@ -65,20 +70,6 @@ def _configuration(path: Path) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; give a folder that taps-ext evaluate wrote")
     return dict(configuration)
-
-
-def _lines(folder: Path) -> Iterator[tuple[str, Any]]:
-    """(file and line, JSON value) of every whole line; a line is whole when its end was written."""
-    for path in sorted(folder.glob(ANSWERS)):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    continue
-                where = f"{path}, line {number},"
-                try:
-                    yield where, json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"{where} is no JSON ({error}); mend it or delete the line") from error
 
 
 def _in_order(lines: Iterable[Key], configuration: Mapping[str, Any]) -> list[Key]:
@@ -147,3 +138,46 @@ def _signal(parts: Sequence[Mapping[str, Any]]) -> Signal:
     bins = np.stack([part["bins"] for part in parts])
     won = pairs_won(bins[:, 0], bins[:, 1])
     return Signal.of([*np.array([part["sums"] for part in parts]).T, won], bins.sum(axis=0))
+
+
+def check_comparable(runs: Sequence[Run]) -> None:
+    """ValueError, naming what differs, unless the runs of each label asked the same, and a variant a question once."""
+    first: dict[str, Run] = {}
+    seen: dict[tuple[object, ...], set[str]] = {}
+    for run in runs:
+        other = first.setdefault(run.label, run)
+        for name, here, there in _differences(run.configuration, other.configuration):
+            raise ValueError(
+                f"two results with the label {run.label!r} differ in {name} ({there} and {here}), so their rows "
+                "cannot be compared; evaluate them with different labels, or report them apart"
+            )
+        for key, cell in run.cells.items():
+            if run.configuration["variants"][key.variant]["composition"] == PLAIN:
+                continue  # which every run brings
+            drafters = tuple(sorted(run.checksums(key.variant).items()))
+            ids = seen.setdefault((run.label, drafters, key), set())
+            if again := ids.intersection(cell.ids):
+                raise ValueError(
+                    f"two results of the same drafters answer question {min(again)!r} of {key.task} with {key.variant} "
+                    f"at temperature {key.temperature:g}; give only one of them"
+                )
+            ids.update(cell.ids)
+
+
+def _differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    for part in ("target", "settings"):
+        for name in {**here[part], **there[part]}:
+            if name != "batch_size" and here[part].get(name) != there[part].get(name):
+                yield f"{part}.{name}", here[part].get(name), there[part].get(name)
+    for name in _common(here["variants"], there["variants"]):
+        if here["variants"][name] != there["variants"][name]:
+            yield f"variant {name}", here["variants"][name], there["variants"][name]
+    for name in _common(here["tasks"], there["tasks"]):
+        facts, others = here["tasks"][name], there["tasks"][name]
+        if facts["sha256"] != others["sha256"]:
+            asked = [f"{one['num_questions']} of checksum {one['sha256'][:12]}" for one in (facts, others)]
+            yield f"the questions of {name}", *asked
+
+
+def _common(here: Iterable[str], there: Iterable[str]) -> list[str]:
+    return [name for name in here if name in set(there)]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .cells import COUNTS, Cell, Signal
-from .runs import Key, Run
+from .cells import COUNTS, SUMS, Cell, Key, Run, Signal
 from .statistics import Array
 
 FORMAT, VERSION = "taps_ext evaluation report", 1
-SUMS = tuple(part.name for part in fields(Signal))
+PARTS = (*SUMS, "bins")  # of a signal
 
 
 def dump(runs: Sequence[Run]) -> str:
@@ -62,7 +60,7 @@ def load(path: Path) -> list[Run]:
 
 def _cell_to_json(cell: Cell) -> dict[str, Any]:
     counts = {name: _numbers(getattr(cell, name)) for name in COUNTS}
-    signals = {name: {part: _numbers(getattr(signal, part)) for part in SUMS} for name, signal in cell.signals.items()}
+    signals = {name: {part: _numbers(getattr(signal, part)) for part in PARTS} for name, signal in cell.signals.items()}
     return {"drafters": cell.drafters, "ids": cell.ids, **counts, "signals": signals}
 
 
@@ -72,7 +70,7 @@ def _cell_from_json(record: Mapping[str, Any]) -> Cell:
     if any(len(column) != num_questions for column in counts.values()):
         raise ValueError(f"a column has not {num_questions} questions")
     signals = {
-        name: Signal(**{part: np.array(signal[part], dtype=np.float64) for part in SUMS})
+        name: Signal(**{part: np.array(signal[part], dtype=np.float64) for part in PARTS})
         for name, signal in record["signals"].items()
     }
     return Cell(tuple(record["ids"]), drafters, **counts, signals=signals)

@@ -63,10 +63,24 @@ def _parts(entry: Entry, form: str) -> tuple[str, str]:
         return NOTHING, ""
     if not isinstance(entry, Estimate):
         return _number(value, form or "g"), ""
+    if form.startswith("+"):
+        form = _finer(entry, form)
     if form.endswith("%"):  # the value bears the sign, so that the interval stays short
         inner = f"{form[:-1]}f"
         return _number(value, form), f"{_number(100 * entry.low, inner)} to {_number(100 * entry.high, inner)}"
     return _number(value, form), f"{_number(entry.low, form)} to {_number(entry.high, form)}"
+
+
+def _finer(estimate: Estimate, form: str) -> str:
+    """The form with as many digits as an interval needs that is without 0, so that it does not end in one."""
+    digits = int(form[2:-1])
+    while (
+        digits < 6
+        and estimate.low * estimate.high > 0
+        and not all(float(format(end, f".{digits}{form[-1]}").rstrip("%")) for end in (estimate.low, estimate.high))
+    ):
+        digits += 1
+    return f"{form[:2]}{digits}{form[-1]}"
 
 
 def markdown(table: Table) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..figures import AVERAGE, MERGED, PLAIN, SINGLE, Figure, View, mean_over, nodes_per_step
-from ..pictures import BLUE, BROWN, GREEN, INK, ORANGE, PINK, QUIET, SKY, VERMILION, Picture, Style
+from ...variants import AVERAGE, MERGED, PLAIN, SINGLE
+from ..figures import TOPK, Figure, View, mean_over, nodes_per_step
+from ..pictures import BLUE, BROWN, GREEN, INK, ORANGE, PINK, PURPLE, QUIET, SKY, VERMILION, Picture, Style
 from ..statistics import Sampled
 from ..tables import Column, Entry, Table
 
@@ -26,19 +27,18 @@ class Section:
     tables: tuple[Table, ...] = ()
     pictures: tuple[Picture, ...] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.tables or self.pictures)
-
 
 def style(view: View, variant: str) -> Style:
-    """Single drafters by colour, compositions by colour and marker; top-k and unweighted trees dashed."""
+    """Single drafters by colour, compositions and the union by colour and marker; top-k and unweighted ones dashed."""
     spec = view.specs[variant]
-    is_dashed = (spec.drafting == "topk" and spec.composition != AVERAGE) or (
+    is_dashed = (spec.drafting == TOPK and spec.composition != AVERAGE) or (
         spec.composition == MERGED and spec.max_nodes is not None and not spec.evidence_decay
     )
     colour = COLOURS.get(spec.composition, INK)
     if spec.composition == SINGLE:
         colour = SINGLE_COLOURS[view.drafters.index(spec.drafters[0]) % len(SINGLE_COLOURS)]
+    if spec.composition == MERGED and spec.max_nodes is None:
+        return Style(PURPLE, "*", "--" if is_dashed else "-")
     return Style(colour, MARKERS.get(spec.composition, "o"), "--" if is_dashed else "-")
 
 
@@ -51,6 +51,7 @@ def variant_table(
     form: str = ".2f",
     variants: Sequence[str] | None = None,
     extra: Sequence[tuple[Column, Callable[[str], Entry]]] = (),
+    has_interval: bool = True,
 ) -> Table:
     """A row a variant, a column a task and one for their mean, of `figure(variant, task)`; no empty rows."""
     rows: list[tuple[Entry, ...]] = []
@@ -60,7 +61,7 @@ def variant_table(
         if all(one is None for one in found):
             continue
         figures = [*found, mean_over(found)] if len(tasks) > 1 else found
-        entries = [None if one is None else one.estimate for one in figures]
+        entries = [None if one is None else one.estimate if has_interval else one.value for one in figures]
         rows.append((variant, *(entry(variant) for _, entry in extra), *entries))
     heads = [view.title(task) for task in tasks] + ([MEAN] if len(tasks) > 1 else [])
     columns = (Column("variant"), *(column for column, _ in extra), *(Column(head, form) for head in heads))

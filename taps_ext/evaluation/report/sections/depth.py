@@ -15,8 +15,8 @@ from .base import Section, style
 
 TITLE = "Acceptance by depth"
 TEXT = (
-    "Conditional: P(a draft token at depth d is accepted, given that the one at depth d - 1 was). A level that fewer "
-    "than 20 steps reached is left out."
+    "Conditional: P(a draft token at depth d is accepted, given that the one at depth d - 1 was). A level whose "
+    "one before fewer than 20 steps reached is left out."
 )
 FEWEST = 20  # steps at the depth before: of fewer a share says nothing
 
@@ -27,15 +27,17 @@ def section(views: Sequence[View]) -> Section:
     return Section("depth", TITLE, TEXT, tuple(tables), tuple(_picture(view) for view in views))
 
 
-def conditional(steps_by_depth: Array) -> list[float | None]:
-    """The shares from depth 1 on, of the steps that accepted 0, 1, ... nodes."""
-    reached = np.cumsum(steps_by_depth[::-1])[::-1]
+def conditional(steps_by_depth: Array, num_levels: int) -> list[float | None]:
+    """The shares from depth 1 to the last level, of the steps that accepted 0, 1, ... nodes."""
+    steps = np.pad(steps_by_depth, (0, max(num_levels + 1 - len(steps_by_depth), 0)))
+    reached = np.cumsum(steps[::-1])[::-1]
     return [float(deeper / shallower) if shallower >= FEWEST else None for shallower, deeper in pairwise(reached)]
 
 
 def _shares(view: View, variant: str, task: str) -> list[float | None]:
     cell = view.cell(variant, task)
-    return [] if cell is None else conditional(cell.depths.sum(axis=0))
+    num_levels = view.runs[0].configuration["settings"]["depth"]
+    return [] if cell is None else conditional(cell.depths.sum(axis=0), num_levels)
 
 
 def _table(view: View) -> Table:
@@ -59,7 +61,7 @@ def _picture(view: View) -> Picture:
         for variant in shown:
             shares = [share for share in _shares(view, variant, task) if share is not None]
             if shares:
-                lines.append(Line(variant, range(1, len(shares) + 1), shares, style(view, variant)))
+                lines.append(Line(view.told(variant), range(1, len(shares) + 1), shares, style(view, variant)))
         panels.append(Panel(view.title(task), tuple(lines)))
     caption = "Share of the steps that go one level deeper; trees of the usual size and the union."
     depths = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ..figures import AVERAGE, MERGED, ROUTING, SINGLE, TOPK, View, mean_over
+from ...variants import AVERAGE, MERGED, SINGLE
+from ..figures import ROUTING, TOPK, View, mean_over
 from ..pictures import INK, Dot, Panel, Picture, Style
 from ..statistics import Sampled
 from ..tables import Column, Entry, Table
@@ -14,8 +15,10 @@ from .base import MEAN, Section, variant_table
 TITLE = "Paired differences"
 TEXT = (
     "Differences in acceptance length over the same questions and drafter seeds, with 95% intervals of resampled "
-    "questions: an interval without 0 is a difference. The best single drafter of a task is the one that accepted most "
-    "on it here, so it is chosen with hindsight, which favours it a little."
+    "questions: an interval without 0 is a difference. Best single: of all single drafters, the one that accepted most "
+    "on the task. Best (worst) specialist: the one that accepted most (least) of the drafters that the variant "
+    "averages, routes or merges; for a drafter by itself, of those that any variant does. They are chosen with "
+    "hindsight, which favours the best a little."
 )
 
 Choice = Callable[[str], "str | None"]  # the variant that stands for it on a task
@@ -40,9 +43,8 @@ def section(views: Sequence[View]) -> Section:
         tables.append(_against_best(view))
         compared = [(one, [_difference(view, one, task) for task in view.tasks]) for one in comparisons(view)]
         compared = [(one, found) for one, found in compared if any(part is not None for part in found)]
-        if compared:
-            tables.append(_named(view, compared))
-            pictures.append(_picture(view, compared))
+        tables.append(_named(view, compared))
+        pictures.append(_picture(view, compared))
     return Section("differences", TITLE, TEXT, tuple(tables), tuple(pictures))
 
 
@@ -54,7 +56,7 @@ def _against_best(view: View) -> Table:
         return None if reference is None else view.difference(variant, reference, task)
 
     told = ", ".join(f"{view.title(task)} {name}" for task, name in best.items() if name is not None)
-    title, note = "Against the best single drafter of each task", f"The best single drafters: {told}."
+    title, note = "Against the best single of each task", f"Best single, of all single drafters: {told}."
     return variant_table(view, "against-best-single", title, note, difference, form="+.2f")
 
 
@@ -89,7 +91,8 @@ def _merged(view: View) -> Iterator[Comparison]:
             continue
         size = nodes or view.base_nodes
         if view.singles(spec.drafters, size):
-            words = f"{variant} vs best single of {size} nodes"
+            union = f"{variant} (union, at most {view.most_nodes(variant)} nodes)"
+            words = f"{view.told(variant) if nodes else union} vs best specialist ({size} nodes)"
             yield Comparison(words, _always(variant), _best(view, spec.drafters, size))
     weighted = [name for name in view.variants(MERGED) if view.nodes(name) and view.specs[name].evidence_decay]
     for variant in weighted:
@@ -129,7 +132,7 @@ def _signals(view: View) -> Iterator[Comparison]:
         drafters, is_usual = view.specs[variant].drafters, view.nodes(variant) == view.base_nodes
         is_default = view.temperature == 0 or view.is_coupled(variant)
         if is_usual and is_default and view.singles(drafters):
-            yield Comparison(f"{variant} vs best single", _always(variant), _best(view, drafters))
+            yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, drafters))
 
 
 def _drafting(view: View) -> Iterator[Comparison]:
@@ -169,5 +172,4 @@ def _picture(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled |
         panels.append(Panel(view.title(task), tuple(dots), reference=0.0))
     caption = "Differences in acceptance length with 95% intervals; right of the dashed line the first accepts more."
     title = f"Comparisons: {view.name}"
-    shown = tuple(panel for panel in panels if panel.marks)
-    return Picture(f"comparisons-{view.slug}", title, caption, (shown,), x="tokens a step")
+    return Picture(f"comparisons-{view.slug}", title, caption, (tuple(panels),), x="tokens a step")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...variants import MERGED
 from ..cells import Cell
-from ..figures import MERGED, View
+from ..figures import View
 from ..statistics import Array
 from ..tables import Column, Entry, Table
 from .base import Section
 
 TITLE = "Merged trees"
 TEXT = (
-    "Accepted draft tokens by who proposed them: one drafter alone, or several. Saved: nodes that several drafters "
-    "proposed are verified once; the share is of all proposed nodes that were kept."
+    "Accepted draft tokens by who proposed them: a drafter, alone or with others; one alone; several. Saved: nodes "
+    "that several drafters proposed are verified once; the share is of all proposed nodes that were kept."
 )
 
 
@@ -47,18 +48,22 @@ def _table(view: View) -> Table:
             if cell is None:
                 continue
             total = max(float(cell.num_accepted.sum()), 1.0)
-            alone = dict(zip(cell.drafters, (cell.alone.sum(axis=0) / total).tolist(), strict=True))
+            any_of, alone = (
+                dict(zip(cell.drafters, (counts.sum(axis=0) / total).tolist(), strict=True))
+                for counts in (cell.proposers, cell.alone)
+            )
             figures = [view.value(variant, task, figure) for figure in (_several, saved_a_step, saved_nodes)]
             rows.append(
                 (
                     *(variant, view.title(task)),
+                    *(any_of.get(name) for name in names),
                     *(alone.get(name) for name in names),
                     *(None if figure is None else figure.estimate for figure in figures),
                 )
             )
     columns = (
         *(Column("variant"), Column("task")),
-        *(Column(f"{name} alone", ".1%") for name in names),
+        *(Column(f"{name}{alone}", ".1%") for alone in ("", " alone") for name in names),
         *(Column("several", ".1%"), Column("nodes saved a step", ".1f"), Column("share saved", ".1%")),
     )
     return Table(f"merging-{view.slug}", f"Proposers and overlap: {view.name}", "", columns, tuple(rows))

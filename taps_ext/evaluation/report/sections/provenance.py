@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...variants import MERGED
+from ..cells import Run
 from ..figures import View
-from ..runs import Run
 from ..tables import Column, Entry, Table
 from .base import Section
 
@@ -16,14 +17,31 @@ TEXT = "What each results folder was asked, with what, and where it ran. report.
 
 
 def section(views: Sequence[View]) -> Section:
-    """A table of facts, a column a run."""
+    """A table of facts, a column a run; and one of what each variant is."""
     runs = list(dict.fromkeys(run for view in views for run in view.runs))
     told = [_facts(run) for run in runs]
     names = dict.fromkeys(name for facts in told for name in facts)
     rows: list[tuple[Entry, ...]] = [(name, *(facts.get(name) for facts in told)) for name in names]
     heads = [f"run {number}" for number in range(1, len(runs) + 1)]
     columns = (Column("fact"), *(Column(head) for head in heads))
-    return Section("provenance", TITLE, TEXT, (Table("provenance", "Runs", "", columns, tuple(rows)),))
+    return Section("provenance", TITLE, TEXT, (_variants(views), Table("provenance", "Runs", "", columns, tuple(rows))))
+
+
+def _variants(views: Sequence[View]) -> Table:
+    specs = dict.fromkeys(spec for view in views for spec in view.specs.values())
+    rows: list[tuple[Entry, ...]] = [
+        (
+            *(spec.label, spec.composition, ", ".join(spec.drafters)),
+            "union" if spec.composition == MERGED and not spec.max_nodes else spec.max_nodes,
+            *(None if spec.is_plain else spec.drafting, spec.evidence_decay, spec.weight),
+        )
+        for spec in specs
+    ]
+    columns = (
+        *(Column("variant"), Column("composition"), Column("drafters"), Column("node budget", ",d")),
+        *(Column("drafting asked for"), Column("evidence decay", "g"), Column("first drafter's weight", "g")),
+    )
+    return Table("variants", "Variants", "Averages draft top-k, and every drafter at T = 0.", columns, tuple(rows))
 
 
 def _facts(run: Run) -> dict[str, str]:

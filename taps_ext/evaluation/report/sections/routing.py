@@ -17,7 +17,8 @@ TITLE = "Routing decisions"
 TEXT = (
     "Share of the decode steps in which each drafter was chosen, and of the questions where it was chosen most often "
     "(ties are shared). Right: that majority is the drafter that alone, in a run of its own, accepted most on "
-    "that question. What it has to beat is one fixed drafter, the one that is best on most questions of the task."
+    "that question. What it has to beat is one fixed drafter, the one that is best on most questions of the task, "
+    "which is known with hindsight only."
 )
 
 
@@ -33,7 +34,7 @@ def _routed(view: View) -> list[tuple[str, str, Cell]]:
         (variant, task, cell)
         for task in view.tasks
         for variant in view.variants(*ROUTING)
-        if (cell := view.cell(variant, task)) is not None
+        if (cell := view.cell(variant, task)) is not None and cell.chosen.any()
     ]
 
 
@@ -43,10 +44,15 @@ def winners(scores: Array) -> Array:
     return np.asarray(is_best / is_best.sum(axis=1, keepdims=True))
 
 
-def alone(view: View, drafters: Sequence[str], nodes: int) -> list[str] | None:
-    """The variants that are each of these drafters by itself; None if one was not run."""
-    found = [view.singles([drafter], nodes) for drafter in drafters]
-    return [names[0] for names in found] if all(found) else None
+def alone(view: View, drafters: Sequence[str], nodes: int, is_coupled: bool) -> list[str] | None:
+    """The variants that are each of these drafters by itself, all coupled or all top-k, as asked where there are both;
+    None if one was not run."""
+    for side in (is_coupled, not is_coupled):
+        found = [view.single(drafter, nodes, side) for drafter in drafters]
+        known = [name for name in found if name is not None]
+        if len(known) == len(drafters) and len({view.is_coupled(name) for name in known}) == 1:
+            return known
+    return None
 
 
 def lengths(cells: Sequence[Cell]) -> Array:
@@ -69,7 +75,7 @@ def agreement(scores: Array, truth: Array, task: str) -> tuple[Sampled, Sampled]
 def rightness(view: View, variant: str, task: str) -> tuple[Sampled, Sampled] | None:
     """`agreement` of a routed variant's majorities with the drafters' runs of their own."""
     spec = view.specs[variant]
-    singles = alone(view, spec.drafters, view.nodes(variant) or view.base_nodes)
+    singles = alone(view, spec.drafters, view.nodes(variant) or view.base_nodes, view.is_coupled(variant))
     cells = None if singles is None else view.aligned([*singles, variant], task)
     if cells is None:
         return None
@@ -81,7 +87,7 @@ def rightness(view: View, variant: str, task: str) -> tuple[Sampled, Sampled] | 
 
 def _shares(cell: Cell) -> tuple[dict[str, float], dict[str, float]]:
     """By drafter, of the steps and of the questions."""
-    steps = cell.chosen.sum(axis=0) / max(cell.chosen.sum(), 1.0)
+    steps = cell.chosen.sum(axis=0) / cell.chosen.sum()
     questions = winners(cell.chosen[cell.chosen.sum(axis=1) > 0]).mean(axis=0)
     first, second = (dict(zip(cell.drafters, part.tolist(), strict=True)) for part in (steps, questions))
     return first, second

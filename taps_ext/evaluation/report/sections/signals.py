@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..cells import NUM_BINS, SIGNALS, Cell, Signal
-from ..figures import AVERAGE, MERGED, ROUTING, Figure, View, mean_over
+from ...steps import NUM_BINS, SIGNALS
+from ...variants import AVERAGE, MERGED
+from ..cells import Cell, Signal
+from ..figures import ROUTING, Figure, View, mean_over
 from ..pictures import BLUE, VERMILION, Panel, Picture, Steps
 from ..statistics import Array, Sampled, auc
 from ..tables import Column, Entry, Table
@@ -21,8 +23,11 @@ TEXT = (
     "accepted path. AUC: the chance that of an accepted and a rejected node the accepted has the higher confidence, "
     "or the lower entropy (so 0.5 is a coin and more is better for both); within questions: of two nodes of the same "
     "question, with an interval over questions. As a routing signal: how often the drafter with the higher mean "
-    "confidence (the lower mean entropy) over all its nodes of a question is the one that accepts more on it."
+    "confidence (the lower mean entropy) over all its nodes of a question is the one that accepts more on it. Above "
+    "temperature 0 that is told of top-k drafting, where it was run: drafters that draft coupled score nodes by "
+    "alpha log q / T + beta noise, so that what is known of those is of another distribution."
 )
+COUPLED = "coupled: of the noised distribution, not the paper's signal"
 CONFIDENCE, ENTROPY = SIGNALS
 CONFIDENCE_TICKS = {label: NUM_BINS * float(label) ** (1 / 3) for label in ("0", "0.01", "0.1", "0.3", "1")}
 ENTROPY_TICKS = {str(nats): 10.0 * nats for nats in (0, 2, 4, 6, 8)}
@@ -40,13 +45,23 @@ def section(views: Sequence[View]) -> Section:
 
 
 def _cells(view: View) -> list[tuple[str, str, Cell]]:
-    """(drafter's variant, task, counts) of single drafters with trees of the usual size."""
+    """(drafter's variant, task, counts) of single drafters with trees of the usual size, top-k where they were."""
+    variants = [view.single(drafter, is_coupled=False) for drafter in view.drafters]
     return [
         (variant, task, cell)
-        for variant in view.singles()
+        for variant in variants
+        if variant is not None
         for task in view.tasks
         if (cell := view.cell(variant, task)) is not None and cell.signals
     ]
+
+
+def _told(view: View, variant: str) -> str:
+    return f"{variant} (coupled)" if view.is_coupled(variant) else variant
+
+
+def _note(view: View, variants: Iterable[str]) -> str:
+    return f"({COUPLED}.)" if any(view.is_coupled(variant) for variant in variants) else ""
 
 
 def higher_of_pairs(name: str) -> Figure:
@@ -69,7 +84,7 @@ def pooled_auc(signal: Signal, name: str) -> float:
 def _nodes_table(view: View, found: Sequence[tuple[str, str, Cell]]) -> Table:
     rows: list[tuple[Entry, ...]] = []
     for variant, task, cell in found:
-        row: list[Entry] = [variant, view.title(task)]
+        row: list[Entry] = [_told(view, variant), view.title(task)]
         within = [view.value(variant, task, higher_of_pairs(name)) for name in SIGNALS]
         for name, figure in zip(SIGNALS, within, strict=True):
             signal = cell.signals[name]
@@ -84,7 +99,8 @@ def _nodes_table(view: View, found: Sequence[tuple[str, str, Cell]]) -> Table:
         for what, form in (("accepted", ".3f"), ("rejected", ".3f"), ("AUC", ".3f"), ("AUC within questions", ".3f"))
     ]
     columns = (Column("variant"), Column("task"), *heads, Column("confidence - entropy, AUC within questions", "+.3f"))
-    return Table(f"signals-{view.slug}", f"Accepted against rejected nodes: {view.name}", "", columns, tuple(rows))
+    title, note = f"Accepted against rejected nodes: {view.name}", _note(view, [variant for variant, *_ in found])
+    return Table(f"signals-{view.slug}", title, note, columns, tuple(rows))
 
 
 def _mean(sums: Array, counts: Array) -> float | None:
@@ -100,7 +116,8 @@ def _routing_tables(view: View) -> list[Table]:
 
 
 def _routing_table(view: View, drafters: tuple[str, ...]) -> Table | None:
-    confidence, entropy = ([_hits(view, drafters, task, name) for task in view.tasks] for name in SIGNALS)
+    singles = alone(view, drafters, view.base_nodes, is_coupled=False) or []
+    confidence, entropy = ([_hits(view, singles, task, name) for task in view.tasks] for name in SIGNALS)
     pairs = zip(_part(confidence), _part(entropy), strict=True)
     gaps = [None if one is None or two is None else one - two for one, two in pairs]
     rows = [_row("higher mean confidence", _part(confidence)), _row("lower mean entropy", _part(entropy))]
@@ -119,8 +136,8 @@ def _routing_table(view: View, drafters: tuple[str, ...]) -> Table | None:
     note = (
         f"Share of the questions for which the signal names the drafter, of {names}, that accepts more on them; of "
         "equals each counts its part. The row of differences is in percentage points. One fixed drafter: the one that "
-        "is best on most questions of the task."
-    )
+        f"is best on most questions of the task, which is known with hindsight only. {_note(view, singles)}"
+    ).rstrip()
     title = f"As a routing signal, {names}: {view.name}"
     return Table(f"signal-routing-{'-'.join(drafters)}-{view.slug}", title, note, columns, tuple(rows))
 
@@ -134,10 +151,9 @@ def _row(words: str, found: Sequence[Sampled | None]) -> tuple[Entry, ...]:
     return (words, *(None if figure is None else figure.estimate for figure in figures))
 
 
-def _hits(view: View, drafters: Sequence[str], task: str, name: str) -> tuple[Sampled, Sampled] | None:
-    """`agreement` of a signal's means with what the drafters accepted, in runs of their own."""
-    singles = alone(view, drafters, view.base_nodes)
-    cells = None if singles is None else view.aligned(singles, task)
+def _hits(view: View, singles: Sequence[str], task: str, name: str) -> tuple[Sampled, Sampled] | None:
+    """`agreement` of a signal's means with what the drafters accepted, in the same runs of their own."""
+    cells = view.aligned(singles, task)
     if cells is None or any(name not in cell.signals for cell in cells):
         return None
     means = np.stack([_mean_by_question(cell.signals[name]) for cell in cells], axis=1)
@@ -164,12 +180,14 @@ def _picture(view: View, found: Sequence[tuple[str, str, Cell]], name: str) -> P
                     Steps("rejected nodes", edges, rejected.tolist(), VERMILION),
                     Steps("accepted nodes", edges, accepted.tolist(), BLUE),
                 )
-                panels.append(Panel(f"{variant}, {view.title(task)}", marks))
+                panels.append(Panel(f"{_told(view, variant)}, {view.title(task)}", marks))
         grid.append(tuple(panels))
     return Picture(
         f"{name}-{view.slug}",
         f"{name.capitalize()} of accepted and rejected nodes: {view.name}",
-        "Densities; each has area 1." + (" The axis is the cube root of confidence." if is_confidence else ""),
+        "Densities; each has area 1."
+        + (" The axis is the cube root of confidence." if is_confidence else "")
+        + (f" {note}" if (note := _note(view, [variant for variant, *_ in found])) else ""),
         tuple(grid),
         x=name + (" of the path" if is_confidence else ", nats"),
         ticks=CONFIDENCE_TICKS if is_confidence else ENTROPY_TICKS,

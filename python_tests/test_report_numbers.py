@@ -1,0 +1,223 @@
+"""The report's numbers, recomputed straight from the lines; and the paper's, by the averages that it prints of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from report_cases import DRAFTERS, VARIANTS, read_tables, write_results
+
+from taps_ext.evaluation.report import files, reading
+from taps_ext.evaluation.report.figures import views
+from taps_ext.evaluation.report.sections import paper
+
+SEEDED = {name: VARIANTS[name] for name in ("plain", "single:math", "single:chat")}  # that both drafter seeds have
+SINGLES = [f"single:{name}" for name in DRAFTERS]
+BOTH = ("seed0", "seed1")
+
+
+class Lines:
+    """The answers of a folder of results, and figures of some: of gsm8k at T = 0, where nothing else is said."""
+
+    def __init__(self, folder: Path) -> None:
+        self._lines = [
+            (path.parent.name, json.loads(line))
+            for path in sorted(folder.glob("*/answers-*.jsonl"))
+            for line in path.read_text().splitlines()
+        ]
+
+    def of(
+        self, variant: str, task: str = "gsm8k", temperature: float = 0.0, seeds: tuple[str, ...] = BOTH[:1]
+    ) -> list[dict[str, Any]]:
+        which = (variant, task, temperature)
+        found = [
+            line
+            for seed, line in self._lines
+            if seed in seeds and (line["variant"], line["task"], line["temperature"]) == which
+        ]
+        assert found
+        return found
+
+    def by_question(self, variant: str, seeds: tuple[str, ...]) -> list[list[dict[str, Any]]]:
+        lines = self.of(variant, seeds=seeds)
+        return [
+            [line for line in lines if line["question_id"] == one] for one in sorted({q["question_id"] for q in lines})
+        ]
+
+    def tau(self, *which: Any, **more: Any) -> float:
+        return _tau(self.of(*which, **more))
+
+    def mean_tau(self, variant: str) -> float:
+        """Over the tasks."""
+        return float(np.mean([self.tau(variant, task) for task in ("gsm8k", "mt_bench", "svamp")]))
+
+    def turns(self, *which: Any, **more: Any) -> list[dict[str, Any]]:
+        return [turn for line in self.of(*which, **more) for turn in line["turns"]]
+
+    def tokens_per_second(self, variant: str) -> float:
+        choices = [(line["choices"][0], line["rows"]) for line in self.of(variant, seeds=BOTH)]
+        return sum(sum(one["new_tokens"]) for one, _ in choices) / sum(sum(one["wall_time"]) / n for one, n in choices)
+
+    def math_is_better(self, seeds: tuple[str, ...]) -> np.ndarray:
+        """By question 1, 0.5 or 0."""
+        lengths = [[_tau(lines) for lines in self.by_question(name, seeds)] for name in SINGLES]
+        return np.asarray((1 + np.sign(np.subtract(*lengths))) / 2)
+
+    def fixed(self, seeds: tuple[str, ...]) -> float:
+        share = float(self.math_is_better(seeds).mean())
+        assert share != 0.5
+        return max(share, 1 - share)
+
+    def hits(self, signal: str, sign: int) -> float:
+        """How often the drafter of the higher (1) or lower (-1) mean signal is the better one."""
+        means = [[_mean_signal(lines, signal) for lines in self.by_question(name, BOTH)] for name in SINGLES]
+        is_math = sign * np.subtract(*means) > 0
+        is_better = self.math_is_better(BOTH)
+        return float(np.where(is_math, is_better, 1 - is_better).mean())
+
+
+def _tau(lines: list[dict[str, Any]]) -> float:
+    return 1 + float(np.mean([count for line in lines for turn in line["turns"] for count in turn["num_accepted"]]))
+
+
+def _mean_signal(lines: list[dict[str, Any]], signal: str) -> float:
+    sides = [side for line in lines for side in line["signals"][line["drafters"][0]][signal].values()]
+    return float(sum(side["sum"] for side in sides) / sum(side["count"] for side in sides))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two drafter seeds at temperature 0, of which the second has singles only, and one at 1."""
+    folder = tmp_path_factory.mktemp("results")
+    write_results(folder / "seed0", "EAGLE-2", seed=0)
+    write_results(folder / "seed1", "EAGLE-2", seed=1, variants=SEEDED, temperatures=(0.0,))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tables(results: Path) -> dict[str, list[dict[str, str]]]:
+    """As their CSV files say them."""
+    return read_tables(results)
+
+
+@pytest.fixture(scope="module")
+def lines(results: Path) -> Lines:
+    """Every answer."""
+    return Lines(results)
+
+
+def _proposed_by_math(lines: Lines) -> float:
+    masks = [mask for turn in lines.turns("merged@60") for step in turn["proposers"] for mask in step]
+    return float(np.mean([mask & 1 for mask in masks]))
+
+
+Expected = Callable[[Lines], float]
+CELLS: list[tuple[str, tuple[str, ...], str, Expected]] = [
+    ("acceptance-t0", ("single:math",), "GSM8K", lambda all: all.tau("single:math", seeds=BOTH)),
+    ("acceptance-t1", ("merged",), "SVAMP", lambda all: all.tau("merged", "svamp", 1.0)),
+    # a sweep is of the seeds that all its points have, an end of the drafter that it names
+    ("averaging-math-chat-t0", ("single:math", "1"), "GSM8K", lambda all: all.tau("single:math")),
+    ("averaging-math-chat-t0", ("single:chat", "0"), "GSM8K", lambda all: all.tau("single:chat")),
+    ("averaging-math-chat-t0", ("average:math+chat,weight=0.25", "0.25"), "SVAMP",
+     lambda all: all.tau("average:math+chat,weight=0.25", "svamp")),
+    ("averaging-math-chat-t1", ("single:math,topk", "1"), "GSM8K",
+     lambda all: all.tau("single:math,topk", "gsm8k", 1.0)),
+    ("budget-t0", ("single:math", "GSM8K"), "acceptance length", lambda all: all.tau("single:math")),
+    ("budget-t0", ("single:math@20", "GSM8K"), "acceptance length", lambda all: all.tau("single:math@20")),
+    ("signal-routing-math-chat-t0", ("lower mean entropy",), "GSM8K", lambda all: all.hits("entropy", -1)),
+    ("signal-routing-math-chat-t0", ("higher mean confidence",), "GSM8K", lambda all: all.hits("confidence", 1)),
+    ("signal-routing-math-chat-t0", ("one fixed drafter",), "GSM8K", lambda all: all.fixed(BOTH)),
+    ("routing-t0", ("entropy", "GSM8K"), "one fixed drafter", lambda all: all.fixed(BOTH[:1])),
+    ("comparisons-t0", ("average vs worst specialist",), "GSM8K",
+     lambda all: all.tau("average") - min(map(all.tau, SINGLES))),
+    ("comparisons-t0", ("merged (union, at most 119 nodes) vs best specialist (60 nodes)",), "GSM8K",
+     lambda all: all.tau("merged") - max(map(all.tau, SINGLES))),
+    ("comparisons-t0", ("merged@60 (equal budget) vs best specialist (60 nodes)",), "GSM8K",
+     lambda all: all.tau("merged@60") - max(map(all.tau, SINGLES))),
+    ("comparisons-t0", ("merged@20 vs best specialist (20 nodes)",), "GSM8K",
+     lambda all: all.tau("merged@20") - max(all.tau(f"{one}@20") for one in SINGLES)),
+    # the best single drafts coupled where there are both
+    ("against-best-single-t1", ("single:math,topk",), "GSM8K",
+     lambda all: all.tau("single:math,topk", "gsm8k", 1.0) - max(all.tau(one, "gsm8k", 1.0) for one in SINGLES)),
+    ("equal-to-plain-t0", ("single:math",), "MT_BENCH",
+     lambda all: float(np.mean([turn["equals_plain"] for turn in all.turns("single:math", "mt_bench", seeds=BOTH)]))),
+    ("accuracy-t0", ("merged",), "GSM8K",
+     lambda all: float(np.mean([turn["is_right"] for turn in all.turns("merged")]))),
+    ("speed-up-t0", ("single:math",), "GSM8K",
+     lambda all: all.tokens_per_second("single:math") / all.tokens_per_second("plain")),
+    ("merging-t0", ("merged@60", "GSM8K"), "math", _proposed_by_math),
+    ("published-t0", ("MathInstruct", "single:math"), "GSM8K, published", lambda all: 5.04),
+    ("published-t0", ("MathInstruct", "single:math"), "SVAMP, published", lambda all: 4.81),
+    ("published-t0", ("MathInstruct", "single:math"), "GSM8K, here", lambda all: all.tau("single:math")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "row", "column", "expected"), CELLS, ids=lambda part: str(part)[:40])
+def test_a_cell_is_what_the_lines_say(
+    tables: dict[str, list[dict[str, str]]],
+    lines: Lines,
+    table: str,
+    row: tuple[str, ...],
+    column: str,
+    expected: Expected,
+) -> None:
+    name = "-".join([*table.split("-")[:-1], "eagle-2", table.split("-")[-1]])
+    found = [one for one in tables[name] if tuple(one.values())[: len(row)] == row]
+    assert len(found) == 1
+    assert float(found[0][column]) == pytest.approx(expected(lines), abs=1e-5)
+
+
+def test_the_range_over_seeds_is_of_each_seeds_mean_over_tasks(
+    tables: dict[str, list[dict[str, str]]], lines: Lines
+) -> None:
+    row = next(row for row in tables["acceptance-eagle-2-t0"] if row["variant"] == "single:chat")
+    means = [
+        np.mean([lines.tau("single:chat", task, seeds=(seed,)) for task in ("gsm8k", "mt_bench", "svamp")])
+        for seed in BOTH
+    ]
+    assert row["range over seeds"] == f"{min(means):.2f} to {max(means):.2f}"
+
+
+def test_tiles_are_of_the_longest_the_best_single_drafter_and_every_turn(results: Path, lines: Lines) -> None:
+    seen = views(reading.read([results]))
+    (longest, named), (single, _), (forwards, _), (equal, _) = files._tiles(seen)
+    usual = [name for name in VARIANTS if name != "plain" and not name.endswith(("20", "0.25", "topk"))]
+    best = max(usual, key=lines.mean_tau)
+    assert longest == f"{lines.mean_tau(best):.2f}" and best in named
+    assert single == f"{max(map(lines.mean_tau, SINGLES)):.2f}"
+    turns = {task: lines.turns(best, task) for task in ("gsm8k", "mt_bench", "svamp")}
+    means = [
+        sum(1 + len(one["num_accepted"]) for one in some) / sum(len(one["tokens"]) for one in some)
+        for some in turns.values()
+    ]
+    assert forwards == f"{np.mean(means):.2f}"
+    told = [turn["equals_plain"] for _, line in lines._lines if line["variant"] != "plain" for turn in line["turns"]]
+    assert 0 < sum(told) < len(told) and equal == f"{sum(told):,} of {len(told):,}"
+
+
+AVERAGES = {  # that the paper prints behind each row
+    0.0: {"eagle": (4.42, 3.70, 4.02, 4.48, 2.42, 4.63, 5.02), "hass": (4.10, 4.12, 4.47, 5.18, 2.59, 4.80, 5.11)},
+    1.0: {"eagle": (4.07, 3.54, 3.81, 3.26, 2.34, 4.27, 4.57), "hass": (3.54, 3.77, 4.29, 3.69, 2.62, 4.37, 4.75)},
+}
+
+
+@pytest.mark.parametrize("temperature", AVERAGES)
+def test_published_rows_have_the_averages_that_the_paper_prints(temperature: float) -> None:
+    for name, rows in (("eagle", paper.EAGLE_2), ("hass", paper.HASS)):
+        means = [np.mean(row) for row in rows[temperature].values()]
+        assert means == pytest.approx(
+            AVERAGES[temperature][name], abs=0.013
+        )  # one average there is 5.02 where its row's is 5.0325
+
+
+@pytest.mark.parametrize(
+    ("label", "rows"),
+    [("EAGLE-2", paper.EAGLE_2), ("eagle2, again", paper.EAGLE_2), ("HASS", paper.HASS), ("hass-1", paper.HASS),
+     ("EAGLE-3", {}), ("EAGLE", {}), ("EAGLE-20", {}), ("mine", {})],
+)  # fmt: skip
+def test_published_rows_are_of_the_method_that_a_label_names(label: str, rows: Any) -> None:
+    assert paper.of_label(label, 0.0) == rows.get(0.0, {})
