@@ -90,7 +90,7 @@ def evaluate(
                 output,
                 lambda what, done, total: bars.update(bar, description=what, completed=done, total=total),
                 label=label,
-                target_name=_short_name(target),
+                target_name=target if target == TINY else contestants.short_name(target),
                 sources=sources,
                 command=_command(),
             )
@@ -151,12 +151,6 @@ def _target_config(target: str) -> Any:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(resolve(target)).get_text_config()
-
-
-def _short_name(target: str) -> str:
-    """The hub id, or the folder's own name."""
-    path = Path(target).expanduser()
-    return path.resolve().name if target != TINY and path.exists() else target
 
 
 def _show(summary: Summary, output: Path, as_json: bool) -> None:

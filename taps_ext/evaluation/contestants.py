@@ -50,12 +50,13 @@ def refuse_strangers(drafters: Mapping[str, DrafterFiles], target: TargetIdentit
 def drafter_facts(drafters: Mapping[str, DrafterFiles], folders: Folders) -> dict[str, Any]:
     """Which weights they are, as JSON values."""
     return {
-        name: {"name": _short_name(folders[name]), "sha256": files.digest or _digest(files.folder)}
+        name: {"name": short_name(folders[name]), "sha256": files.digest or _digest(files.folder)}
         for name, files in drafters.items()
     }
 
 
-def _short_name(path_or_id: Any) -> str:
+def short_name(path_or_id: Any) -> str:
+    """A hub id, or a folder's own name."""
     path = Path(path_or_id).expanduser()
     return path.resolve().name if path.exists() else str(path_or_id)
 
