@@ -36,6 +36,19 @@ NUMBERS = {
     "\\frac{1}{2}": Fraction(1, 2),
     ".5": Fraction(1, 2),
     "25%": 25,
+    "so \\boxed{1\\frac{1}{2}} of it": Fraction(3, 2),
+    "so \\boxed{-2 \\dfrac34}": Fraction(-11, 4),
+    "The answer is 1 1/2 cups": Fraction(3, 2),
+    "\\boxed{\\frac{1}{-2}}": Fraction(-1, 2),
+    "\\boxed{-\\frac{-1}{2}}": Fraction(1, 2),
+    "The answer is 20 (since 4 * 6 = 24, 24 - 4)": 20,
+    "The answer is **20** (4 * 6 = 24, less 4)": 20,
+    "The answer is 20 pens, because 4 * 6 = 24 and 4 are lost": 20,
+    "The answer is 20 pens (24 - 4 = 20, and 24 were 4 * 6)": 20,
+    "The answer is 5 * (2 + 1) = 15": 15,
+    "The answer is 10^3": None,
+    "\\boxed{10^{3}}": None,
+    "\\boxed{45^\\circ}": 45,
     "divide by 5/0": None,
     "there is no number": None,
     "": None,
@@ -68,6 +81,8 @@ EXPRESSIONS = {
     "$\\boxed 7$": "7",
     "\\boxed{5} and cut off in \\boxed{\\frac{1": "5",
     "The answer is $x + 1$. And more.": "$x + 1$",
+    "The answer is $x (x + 1)$ (by symmetry).": "$x (x + 1)$",
+    "The answer is $2 (\\sqrt{3} + 1)$, since 2 = 2": "$2 (\\sqrt{3} + 1)$",
     "x + 1": None,
 }
 
@@ -101,6 +116,16 @@ SAME = [
     ("201_{4}", "201_4"),
     ("\\begin{pmatrix} 1 \\\\ -2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\-2\\end{pmatrix}"),
     ("\u22124", "-4"),
+    ("11,\\! 111,\\! 100", "11111100"),
+    ("x^{2}", "x^2"),
+    ("\\frac{1}{-2}", "-0.5"),
+    ("1\\frac12", "3/2"),
+    ("1 \\frac{1}{2}", "1.5"),
+    ("-\\frac{-1}{2}", "0.5"),
+    ("\\frac 1 2", "\\frac12"),
+    ("(1{,}000, 2)", "(1000,2)"),
+    ("2 x y", "2xy"),
+    ("100, 200", "100,\\ 200"),
 ]
 DIFFERENT = [
     ("2x", "2"),
@@ -111,6 +136,17 @@ DIFFERENT = [
     ("[0,1)", "[0,1]"),
     ("-5", "5"),
     ("1,2", "12"),
+    ("1 1", "11"),
+    ("1 2", "12"),
+    ("1\\quad 2", "12"),
+    ("1\\ 2", "12"),
+    ("100, 200", "100200"),
+    ("(100,200)", "(100200)"),
+    ("\\{1,200\\}", "\\{1200\\}"),
+    ("\\left[1,200\\right]", "[1200]"),
+    ("1\\frac12", "11/2"),
+    ("10^3", "10"),
+    ("x^{23}", "x^23"),
     ("\\text{west}", "\\text{east}"),
     ("3\\pi", "3"),
     ("x + 1", "x - 1"),
@@ -126,6 +162,13 @@ def test_two_spellings_of_an_expression_are_the_same(one: str, other: str) -> No
 @pytest.mark.parametrize(("one", "other"), DIFFERENT)
 def test_different_expressions_are_not(one: str, other: str) -> None:
     assert not same_expression(f"\\boxed{{{one}}}", f"\\boxed{{{other}}}")
+
+
+def test_an_endless_number_is_no_number() -> None:
+    digits = "1" * 5000
+    for text in (digits, f"\\frac{{{digits}}}{{2}}", f"1 {digits}/2"):
+        final_number(f"\\boxed{{{text}}}")
+        assert not same_expression(f"\\boxed{{{text}}}", "\\boxed{1}")
 
 
 def test_a_solution_that_says_no_answer_is_wrong() -> None:

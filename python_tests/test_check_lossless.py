@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,24 +21,33 @@ from typer.testing import CliRunner, Result
 
 import taps_ext as taps
 from taps_ext import decoder as decoder_module
-from taps_ext import plain_generation
+from taps_ext import plain_generation, tiny
+from taps_ext.cli import evaluation_lossless
 from taps_ext.cli.evaluation_lossless import check_lossless as command
 from taps_ext.drafters.eagle import EagleDrafter
-from taps_ext.evaluation.divergence import Batch, Divergence, ListeningTarget, find_divergences
-from taps_ext.evaluation.frequencies import chi_square, common_beginnings
-from taps_ext.evaluation.lossless import (
+from taps_ext.evaluation.divergence import (
+    ROUNDINGS,
+    Batch,
+    Divergence,
+    ListeningTarget,
+    _rounding,
+    find_divergences,
+)
+from taps_ext.evaluation.frequencies import LEAST_COUNT, ChiSquare, chi_square, common_beginnings, last_logits
+from taps_ext.evaluation.lossless import check_lossless, count_units, make_ways
+from taps_ext.evaluation.lossless_report import (
+    SIGNIFICANCE,
+    FrequencyCheck,
     LosslessReport,
     LosslessSettings,
     TextCheck,
-    check_lossless,
-    count_units,
-    make_ways,
 )
+from taps_ext.evaluation.tasks import Question
 from taps_ext.target import TargetModel
 from taps_ext.verification import Acceptance, verify
 
 SETTINGS = LosslessSettings(max_new_tokens=24, num_draws=0, shape=taps.TreeShape(4, 4, 16))
-FREQUENCIES = replace(SETTINGS, temperatures=(1.0,), max_new_tokens=1, num_draws=1500, draws_together=500)
+FREQUENCIES = replace(SETTINGS, temperatures=(1.0,), max_new_tokens=2, num_draws=1500, draws_together=500)
 MERGED = make_ways(["math", "chat"], ["merged"])
 
 
@@ -254,15 +265,60 @@ def test_common_beginnings_are_the_targets_exact_probabilities() -> None:
     assert 10 < len(found) < 60
 
 
+class CountingHead(torch.nn.Module):
+    """An LM head that remembers how many rows of logits it made."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head, self.most_rows = head, 0
+
+    def forward(self, features: Tensor) -> Tensor:
+        self.most_rows = max(self.most_rows, features.shape[:-1].numel())
+        logits: Tensor = self.head(features)
+        return logits
+
+
+def test_logits_are_made_at_the_last_position_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = copy.deepcopy(trained_target())
+    target.lm_head = CountingHead(target.lm_head)
+    common_beginnings(target, list(range(4, 60)), 1.0, num_tokens=2, least=1e-3, batch_size=4)
+    assert 1 < target.lm_head.most_rows <= 4
+    target.lm_head.most_rows = 0
+    ids, mask = prompts(1)
+    _rounding(TargetModel(target), Batch(ids, mask, 0.0, [0], [9]), 0, [5, 6], eps=1e-3)
+    assert target.lm_head.most_rows == 1 + ROUNDINGS
+    monkeypatch.setattr(type(target), "_supports_logits_to_keep", lambda self: False)
+    texts = torch.tensor([[4, 5, 6], [7, 8, 9]])
+    whole = last_logits(target, input_ids=texts)
+    assert target.lm_head.most_rows == 6
+    monkeypatch.undo()
+    torch.testing.assert_close(last_logits(target, input_ids=texts), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_draws", [100, 1000, 20_000])
+def test_chance_falls_below_the_significance_as_seldom_as_is_said(num_draws: int) -> None:
+    """The exact binomial probability, two cells: the smaller, the further from a chi-square distribution."""
+    share = LEAST_COUNT / num_draws
+    beginnings = {(): 1.0, (1,): share}
+    false_alarms = 0.0
+    for count in range(30, 91):
+        texts = [[1]] * count + [[0]] * (num_draws - count)
+        if chi_square(texts, beginnings).p_value < SIGNIFICANCE:
+            ways = math.lgamma(num_draws + 1) - math.lgamma(count + 1) - math.lgamma(num_draws - count + 1)
+            false_alarms += math.exp(ways + count * math.log(share) + (num_draws - count) * math.log1p(-share))
+    assert 1e-6 < false_alarms < 1 / 80_000
+
+
 BEGINNINGS = {(): 1.0, (3,): 0.5, (4,): 0.3, (3, 7): 0.25, (3, 8): 0.248}
 
 
 def test_texts_are_counted_at_their_longest_beginning_and_rare_cells_are_pooled() -> None:
-    """Own shares: 0.2 of (), 0.002 of (3,) (pooled, and with fewer than 5 put to the smallest), 0.3, 0.25, 0.248."""
-    texts = [[3, 7]] * 30 + [[3, 8]] * 20 + [[3, 9]] * 1 + [[4, 1]] * 29 + [[5, 3]] * 20
+    """Own shares: 0.2 of (), 0.002 of (3,) (pooled, and with fewer than 20 put to the smallest), 0.3, 0.25, 0.248."""
+    texts = [[3, 7]] * 60 + [[3, 8]] * 40 + [[3, 9]] * 2 + [[4, 1]] * 58 + [[5, 3]] * 40
     test = chi_square(texts, BEGINNINGS)
-    cells = [(30, 25), (20, 24.8), (29, 30), (21, 20.2)]
-    assert test.num_cells == 4
+    cells = [(60, 50), (40, 49.6), (58, 60), (42, 40.4)]
+    assert (test.num_cells, test.num_tokens) == (4, 2)
+    assert chi_square([[4, 1]] * 40 + [[5, 3]] * 90, {(): 1.0, (4,): 0.3, (4, 1): 0.01}).num_tokens == 1
     assert test.statistic == pytest.approx(sum((count - mean) ** 2 / mean for count, mean in cells))
 
 
@@ -293,9 +349,53 @@ def test_what_takes_weight_from_the_verdict_is_said() -> None:
     report = LosslessReport("float32", SETTINGS, [text_check(acceptance_length=1.0)], [])
     assert report.passed
     assert report.notes == [
-        "no draft token was accepted by merged: equal texts prove little",
+        "hardly any draft token was accepted (acceptance length 1.00 of merged at T = 0): equal texts prove little",
         "the frequencies of the first tokens were not checked",
     ]
+
+
+def test_a_way_that_accepts_hardly_anything_is_named_with_its_lowest_figure() -> None:
+    lengths = [("merged", 0.0, 1.19), ("merged", 1.0, 1.01), ("single:a", 0.0, 1.25), ("entropy", 1.0, 1.1)]
+    texts = [text_check(way=way, temperature=one, acceptance_length=length) for way, one, length in lengths]
+    assert LosslessReport("float32", SETTINGS, texts, []).notes[0] == (
+        "hardly any draft token was accepted (acceptance length 1.01 of merged at T = 1, 1.10 of entropy at T = 1): "
+        "equal texts prove little"
+    )
+
+
+def test_texts_without_a_decode_step_are_no_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [text_check(acceptance_length=math.nan), text_check(temperature=1.0)]
+    report = LosslessReport("float32", SETTINGS, texts, [])
+    assert report.passed
+    assert report.notes[0] == "no draft was verified at T = 0: every text ended with its first token"
+    report = LosslessReport("float32", SETTINGS, texts[:1], [])
+    assert not report.passed
+    assert report.verdict.startswith("nothing was checked: ")
+    target = trained_target()
+    first = taps.plain_generate(target, *prompts(8), max_new_tokens=1).new_tokens
+    monkeypatch.setattr(target.generation_config, "eos_token_id", [tokens[0] for tokens in first])
+    report = check(replace(SETTINGS, temperatures=(0.0,)))
+    assert (report.passed, report.verdict[:19]) == (False, "nothing was checked")
+
+
+def frequency_check(num_cells: int, num_tokens: int) -> FrequencyCheck:
+    return FrequencyCheck("merged", 1.0, 300, ChiSquare(0.0, num_cells, num_tokens, 1.0))
+
+
+def test_frequencies_that_test_no_tree_step_are_said() -> None:
+    def notes(num_cells: int, num_tokens: int) -> list[str]:
+        frequencies = [frequency_check(num_cells, num_tokens)]
+        return LosslessReport("float32", SETTINGS, [text_check()], frequencies).notes
+
+    advice = "try more draws or other prompts"
+    assert notes(1, 0) == [
+        f"no second beginning of a text is expected 20 times in 300 draws: frequencies prove nothing; {advice}"
+    ]
+    assert notes(5, 1) == [
+        "no beginning of two or more tokens is expected 20 times in 300 draws: frequencies tested no tree step; "
+        f"{advice}"
+    ]
+    assert notes(5, 2) == []
 
 
 def test_one_fault_among_near_ties_is_a_fault() -> None:
@@ -311,6 +411,8 @@ def test_one_fault_among_near_ties_is_a_fault() -> None:
         ({"temperatures": (1.0, 1.0)}, "one or more different temperatures"),
         ({"temperatures": (-1.0,)}, "temperature must be finite and at least 0"),
         ({"num_draws": -1}, "num_draws must be at least 0, got -1"),
+        ({"num_draws": 99}, "num_draws must be 0 or at least 100, got 99"),
+        ({"max_new_tokens": 1}, "max_new_tokens must be at least 2, got 1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
 )
@@ -336,7 +438,9 @@ def test_the_command_says_lossless_to_people_and_to_programs(tmp_path: Path) -> 
     result = run()
     assert result.exit_code == 0
     assert "4/4" in result.stdout
-    assert result.stdout.rstrip().endswith("lossless")
+    assert "\nlossless\n" in result.stdout
+    assert "frequencies tested no tree step" in result.stdout
+    assert "the same noise in each row" in result.stdout
     own = tmp_path / "own.jsonl"
     own.write_text('{"prompt": "How many pens are 3 boxes of 4?"}\n{"prompt": "How can I sleep better?"}\n')
     result = run("--json", "--prompts", str(own), "--temperature=1", "--composition=single")
@@ -382,15 +486,51 @@ def test_a_tree_a_position_too_far_is_a_fault_and_no_rounding(monkeypatch: pytes
     assert "fault, the tree's logits are not the target's" in result.stdout
 
 
-def test_what_cannot_be_checked_is_said_before_any_work(tmp_path: Path) -> None:
-    bad = tmp_path / "bad.jsonl"
+def test_what_cannot_be_checked_is_said_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_work(*arguments: Any) -> Any:
+        raise AssertionError("the target is loaded")
+
+    monkeypatch.setattr(evaluation_lossless, "load_target", no_work)
+    bad, damaged = tmp_path / "bad.jsonl", tmp_path / "damaged"
     bad.write_text('\n{"prompt": 3}\n')
+    shutil.copytree(tiny.resolve("tiny/math"), damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
     for arguments, words in [
         (["--prompts", str(bad)], "bad.jsonl, line 2: "),
         (["--composition=best"], "composition must be one of"),
         (["--drafting=maybe"], "drafting must be coupled or topk"),
         (["--target=elsewhere"], "give at least one drafter"),
+        (["--merged-nodes=0"], "the node budget of the merged tree must be at least 1, got 0"),
+        (["--max-new-tokens=1"], "max_new_tokens must be at least 2, got 1"),
+        (["--draws=3"], "num_draws must be 0 or at least 100, got 3"),
+        ([f"--drafter=broken={damaged}"], "drafter 'broken': "),
     ]:
         result = run(*arguments)
-        assert isinstance(result.exception, ValueError)
+        assert isinstance(result.exception, ValueError), arguments
         assert words in str(result.exception)
+
+
+def test_a_budget_without_a_merged_tree_is_refused() -> None:
+    with pytest.raises(ValueError, match="a node budget is for the merged tree, got composition single, entropy"):
+        make_ways(["math"], ["single", "entropy"], max_nodes=5)
+    assert list(make_ways(["math"], ["single", "merged"], max_nodes=5)) == ["single:math", "merged@5"]
+
+
+def test_a_prompt_that_leaves_no_room_for_its_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("taps_ext.evaluation.lossless.check_lossless", None)  # nothing is decoded
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"prompt": "How many pens? " * 3000}) + "\n")
+    result = run("--prompts", str(own))
+    assert isinstance(result.exception, ValueError)
+    assert "and the target's context is " in str(result.exception)
+
+
+def test_a_chat_template_that_refuses_a_prompt_says_so_in_a_sentence() -> None:
+    _, tokenizer = tiny.load_target()
+    tokenizer.chat_template = "{{ raise_exception('only poems') }}"
+    question = Question("7", "own", ("How many pens?",))
+    with pytest.raises(ValueError, match="the tokenizer's chat template refuses question 7: only poems"):
+        evaluation_lossless._encode(tokenizer, question)
+    tokenizer.chat_template = None
+    assert evaluation_lossless._encode(tokenizer, question) == tokenizer("How many pens?")["input_ids"]

@@ -33,6 +33,13 @@ def keep_logs_clean() -> None:
         logging.disable_progress_bar()
 
 
+def target_config(target: str) -> Any:
+    """The config of a target's language model, by folder, hub id or `tiny`."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(tiny.resolve(target)).get_text_config()
+
+
 def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
     """A target, by folder, hub id or `tiny`, in evaluation mode on a device, and its tokenizer."""
     import torch

@@ -8,14 +8,23 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..tiny import TINY, resolve
-from .common import DEVICE_HELP, JSON_HELP, drafter_folders, is_main_process, keep_logs_clean, load_target, progress
+from ..tiny import TINY
+from .common import (
+    DEVICE_HELP,
+    JSON_HELP,
+    drafter_folders,
+    is_main_process,
+    keep_logs_clean,
+    load_target,
+    progress,
+    target_config,
+)
 from .training import STOPPED
 
 if TYPE_CHECKING:
@@ -70,7 +79,7 @@ def evaluate(
     variants = parse_variants(variant or [], list(paths), temperatures, max_nodes)
     place = choose(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, questions)
-    files = contestants.check_drafters(paths, _target_config(target))
+    files = contestants.check_drafters(paths, target_config(target))
     facts = contestants.drafter_facts(files, paths)
     plan = Plan(asked, variants, temperatures, settings, facts, sources, label)
     results.check_folder(output, plan.configuration())
@@ -145,12 +154,6 @@ def _told(argument: str) -> str:
     head, value = re.fullmatch(r"(-o|(?:.*=)?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     is_path = value.startswith(("/", "~", ".")) or (os.sep in value and Path(value).exists())
     return head + Path(value).expanduser().resolve().name if is_path else argument
-
-
-def _target_config(target: str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(resolve(target)).get_text_config()
 
 
 def _show(summary: Summary, output: Path, as_json: bool) -> None:

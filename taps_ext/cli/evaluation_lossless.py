@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from ..tiny import TINY
-from .common import DEVICE_HELP, JSON_HELP, drafter_folders, keep_logs_clean, load_target, progress
+from .common import DEVICE_HELP, JSON_HELP, drafter_folders, keep_logs_clean, load_target, progress, target_config
 from .generation import DRAFTING_HELP
 
 if TYPE_CHECKING:
     from ..evaluation.divergence import Divergence
-    from ..evaluation.lossless import FrequencyCheck, LosslessReport, TextCheck
+    from ..evaluation.lossless_report import FrequencyCheck, LosslessReport, TextCheck
     from ..evaluation.tasks import Question
+    from ..target import TargetModel
 
 SENTENCES = (
     "What is the difference between weather and climate?",
@@ -53,7 +56,9 @@ def check_lossless(
     limit: Annotated[int, typer.Option(min=1, help="So many of the prompts, evenly spread.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Of the longest texts.")] = 32,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 8,
-    draws: Annotated[int, typer.Option(help="For the frequencies of the first tokens; 0 leaves them out.")] = 1000,
+    draws: Annotated[
+        int, typer.Option(help="For the frequencies of the first tokens; 20000 is a strong check, 0 none.")
+    ] = 1000,
     depth: Annotated[int, typer.Option(help="Levels that a drafter drafts.")] = 6,
     branching: Annotated[int, typer.Option(help="Children per expanded node.")] = 10,
     max_nodes: Annotated[int, typer.Option(help="Nodes of a drafter's tree, root included.")] = 60,
@@ -67,16 +72,18 @@ def check_lossless(
 
     Greedy texts and texts drawn with the same noise must equal plain decoding's, and the first tokens of many draws
     must come as often as the target's probabilities say. In bfloat16 and float16 texts may part at near-ties: these
-    are shown with the logits there, and told apart from faults.
+    are shown with the logits there, and told apart from faults. A thousand draws find only a coarse fault in the
+    frequencies; --draws 20000 is the strong check.
     """
     from ..decoder import check_drafting
     from ..device import choose
     from ..drafters import load_drafters
-    from ..evaluation import lossless
+    from ..evaluation import contestants, lossless, lossless_report
+    from ..target import TargetModel
     from ..tree import TreeShape
 
-    settings = lossless.LosslessSettings(
-        temperatures=tuple(temperature or lossless.TEMPERATURES),
+    settings = lossless_report.LosslessSettings(
+        temperatures=tuple(temperature or lossless_report.TEMPERATURES),
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         num_draws=draws,
@@ -86,15 +93,17 @@ def check_lossless(
     paths = drafter_folders(target, drafter or [])
     ways = lossless.make_ways(list(paths), composition or [], check_drafting(drafting), merged_nodes)
     questions, place = _questions(target, prompts, limit), choose(device)
+    contestants.check_drafters(paths, target_config(target))
     keep_logs_clean()
     with progress() as bars:
         bar = bars.add_task("loading", total=lossless.count_units(ways, len(questions), settings))
         model, tokenizer = load_target(target, dtype, place)
+        taken = TargetModel(model)
         report = lossless.check_lossless(
-            model,
-            load_drafters(paths, model),
+            taken,
+            load_drafters(paths, taken),
             ways,
-            [_encode(tokenizer, question) for question in questions],
+            _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens)),
             settings,
             lambda done: bars.update(bar, advance=1, description=done),
         )
@@ -121,14 +130,27 @@ def _questions(target: str, prompts: Path | None, limit: int) -> list[Question]:
     return built_in[:limit]
 
 
+def _encoded(
+    tokenizer: Any, questions: Sequence[Question], target: TargetModel, max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of the questions' first turns; ValueError where one leaves the target no room for its text."""
+    from ..evaluation.prompting import refuse_long
+
+    found = []
+    for question in questions:
+        found.append(_encode(tokenizer, question))
+        refuse_long(question, len(found[-1]) + max_new_tokens, target)
+    return found
+
+
 def _encode(tokenizer: Any, question: Question) -> list[int]:
     """The tokens of a question's first turn: through the chat template where there is one, else as it is."""
-    messages = [*map(dict, question.history), {"role": "user", "content": question.turns[0]}]
+    from ..evaluation.prompting import Prompter
+
     if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        tokens = tokenizer("\n".join(message["content"] for message in messages))["input_ids"]
+        return Prompter(tokenizer).encode(question, [])
+    texts = [*(message["content"] for message in question.history), question.turns[0]]
+    tokens: list[int] = tokenizer("\n".join(texts))["input_ids"]
     return tokens
 
 
@@ -141,20 +163,24 @@ def _page(report: LosslessReport, tokenizer: Any) -> Group:
 
 
 def _verdicts(report: LosslessReport) -> Table:
-    """A row a way: its texts at each temperature, and the frequencies of its first tokens."""
+    """A row a way: its texts at each temperature, and the frequencies of its first tokens.
+
+    All rows are of the same noise, so that several of them are no more evidence than one.
+    """
     table = Table("texts equal\nto plain's", box=None, padding=(0, 2, 0, 0))
     for temperature in report.settings.temperatures:
         table.add_column(f"\nT = {temperature:g}", no_wrap=True)
     table.add_column("acceptance\nlength", justify="right", no_wrap=True)
     if report.frequencies:
         num_tokens, one = report.settings.num_first_tokens, report.frequencies[0]
-        table.add_column(f"{one.num_draws} x {num_tokens} tokens,\nT = {one.temperature:g}: chi-square", no_wrap=True)
+        draws = f"{one.num_draws} x {num_tokens} tokens, T = {one.temperature:g},"
+        table.add_column(f"{draws}\nthe same noise in each row: chi-square", no_wrap=True)
         table.add_column("\np-value", no_wrap=True)
     frequencies = {check.way: check for check in report.frequencies}
     for way in dict.fromkeys([*frequencies, *(check.way for check in report.texts)]):
         checks = [check for check in report.texts if check.way == way]
         cells = [_text_cell(check) for check in checks] or [Text("")] * len(report.settings.temperatures)
-        lengths = [check.acceptance_length for check in checks]
+        lengths = [check.acceptance_length for check in checks if not math.isnan(check.acceptance_length)]
         length = f"{sum(lengths) / len(lengths):.2f}" if lengths else ""
         table.add_row(way, *cells, length, *(_frequency_cells(frequencies[way]) if way in frequencies else ()))
     return table

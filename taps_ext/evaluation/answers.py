@@ -10,11 +10,18 @@ import re
 from fractions import Fraction
 
 UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
-NUMBER = re.compile(rf"(?:(?<![\w)])[-+])?(?:{UNSIGNED})(?:\s*/\s*\d+)?")
+NUMBER = re.compile(  # a power is matched, so that its base is no number
+    rf"(?:(?<![\w)])[-+])?(?:{UNSIGNED})(?:\s*/\s*\d+|\s*\^\s*\{{?-?\d+)?"
+)
 HASHES = re.compile(rf"^\s*####\s*([-+]?\$?\s*(?:{UNSIGNED})\s*%?(?:\s+[a-z]+)?)\s*\.?\s*$", re.MULTILINE)  # no heading
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
-SAID = re.compile(r"answer[*_\s]*(?:is[*_\s]*:?|:)[*_\s]*(.+?)(?:\.\s|\.?$)", re.IGNORECASE | re.MULTILINE)
-FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+# Where a reason begins: at a word for it, or at a parenthesis with a word or an equation in it.
+ASIDE = r"[,;]?\s+(?:\((?=[^()]*(?:=|(?<![\\a-zA-Z])[a-zA-Z]{3}))|(?:since|because|as|for|which)\b)"
+SAID = re.compile(rf"answer[*_\s]*(?:is[*_\s]*:?|:)[*_\s]*(.+?)(?:\.\s|\.?$|{ASIDE})", re.IGNORECASE | re.MULTILINE)
+PART = r"\s*(?:\{\s*(-?\d{1,99})\s*\}|(\d))"  # of a fraction
+FRACTION = re.compile(rf"(-?)\\[dt]?frac{PART}{PART}")
+MIXED = re.compile(r"(?<![\d.,/^])(\d{1,99}) +(\d{1,99}) */ *(\d{1,99})(?!\d)")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 UNIT = re.compile(
     r"(?<=[\d}])(?:\s*\\(?:text|mbox|mathrm)\s*\{\s*[a-zA-Z][^{}]*\}(?:\^\{?\d\}?)?|(?:\s+[a-zA-Z]{3,})+)$"
 )
@@ -69,31 +76,46 @@ def last_box(solution: str) -> str | None:
 def normal(expression: str) -> str:
     """One spelling of a LaTeX expression: what changes nothing but the look of it is left out."""
     text = expression.strip().strip("*$").strip().rstrip(".")
-    text = re.sub(r"(?<!\\)\\(?:[,!;:\s]|(?:left|right|displaystyle|quad|qquad)(?![a-zA-Z]))", "", text)
+    text = re.sub(r"\{,\}|,\\!\s*|(?<!\\)\\(?:[,!]|(?:left|right|displaystyle)(?![a-zA-Z]))", "", text)
+    text = re.sub(r"(?<!\\)\\(?:[;:\s]|q?quad(?![a-zA-Z]))", " ", text)
     text = re.sub(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})", "", text)
     text = UNIT.sub("", text.replace("\\%", "").replace("\\$", "").replace("%", "").replace("$", "").strip())
     text = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\s+", "", text)
+    if not re.search(r"[(\[]|\\\{", text):  # where commas stand between elements
+        text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    text = re.sub(r"(?<!\d) | (?!\d)", "", re.sub(r"\s+", " ", text))  # 1 2 is not 12
     text = re.sub(r"(\\frac|\\sqrt)(\d)", r"\1{\2}", text)
-    text = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", text)
-    text = re.sub(r"_\{(\w)\}", r"_\1", text)
+    text = re.sub(r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}", text)
+    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     text = re.sub(r"^[a-zA-Z](?:\\in|=)", "", text)
     text = re.sub(r"^\(([A-Z])\)$", r"\1", text)
-    text = re.sub(r"(?<!\d)\.(?=\d)", "0.", text.replace("\u2212", "-").replace("{,}", ","))
-    return re.sub(r"(\d),(?=\d{3}(?:\D|$))", r"\1", text)
+    return re.sub(r"(?<!\d)\.(?=\d)", "0.", text.replace("\u2212", "-"))
 
 
 def _plain(text: str) -> str:
     """Numbers in LaTeX and in dollars as plain ones."""
-    text = re.sub(r"\\[,!]|[$\\*]", "", FRACTION.sub(r"\1/\2", text))
+    text = re.sub(r"\\[,!]|[$\\*]", "", _slashed(text))
     return text.replace("{,}", ",").replace("\u2212", "-")
 
 
 def _value(text: str) -> Fraction | None:
-    if found := re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}", text):
-        return number(f"{found[1]}{found[2]}/{found[3]}".replace("--", ""))
-    return number(text) if NUMBER.fullmatch(text) else None
+    """Of a normal expression, where commas are no separators of thousands."""
+    text = _slashed(text)
+    return number(text) if NUMBER.fullmatch(text) and "," not in text else None
+
+
+def _slashed(text: str) -> str:
+    """Fractions of whole numbers as -1/2, and mixed numbers as fractions: 1\\frac12 as 3/2."""
+
+    def fraction(found: re.Match[str]) -> str:
+        sign, *parts = found.groups()
+        top, bottom = (int(braced or digit) for braced, digit in (parts[:2], parts[2:]))
+        is_negative = (sign == "-") ^ (top < 0) ^ (bottom < 0)
+        return f"{'-' if is_negative else '+' if sign else ''}{abs(top)}/{abs(bottom)}"
+
+    text = FRACTION.sub(fraction, re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", text))
+    return MIXED.sub(lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", text)
 
 
 def _last(mark: re.Pattern[str], solution: str) -> str | None:

@@ -26,6 +26,7 @@ from ..stats import DecodeStats
 from ..target import ScoredTree, TargetModel
 from ..tree import DraftTree
 from ..verification import verify
+from .frequencies import last_logits
 
 MOST_ROUNDINGS = 4.0  # what counts as explained by rounding, in measured roundings
 ROUNDINGS = 4  # measured at a place; the largest counts
@@ -255,5 +256,5 @@ def _rounding(target: TargetModel, batch: Batch, row: int, new_tokens: Sequence[
     generator = torch.Generator().manual_seed(0)
     noise = 2 * torch.rand(ROUNDINGS, *exact.shape[1:], generator=generator).to(exact.device) - 1
     rounded = (exact.float() * (1 + eps * noise)).to(exact.dtype)
-    logits = target.model(inputs_embeds=torch.cat([exact, rounded]), use_cache=False).logits[:, -1].double().cpu()
+    logits = last_logits(target.model, inputs_embeds=torch.cat([exact, rounded]))
     return _apart(logits[1:], logits[:1])

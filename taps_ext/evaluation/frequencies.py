@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 Text = tuple[int, ...]
-LEAST_COUNT = 5.0  # expected of a cell: the usual rule for chi-square
+LEAST_COUNT = 20.0  # expected of a cell; the usual 5 is for p-values near 0.05, not for those of a millionth
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,16 @@ class ChiSquare:
 
     statistic: float
     num_cells: int
+    num_tokens: int  # of the longest text that has a cell of its own
     p_value: float
+
+
+@torch.inference_mode()
+def last_logits(model: Any, **inputs: Any) -> Tensor:
+    """The logits [B, V] behind each text, float64 on the CPU, of a stock forward that makes no others if it can."""
+    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    logits: Tensor = model(**inputs, use_cache=False, **last_only).logits[:, -1].double().cpu()
+    return logits
 
 
 @torch.inference_mode()
@@ -37,7 +47,7 @@ def common_beginnings(
         for start in range(0, len(texts), batch_size):
             rows = texts[start : start + batch_size]
             ids = torch.tensor([[*prompt, *row] for row in rows], device=model.device)
-            next_token = (model(input_ids=ids, use_cache=False).logits[:, -1].double().cpu() / temperature).softmax(-1)
+            next_token = (last_logits(model, input_ids=ids) / temperature).softmax(-1)
             joint = torch.tensor([found[row] for row in rows], dtype=torch.float64)[:, None] * next_token
             for row, token in (joint >= least).nonzero().tolist():
                 longest.append((*rows[row], token))
@@ -48,8 +58,8 @@ def common_beginnings(
 def chi_square(texts: Sequence[Sequence[int]], beginnings: Mapping[Text, float]) -> ChiSquare:
     """The test of drawn texts against `common_beginnings`.
 
-    A text is counted at the longest of the beginnings that it has. Where fewer than 5 texts are expected, cells are
-    pooled; a pool of fewer than 5 is added to the smallest cell.
+    A text is counted at the longest of the beginnings that it has. Where fewer than 20 texts are expected, cells are
+    pooled; a pool of fewer than 20 is added to the smallest cell.
     """
     counts = Counter(_cell(text, beginnings) for text in texts)
     expected = {text: share * len(texts) for text, share in _own_shares(beginnings).items()}
@@ -61,7 +71,8 @@ def chi_square(texts: Sequence[Sequence[int]], beginnings: Mapping[Text, float])
     else:
         cells.append((pool[0], int(pool[1])))
     statistic = sum((count - mean) ** 2 / mean for mean, count in cells)
-    return ChiSquare(statistic, len(cells), _p_value(statistic, len(cells) - 1))
+    longest = max((len(text) for text in expected if not is_pooled[text]), default=0)
+    return ChiSquare(statistic, len(cells), longest, _p_value(statistic, len(cells) - 1))
 
 
 def _own_shares(beginnings: Mapping[Text, float]) -> dict[Text, float]:

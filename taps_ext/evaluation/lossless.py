@@ -7,142 +7,28 @@ must come as often as the target's own probabilities say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..composition import COMPOSITIONS
+from ..composition import COMPOSITIONS, make_composition
 from ..decoder import SpeculativeDecoder
 from ..drafters import Drafter
 from ..plain_generation import plain_generate
-from ..sampling import SamplingParams
 from ..stats import DecodeStats
 from ..target import TargetModel
 from ..tree import TreeShape
 from .divergence import Batch, Divergence, ListeningTarget, find_divergences
-from .frequencies import LEAST_COUNT, ChiSquare, chi_square, common_beginnings
+from .frequencies import LEAST_COUNT, chi_square, common_beginnings
+from .lossless_report import FrequencyCheck, LosslessReport, LosslessSettings, TextCheck
+from .prompting import padded
 
 PLAIN = "plain"
-TEMPERATURES = (0.0, 0.5, 1.0)
-SIGNIFICANCE = 1e-6  # a p-value below it does not happen by chance, in however many rows of a table
 SMALL = TreeShape(depth=2, branching=4, max_nodes=12)  # for draws of a few tokens; three need no deeper tree
 
 Way = Mapping[str, Any]  # arguments of SpeculativeDecoder: composition, drafter, max_nodes, drafting, ...
 Report = Callable[[str], None]  # told what was done, once a unit of `count_units`
-
-
-@dataclass(frozen=True)
-class LosslessSettings:
-    """How much is checked."""
-
-    temperatures: tuple[float, ...] = TEMPERATURES
-    max_new_tokens: int = 32  # of the longest rows; those beside them end sooner
-    batch_size: int = 8
-    num_draws: int = 1000  # for the frequencies, at the highest temperature; 0 leaves them out
-    num_first_tokens: int = 3
-    draws_together: int = 64
-    seed: int = 0
-    shape: TreeShape = field(default_factory=TreeShape)
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("num_draws", 0), ("draws_together", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
-            raise ValueError(f"give one or more different temperatures, got {list(self.temperatures)}")
-        for temperature in self.temperatures:
-            SamplingParams(temperature)
-
-    @property
-    def draws(self) -> bool:
-        """Whether frequencies are compared."""
-        return self.num_draws > 0 and max(self.temperatures) > 0
-
-
-@dataclass(frozen=True)
-class TextCheck:
-    """A way's texts at one temperature beside the plain ones."""
-
-    way: str
-    temperature: float
-    num_texts: int
-    acceptance_length: float
-    divergences: list[Divergence]
-
-    @property
-    def verdict(self) -> str:
-        """equal, near-ties or different."""
-        if not self.divergences:
-            return "equal"
-        return "near-ties" if all(one.is_near_tie for one in self.divergences) else "different"
-
-
-@dataclass(frozen=True)
-class FrequencyCheck:
-    """The first tokens of a way's draws beside the target's probabilities."""
-
-    way: str
-    temperature: float
-    num_draws: int
-    test: ChiSquare
-
-    @property
-    def verdict(self) -> str:
-        """as expected or not as expected."""
-        return "as expected" if self.test.p_value >= SIGNIFICANCE else "not as expected"
-
-
-@dataclass(frozen=True)
-class LosslessReport:
-    """All that was found."""
-
-    dtype: str
-    settings: LosslessSettings
-    texts: list[TextCheck]
-    frequencies: list[FrequencyCheck]
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing was found but equal texts, near-ties and expected frequencies."""
-        verdicts = {check.verdict for check in self.texts} | {check.verdict for check in self.frequencies}
-        return not verdicts & {"different", "not as expected"}
-
-    @property
-    def verdict(self) -> str:
-        """One sentence."""
-        if not self.passed:
-            return "not lossless"
-        if any(check.verdict == "near-ties" for check in self.texts):
-            return f"lossless, up to near-ties of {self.dtype}"
-        return "lossless"
-
-    @property
-    def notes(self) -> list[str]:
-        """What takes weight from the verdict."""
-        notes = []
-        if idle := [one.way for one in self.texts if one.acceptance_length <= 1]:
-            notes.append(f"no draft token was accepted by {', '.join(dict.fromkeys(idle))}: equal texts prove little")
-        if any(check.test.num_cells < 2 for check in self.frequencies):
-            notes.append("the first tokens are all but certain: their frequencies prove nothing; try other prompts")
-        if not self.frequencies:
-            notes.append("the frequencies of the first tokens were not checked")
-        return notes
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        texts = [
-            {**asdict(check), "verdict": check.verdict, "divergences": [_as_dict(one) for one in check.divergences]}
-            for check in self.texts
-        ]
-        frequencies = [{**asdict(check), "verdict": check.verdict} for check in self.frequencies]
-        head = {"verdict": self.verdict, "passed": self.passed, "notes": self.notes, "dtype": self.dtype}
-        return {**head, "settings": asdict(self.settings), "texts": texts, "frequencies": frequencies}
-
-
-def _as_dict(divergence: Divergence) -> dict[str, Any]:
-    return {**asdict(divergence), "is_near_tie": divergence.is_near_tie}
 
 
 def make_ways(
@@ -150,10 +36,16 @@ def make_ways(
 ) -> dict[str, dict[str, Any]]:
     """The ways of decoding with these compositions, by default with all of them; "single" is one a drafter.
 
-    `max_nodes` is the budget of the merged tree.
+    `max_nodes` is the budget of the merged tree. ValueError for what no decoder takes.
     """
+    names = list(compositions or COMPOSITIONS)
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"the node budget of the merged tree must be at least 1, got {max_nodes}")
+    if max_nodes is not None and "merged" not in names:
+        raise ValueError(f"a node budget is for the merged tree, got composition {', '.join(names)}; add merged")
     ways: dict[str, dict[str, Any]] = {}
-    for name in compositions or COMPOSITIONS:
+    for name in names:
+        make_composition(name)
         if name == "single":
             ways.update({f"single:{one}": {"composition": name, "drafter": one} for one in drafters})
         elif name == "merged" and max_nodes is not None:
@@ -200,14 +92,9 @@ def _batches(prompts: Sequence[Sequence[int]], temperature: float, settings: Los
     batches = []
     for start in range(0, len(prompts), settings.batch_size):
         rows = prompts[start : start + settings.batch_size]
-        width = max(map(len, rows))
-        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-        for row, prompt in enumerate(rows):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
         seeds = [settings.seed + start + row for row in range(len(rows))]
         lengths = [max(1, settings.max_new_tokens - 3 * (row % 4)) for row in range(len(rows))]
-        batches.append(Batch(ids, mask, temperature, seeds, lengths))
+        batches.append(Batch(**padded(rows), temperature=temperature, seeds=seeds, max_new_tokens=lengths))
     return batches
 
 
@@ -240,7 +127,10 @@ def _frequency_checks(
     settings: LosslessSettings,
     report: Report,
 ) -> Iterator[FrequencyCheck]:
-    """A check of plain decoding, whose draws are ours too, and one a decoder."""
+    """A check of plain decoding, whose draws are ours too, and one a decoder.
+
+    All draw with the same seeds, and lossless ones the same texts: a deviation by chance is in every check.
+    """
     temperature, num_draws = max(settings.temperatures), settings.num_draws
     prompt = min(prompts, key=len)
     beginnings = common_beginnings(
