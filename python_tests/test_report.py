@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import report_cases
-from report_cases import DRAFTERS, SETTINGS, TASKS, VARIANTS, answer, read_tables, write_results
+from report_cases import DRAFTERS, SETTINGS, TASKS, VARIANTS, answer, read_tables, variant, write_results
 
 from taps_ext import cli
 from taps_ext.evaluation.report import files, reading, saved
@@ -25,6 +25,7 @@ from taps_ext.evaluation.report.pictures import Line, Panel, Picture, Style, dra
 from taps_ext.evaluation.report.sections import Section, paper, sections
 from taps_ext.evaluation.report.sections.base import style
 from taps_ext.evaluation.report.sections.depth import conditional
+from taps_ext.evaluation.report.sections.differences import comparisons
 from taps_ext.evaluation.report.statistics import Estimate
 from taps_ext.evaluation.report.tables import Column, Table, as_csv, as_html, markdown
 
@@ -115,10 +116,10 @@ def test_the_script_of_the_docs_makes_the_main_table_from_the_lines(
         lengths, speeds = tables[f"acceptance-{name}"], tables[f"tokens-per-second-{name}"]
         by_variant = {row["variant"]: row for row in lengths}, {row["variant"]: row for row in speeds}
         printed = [line.split("\t")[1:] for line in told[temperature].splitlines() if line.split("\t")[0] == label]
-        for variant, task, length, speed in printed:
-            assert float(by_variant[1][variant][task.upper()]) == pytest.approx(float(speed), abs=0.01)
-            if variant != "plain":
-                assert float(by_variant[0][variant][task.upper()]) == pytest.approx(float(length), abs=1e-4)
+        for row, task, length, speed in printed:
+            assert float(by_variant[1][row][task.upper()]) == pytest.approx(float(speed), abs=0.01)
+            if row != "plain":
+                assert float(by_variant[0][row][task.upper()]) == pytest.approx(float(length), abs=1e-4)
         assert len(printed) == 3 * len(speeds)
 
 
@@ -515,6 +516,18 @@ def test_a_line_that_the_last_panel_lacks_is_named_too() -> None:
     panels = (Panel("", (Line("only here", [1], [0.5], Style()),)), Panel("", (Line("there", [1], [0.4], Style()),)))
     _, svg = draw(Picture("name", "", "", (panels,)))
     assert svg.count("<!-- only here -->") == 1 == svg.count("<!-- there -->")
+
+
+def test_variants_are_compared_with_drafters_that_draft_as_they_do(tmp_path: Path) -> None:
+    variants = {**VARIANTS, "single:chat,topk": variant("single", ("chat",), drafting="topk")}
+    view = _view(write_results(tmp_path / "results", variants=variants, temperatures=(1.0,)), 1.0, label="")
+    found = {one.words: {(one.one(task), one.other(task)) for task in view.tasks} for one in comparisons(view)}
+    assert {other for _, other in found["average vs worst specialist"]} == {"single:math,topk", "single:chat,topk"}
+    assert {other for _, other in found["evidence vs best specialist"]} == {"single:math", "single:chat"}
+    for pairs in found.values():
+        for one, other in pairs:
+            if view.specs[one].composition != view.specs[other].composition:
+                assert view.is_coupled(one) == view.is_coupled(other), (one, other)
 
 
 def test_report_json_keeps_every_count(results: Path, tmp_path: Path) -> None:

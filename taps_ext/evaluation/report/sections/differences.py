@@ -17,8 +17,8 @@ TEXT = (
     "Differences in acceptance length over the same questions and drafter seeds, with 95% intervals of resampled "
     "questions: an interval without 0 is a difference. Best single: of all single drafters, the one that accepted most "
     "on the task. Best (worst) specialist: the one that accepted most (least) of the drafters that the variant "
-    "averages, routes or merges; for a drafter by itself, of those that any variant does. They are chosen with "
-    "hindsight, which favours the best a little."
+    "averages, routes or merges, drafting as it does (coupled or top-k); for a drafter by itself, of those that any "
+    "variant does. They are chosen with hindsight, which favours the best a little."
 )
 
 Choice = Callable[[str], "str | None"]  # the variant that stands for it on a task
@@ -80,20 +80,26 @@ def _always(variant: str) -> Choice:
     return lambda task: variant
 
 
-def _best(view: View, drafters: Sequence[str], nodes: int | None = None, is_best: bool = True) -> Choice:
-    return lambda task: view.extreme(view.singles(drafters, nodes), task, is_best)
+def _best(view: View, singles: Sequence[str], is_best: bool = True) -> Choice:
+    return lambda task: view.extreme(singles, task, is_best)
+
+
+def _alone(view: View, variant: str, nodes: int | None = None) -> list[str]:
+    """The variant's drafters by themselves, drafting as it does; empty unless all of them were run so."""
+    is_coupled = view.is_coupled(variant)
+    names = [view.single(drafter, nodes, is_coupled) for drafter in view.specs[variant].drafters]
+    found = [name for name in names if name is not None and view.is_coupled(name) == is_coupled]
+    return found if len(found) == len(names) else []
 
 
 def _merged(view: View) -> Iterator[Comparison]:
     for variant in view.variants(MERGED):
-        spec, nodes = view.specs[variant], view.nodes(variant)
-        if view.temperature > 0 and spec.drafting == TOPK:
-            continue
+        nodes = view.nodes(variant)
         size = nodes or view.base_nodes
-        if view.singles(spec.drafters, size):
+        if alone := _alone(view, variant, size):
             union = f"{variant} (union, at most {view.most_nodes(variant)} nodes)"
             words = f"{view.told(variant) if nodes else union} vs best specialist ({size} nodes)"
-            yield Comparison(words, _always(variant), _best(view, spec.drafters, size))
+            yield Comparison(words, _always(variant), _best(view, alone))
     weighted = [name for name in view.variants(MERGED) if view.nodes(name) and view.specs[name].evidence_decay]
     for variant in weighted:
         spec = view.specs[variant]
@@ -107,16 +113,14 @@ def _merged(view: View) -> Iterator[Comparison]:
 def _mixed(view: View) -> Iterator[Comparison]:
     experts = specialists(view)
     for variant in view.singles([name for name in view.drafters if name not in experts]):
-        yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, experts))
+        yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, view.singles(experts)))
 
 
 def _averaged(view: View) -> Iterator[Comparison]:
     for variant in view.variants(AVERAGE):
-        spec = view.specs[variant]
-        if spec.weight is None:
-            yield Comparison(
-                f"{variant} vs worst specialist", _always(variant), _best(view, spec.drafters, is_best=False)
-            )
+        alone = _alone(view, variant)
+        if alone and view.specs[variant].weight is None:
+            yield Comparison(f"{variant} vs worst specialist", _always(variant), _best(view, alone, is_best=False))
 
 
 def _signals(view: View) -> Iterator[Comparison]:
@@ -129,10 +133,9 @@ def _signals(view: View) -> Iterator[Comparison]:
             if same and ROUTING.index(spec.composition) > ROUTING.index(rest.composition):
                 yield Comparison(f"{one} vs {other}", _always(one), _always(other))
     for variant in found:
-        drafters, is_usual = view.specs[variant].drafters, view.nodes(variant) == view.base_nodes
-        is_default = view.temperature == 0 or view.is_coupled(variant)
-        if is_usual and is_default and view.singles(drafters):
-            yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, drafters))
+        alone = _alone(view, variant)
+        if alone and view.nodes(variant) == view.base_nodes:
+            yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, alone))
 
 
 def _drafting(view: View) -> Iterator[Comparison]:
