@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from training_cases import write_conversations
 
 from taps_ext import cli
@@ -299,15 +298,3 @@ def test_the_document_has_every_key_of_a_recipe_with_its_default() -> None:
     documented = re.findall(r"^\| `([\w.\[\]]+)` \| (.*?) \| .+ \|$", table, re.M)
     assert dict(documented) == dict(recipe_keys())
     assert len(documented) == len(dict(documented))
-
-
-def test_the_commands_of_the_document_exist_with_their_options() -> None:
-    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    blocks = re.findall(r"^```\n(.*?)^```", DOCUMENT.read_text(), re.M | re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    written = [re.search(r"(?:taps-ext|-m taps_ext) (\w+)(.*?)(?:#.*)?$", line) for line in lines if line]
-    assert len(written) >= 8
-    for command in written:
-        assert command is not None
-        options = {option for parameter in commands[command[1]].params for option in parameter.opts}
-        assert set(re.findall(r"(?<= )--[\w-]+", command[2])) <= options, command[0]
