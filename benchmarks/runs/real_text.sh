@@ -1,7 +1,7 @@
 #!/bin/sh
 # TAPS on real text, from nothing: a small target, EAGLE-2 and HASS drafters on math, on chat, on half of each and on
 # all of both, from three seeds, evaluated on MT-Bench, GSM8K, MATH-500 and SVAMP. What is there already is kept, and
-# what was stopped goes on, so that it can be run a piece at a time; some 100 minutes of 2 cores in all.
+# what was stopped goes on, so that it can be run a piece at a time; over two hours of 2 cores in all.
 #
 # Usage: real_text.sh DATA [FOLDER [STAGE...]]     FOLDER is out/real_text, the stages are target, drafters, evaluate, report
 #   DATA/train/{math,chat}.jsonl: conversations; DATA/eval/{mt_bench,gsm8k,math500,svamp}.jsonl: questions
@@ -95,6 +95,7 @@ stage_evaluate() {
         evaluate hass-1 hass 1 HASS $all_tasks --temperature 0 --temperature 1 $paper
         for seed in 2 3; do
             evaluate eagle2-$seed eagle2 $seed EAGLE-2 $all_tasks --temperature 0 $singles $merged
+            evaluate hass-$seed hass $seed HASS $all_tasks --temperature 0 $singles $merged
         done
         evaluate eagle2-weights eagle2 1 EAGLE-2 $all_tasks --temperature 0 --variant average:$both,weight=0.1 \
             --variant average:$both,weight=0.3 --variant average:$both,weight=0.7 --variant average:$both,weight=0.9
