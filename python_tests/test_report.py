@@ -268,8 +268,8 @@ def test_routing_is_told_by_step_and_by_majority_and_right_is_the_better_single(
 
 
 def test_signals_are_oriented_so_that_more_is_better(tables: Tables) -> None:
-    """Made-up accepted nodes have the higher confidence and the lower entropy, nearly always."""
-    for row in tables["signals-hass-t0"]:
+    """Made-up accepted nodes have the higher confidence and the lower entropy, nearly always, of one seed or of two."""
+    for row in tables["signals-hass-t0"] + tables["signals-eagle-2-t0"]:
         assert float(row["confidence: accepted"]) > float(row["confidence: rejected"])
         assert float(row["entropy: accepted"]) < float(row["entropy: rejected"])
         for name in ("confidence", "entropy"):

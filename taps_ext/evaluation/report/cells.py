@@ -19,7 +19,8 @@ class Signal:
     accepted: Array  # the signal summed over accepted nodes
     num_rejected: Array
     rejected: Array
-    won: Array  # pairs of an accepted and a rejected node of the question, the accepted one higher (ties half)
+    pairs: Array  # of an accepted and a rejected node of the same run and question
+    won: Array  # those of them in which the accepted node's is higher, ties half
     bins: Array  # [2, NUM_BINS], of all questions: accepted, rejected
 
     @classmethod
@@ -28,7 +29,7 @@ class Signal:
         return cls(**dict(zip(SUMS, sums, strict=True)), bins=bins)
 
 
-SUMS = ("num_accepted", "accepted", "num_rejected", "rejected", "won")
+SUMS = ("num_accepted", "accepted", "num_rejected", "rejected", "pairs", "won")
 
 
 @dataclass(frozen=True, eq=False)

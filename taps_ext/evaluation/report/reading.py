@@ -136,8 +136,9 @@ def _stacked(rows: Sequence[Any]) -> Array:
 
 def _signal(parts: Sequence[Mapping[str, Any]]) -> Signal:
     bins = np.stack([part["bins"] for part in parts])
+    sums, counts = np.array([part["sums"] for part in parts]).T, bins.sum(axis=2)
     won = pairs_won(bins[:, 0], bins[:, 1])
-    return Signal.of([*np.array([part["sums"] for part in parts]).T, won], bins.sum(axis=0))
+    return Signal.of([*sums, counts[:, 0] * counts[:, 1], won], bins.sum(axis=0))
 
 
 def check_comparable(runs: Sequence[Run]) -> None:

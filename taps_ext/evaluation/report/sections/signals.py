@@ -69,8 +69,7 @@ def higher_of_pairs(name: str) -> Figure:
 
     def figure(cell: Cell) -> tuple[Array, Array]:
         signal = cell.signals[name]
-        pairs = signal.num_accepted * signal.num_rejected
-        return (signal.won if name == CONFIDENCE else pairs - signal.won), pairs
+        return (signal.won if name == CONFIDENCE else signal.pairs - signal.won), signal.pairs
 
     return figure
 
