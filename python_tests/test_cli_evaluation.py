@@ -135,6 +135,10 @@ def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--max-nodes=0"], "max_nodes must be"),
         (["--device=tpu"], "device must be cpu"),
         (["--drafter=math=tiny/math", "--drafter=math=tiny/chat"], "given twice"),
+        (
+            ["--target={folder}/none", "--drafter=math=tiny/math", "--task=tiny_math"],
+            "none: it is neither a folder with config.json nor a hub id",
+        ),
         (["--drafter=a=nowhere/at/all"], "drafter 'a': no drafter at nowhere/at/all"),
         (["--drafter=a=tiny/math", "--drafter=b={folder}/other"], "drafter 'b': drafter vocabulary 1000 differs"),
         (["--target={folder}/target", "--drafter=math=tiny/math"], "give at least one --task"),

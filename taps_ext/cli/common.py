@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import tiny
+from ..drafters.target_files import open_target
 
 JSON_HELP = "Print one JSON object and nothing else."
 DEVICE_HELP = "cpu, cuda or cuda:1; default: a GPU where there is one and ops for it."
@@ -34,10 +35,8 @@ def keep_logs_clean() -> None:
 
 
 def target_config(target: str) -> Any:
-    """The config of a target's language model, by folder, hub id or `tiny`."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(tiny.resolve(target)).get_text_config()
+    """The config of a target's language model, by folder, hub id or `tiny`; FileNotFoundError if there is none."""
+    return open_target(tiny.resolve(target)).config
 
 
 def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
@@ -52,6 +51,7 @@ def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
     if target == tiny.TINY:
         model, tokenizer = tiny.load_target()
     else:
+        open_target(target)  # says in a sentence that there is none
         model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(target)
     return model.to(device=device, dtype=chosen).eval(), tokenizer

@@ -165,8 +165,7 @@ def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) 
 
 def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> SpaceEstimate:
     """What the features that are missing will take; looked up without making the folder."""
-    from transformers import AutoConfig
-
+    from ..drafters.target_files import open_target
     from ..tiny import resolve
     from ..training import feature_store
     from ..training.feature_shards import DTYPES
@@ -174,7 +173,7 @@ def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> SpaceEstimate:
     folder = Path(recipe.features.path or "").expanduser()
     if (folder / feature_store.MANIFEST).exists():
         return feature_store.open_store(folder).space_for(datasets)
-    config = AutoConfig.from_pretrained(resolve(recipe.target), revision=recipe.target_revision).get_text_config()
+    config = open_target(resolve(recipe.target), recipe.target_revision).config
     lengths = {id: data.length(i) for data in datasets for i, id in enumerate(data.ids)}
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return feature_store.SpaceEstimate(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint_files import HUB_ID, WEIGHT_FILES
+from .checkpoint_files import WEIGHT_FILES
 from .tensor_files import StoredTensor, read_tensors, shard_map
 
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 LM_HEAD_SUFFIX = "lm_head.weight"
+HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ def _draw_shares(axes: Any, shares: Shares, row: int, colours: dict[str, str]) -
     left = 0.0
     for name, part in shares.parts.items():
         axes.barh(row, part, left=left, height=0.68, color=colours[name], edgecolor=PAPER, linewidth=1)
-        if part >= 0.1:
+        if part >= 0.14:  # wide enough for its label
             axes.text(left + part / 2, row, f"{part:.0%}", ha="center", va="center", color="white", fontsize=8.5)
         left += part
     axes.set_xlim(0, 1)
