@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from ...variants import AVERAGE, MERGED, SINGLE
 from ..figures import ROUTING, TOPK, View, mean_over
@@ -67,7 +68,7 @@ def _difference(view: View, comparison: Comparison, task: str) -> Sampled | None
 
 def comparisons(view: View) -> list[Comparison]:
     """The pairs that there are variants for."""
-    return [*_merged(view), *_mixed(view), *_averaged(view), *_signals(view), *_drafting(view)]
+    return [*_special(view), *_merged(view), *_mixed(view), *_averaged(view), *_signals(view), *_drafting(view)]
 
 
 def specialists(view: View) -> list[str]:
@@ -90,6 +91,12 @@ def _alone(view: View, variant: str, nodes: int | None = None) -> list[str]:
     names = [view.single(drafter, nodes, is_coupled) for drafter in view.specs[variant].drafters]
     found = [name for name in names if name is not None and view.is_coupled(name) == is_coupled]
     return found if len(found) == len(names) else []
+
+
+def _special(view: View) -> Iterator[Comparison]:
+    """Specialists against each other: how special are they?"""
+    for one, other in combinations(view.singles(specialists(view)), 2):
+        yield Comparison(f"{one} vs {other}", _always(one), _always(other))
 
 
 def _merged(view: View) -> Iterator[Comparison]:
@@ -120,7 +127,8 @@ def _averaged(view: View) -> Iterator[Comparison]:
     for variant in view.variants(AVERAGE):
         alone = _alone(view, variant)
         if alone and view.specs[variant].weight is None:
-            yield Comparison(f"{variant} vs worst specialist", _always(variant), _best(view, alone, is_best=False))
+            for words, is_best in (("best", True), ("worst", False)):
+                yield Comparison(f"{variant} vs {words} specialist", _always(variant), _best(view, alone, is_best))
 
 
 def _signals(view: View) -> Iterator[Comparison]:
