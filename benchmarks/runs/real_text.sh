@@ -12,7 +12,9 @@ root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
 [ $# -gt 0 ] || { echo "usage: real_text.sh DATA [FOLDER [STAGE...]]" >&2; exit 2; }
 data="$(cd "$1" && pwd)"
-folder="${2:-$root/out/real_text}"
+mkdir -p "${2:-$root/out/real_text}"
+folder="$(cd "${2:-$root/out/real_text}" && pwd)"
+cd "$root" # python -m takes modules from where it stands before all others
 jobs="${JOBS:-2}"
 steps="${STEPS:-300}"
 self="$root/benchmarks/runs/$(basename "$0")"
