@@ -186,12 +186,13 @@ def test_the_range_over_seeds_is_of_each_seeds_mean_over_tasks(
     assert row["range over seeds"] == f"{min(means):.2f} to {max(means):.2f}"
 
 
-def test_tiles_are_of_the_longest_the_best_single_drafter_and_every_turn(results: Path, lines: Lines) -> None:
+def test_tiles_are_of_the_best_of_several_drafters_of_one_and_of_every_turn(results: Path, lines: Lines) -> None:
     seen = views(reading.read([results]))
-    (longest, named), (single, _), (forwards, _), (equal, _) = files._tiles(seen)
+    (several, named), (single, _), (forwards, _), (equal, _) = files._tiles(seen)
     usual = [name for name in VARIANTS if name != "plain" and not name.endswith(("20", "0.25", "topk"))]
     best = max(usual, key=lines.mean_tau)
-    assert longest == f"{lines.mean_tau(best):.2f}" and best in named
+    composed = max(set(usual) - set(SINGLES), key=lines.mean_tau)
+    assert several == f"{lines.mean_tau(composed):.2f}" and composed in named
     assert single == f"{max(map(lines.mean_tau, SINGLES)):.2f}"
     turns = {task: lines.turns(best, task) for task in ("gsm8k", "mt_bench", "svamp")}
     means = [

@@ -93,17 +93,15 @@ def _tiles(seen: Sequence[View]) -> list[tuple[str, str]]:
     """The first figures that a reader looks for, of the first view; losslessness is that of all."""
     view = seen[0]
     tiles: list[tuple[str, str]] = []
-    lengths = _means(view, micro)
-    if lengths:
-        best = max(lengths, key=lambda one: lengths[one])
-        tiles.append(
-            (f"{lengths[best]:.2f}", f"tokens a step, mean over tasks: {view.told(best)}, the longest ({view.name})")
-        )
-        if best_singles := [one for one in view.singles() if one in lengths]:
-            single = max(best_singles, key=lambda one: lengths[one])
-            tiles.append((f"{lengths[single]:.2f}", f"tokens a step: {single}, the best single drafter over all tasks"))
-        if (forwards := _means(view, forwards_per_token).get(best)) is not None:
-            tiles.append((f"{forwards:.2f}", f"target forwards a token: {view.told(best)}; plain decoding has 1"))
+    lengths, singles = _means(view, micro), view.singles()
+    names = sorted(lengths, key=lambda one: -lengths[one])
+    several = [one for one in names if len(view.specs[one].drafters) > 1]
+    for words, found in (("several drafters", several), ("a single drafter", [one for one in names if one in singles])):
+        if found:
+            told = f"tokens a step, mean over tasks ({view.name}): the best of {words}, {view.told(found[0])}"
+            tiles.append((f"{lengths[found[0]]:.2f}", told))
+    if names and (forwards := _means(view, forwards_per_token).get(names[0])) is not None:
+        tiles.append((f"{forwards:.2f}", f"target forwards a token: {view.told(names[0])}; plain decoding has 1"))
     cells = [cell for view in seen for one in view.variants() for task in view.tasks if (cell := view.cell(one, task))]
     equal, turns = (sum(int(equal_to_plain(cell)[side].sum()) for cell in cells) for side in (0, 1))
     if turns:
