@@ -90,7 +90,7 @@ def _view(folder: Path, temperature: float = 0.0, label: str = "EAGLE-2") -> Vie
 
 
 def _section(folder: Path, name: str) -> Section | None:
-    found = [one for one in sections(views(reading.read([folder / "report.json"]))) if one.name == name]
+    found = [one for one in sections(views(reading.read([folder]))) if one.name == name]
     return found[0] if found else None
 
 
@@ -279,7 +279,7 @@ def test_signals_are_oriented_so_that_more_is_better(tables: Tables) -> None:
 
 def test_a_section_is_there_only_where_the_results_have_what_it_needs(tmp_path: Path, results: Path) -> None:
     folder = write_results(tmp_path / "few", variants=FEW, temperatures=(0.0,))
-    names = [section.name for section in sections(views(reading.read([folder / "report.json"])))]
+    names = [section.name for section in sections(views(reading.read([folder])))]
     assert names == ["acceptance", "differences", "plain", "depth", "signals", "provenance"]
     every = [section.name for section in sections(views(reading.read([results])))]
     assert {"averaging", "routing", "merging", "budget", "published"}.issubset(every)
@@ -550,10 +550,7 @@ def test_made_up_lines_have_the_fields_of_real_ones() -> None:
 def test_the_published_tables_are_those_of_their_json() -> None:
     """Whoever changes what a table says makes the published report again."""
     folder = Path(__file__).parents[1] / "benchmarks" / "results" / "real_text"
-    made = {
-        table.name: as_csv(table)
-        for part in sections(views(reading.read([folder / "report.json"])))
-        for table in part.tables
-    }
+    parts = sections(views(saved.load(folder / "report.json")))
+    made = {table.name: as_csv(table) for part in parts for table in part.tables}
     published = {path.stem: path.read_text(encoding="utf-8") for path in (folder / "tables").glob("*.csv")}
     assert made == published

@@ -89,7 +89,8 @@ def _picture(view: View, families: Sequence[Sequence[str]]) -> Picture:
             lines.append(
                 Line(_name(view, names), x, [estimate.value for estimate in estimates], style(view, names[0]), **band)
             )
-        panels.append(Panel(view.title(task), tuple(lines)))
+        if any(len(line.x) > 1 for line in lines):
+            panels.append(Panel(view.title(task), tuple(lines)))
     caption = (
         "Each point is a budget; the union of trees of the usual size is a point of its own. Bands are 95% intervals."
     )

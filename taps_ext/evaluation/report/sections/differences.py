@@ -32,6 +32,7 @@ class Comparison:
     words: str
     one: Choice
     other: Choice
+    is_drawn: bool = True  # else told in the table alone, as it is so large that others would not be seen beside it
 
 
 def section(views: Sequence[View]) -> Section:
@@ -45,7 +46,8 @@ def section(views: Sequence[View]) -> Section:
         compared = [(one, [_difference(view, one, task) for task in view.tasks]) for one in comparisons(view)]
         compared = [(one, found) for one, found in compared if any(part is not None for part in found)]
         tables.append(_named(view, compared))
-        pictures.append(_picture(view, compared))
+        if (picture := _picture(view, compared)) is not None:
+            pictures.append(picture)
     return Section("differences", TITLE, TEXT, tuple(tables), tuple(pictures))
 
 
@@ -96,7 +98,7 @@ def _alone(view: View, variant: str, nodes: int | None = None) -> list[str]:
 def _special(view: View) -> Iterator[Comparison]:
     """Specialists against each other: how special are they?"""
     for one, other in combinations(view.singles(specialists(view)), 2):
-        yield Comparison(f"{one} vs {other}", _always(one), _always(other))
+        yield Comparison(f"{one} vs {other}", _always(one), _always(other), is_drawn=False)
 
 
 def _merged(view: View) -> Iterator[Comparison]:
@@ -128,7 +130,8 @@ def _averaged(view: View) -> Iterator[Comparison]:
         alone = _alone(view, variant)
         if alone and view.specs[variant].weight is None:
             for words, is_best in (("best", True), ("worst", False)):
-                yield Comparison(f"{variant} vs {words} specialist", _always(variant), _best(view, alone, is_best))
+                choice = _best(view, alone, is_best)
+                yield Comparison(f"{variant} vs {words} specialist", _always(variant), choice, is_drawn=False)
 
 
 def _signals(view: View) -> Iterator[Comparison]:
@@ -157,7 +160,7 @@ def _drafting(view: View) -> Iterator[Comparison]:
                 spec.evidence_decay,
             )
             if same and view.is_coupled(variant) and rest.drafting == TOPK:
-                yield Comparison(f"{variant} vs {other}", _always(variant), _always(other))
+                yield Comparison(f"{variant} vs {other}", _always(variant), _always(other), is_drawn=False)
 
 
 def _named(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled | None]]]) -> Table:
@@ -172,15 +175,21 @@ def _named(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled | N
     return Table(f"comparisons-{view.slug}", f"Comparisons: {view.name}", note, columns, tuple(rows))
 
 
-def _picture(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled | None]]]) -> Picture:
+def _picture(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled | None]]]) -> Picture | None:
+    compared = [(one, found) for one, found in compared if one.is_drawn]
+    if not compared:
+        return None
+    columns = {view.title(task): [found[index] for _, found in compared] for index, task in enumerate(view.tasks)}
+    if len(view.tasks) > 1:
+        columns[MEAN] = [mean_over(found) for _, found in compared]
     panels = []
-    for index, task in enumerate(view.tasks):
-        dots = [
-            Dot(comparison.words, figure.estimate, Style(INK))
-            for comparison, found in compared
-            if (figure := found[index]) is not None
-        ]
-        panels.append(Panel(view.title(task), tuple(dots), reference=0.0))
-    caption = "Differences in acceptance length with 95% intervals; right of the dashed line the first accepts more."
+    for title, figures in columns.items():
+        pairs = zip(compared, figures, strict=True)
+        dots = [Dot(one.words, figure.estimate, Style(INK)) for (one, _), figure in pairs if figure is not None]
+        panels.append(Panel(title, tuple(dots), reference=0.0))
+    caption = (
+        "Differences in acceptance length with 95% intervals; right of the dashed line the first accepts more. Those of "
+        "specialists, averages and kinds of drafting are larger and in the table alone."
+    )
     title = f"Comparisons: {view.name}"
     return Picture(f"comparisons-{view.slug}", title, caption, (tuple(panels),), x="tokens a step")
