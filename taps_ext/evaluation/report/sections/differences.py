@@ -188,8 +188,8 @@ def _picture(view: View, compared: Sequence[tuple[Comparison, Sequence[Sampled |
         dots = [Dot(one.words, figure.estimate, Style(INK)) for (one, _), figure in pairs if figure is not None]
         panels.append(Panel(title, tuple(dots), reference=0.0))
     caption = (
-        "Differences in acceptance length with 95% intervals; right of the dashed line the first accepts more. Those of "
-        "specialists, averages and kinds of drafting are larger and in the table alone."
+        "Differences in acceptance length with 95% intervals; right of the dashed line the first accepts more. Those "
+        "of specialists, averages and kinds of drafting are larger and in the table alone."
     )
     title = f"Comparisons: {view.name}"
     return Picture(f"comparisons-{view.slug}", title, caption, (tuple(panels),), x="tokens a step")
