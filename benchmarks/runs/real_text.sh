@@ -1,8 +1,8 @@
 #!/bin/sh
 # TAPS on real text, from nothing: a small target, EAGLE-2 and HASS drafters on math, on chat, on half of each and on
 # all of both, from three seeds, evaluated on MT-Bench, GSM8K, MATH-500 and SVAMP. What is there already is kept, and
-# what was stopped goes on, so that it can be run a piece at a time. On 2 cores the target takes half an hour, the drafters
-# take one, and the evaluation takes an hour and a quarter.
+# what was stopped goes on, so that it can be run a piece at a time. On 2 cores the target takes half an hour, the
+# drafters take one to two, and the evaluation one and a half to two.
 #
 # Usage: real_text.sh DATA [FOLDER [STAGE...]]     FOLDER is out/real_text, the stages are target, drafters, evaluate, report
 #   DATA/train/{math,chat}.jsonl: conversations; DATA/eval/{mt_bench,gsm8k,math500,svamp}.jsonl: questions
@@ -11,6 +11,7 @@
 set -eu
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 python="${PYTHON:-$root/.venv/bin/python}"
+case "$python" in /*) ;; */*) python="$PWD/$python" ;; esac
 [ $# -gt 0 ] || { echo "usage: real_text.sh DATA [FOLDER [STAGE...]]" >&2; exit 2; }
 data="$(cd "$1" && pwd)"
 mkdir -p "${2:-$root/out/real_text}"
@@ -95,6 +96,8 @@ stage_evaluate() {
         evaluate eagle2-1 eagle2 1 EAGLE-2 $all_tasks --temperature 0 --temperature 1 $paper --variant entropy:$both \
             --variant evidence:$both --variant merged:$both@60,evidence=0 --variant single:math,topk \
             --variant single:chat,topk --variant confidence:$both,topk --variant merged:$both,topk
+        evaluate eagle2-topk eagle2 1 EAGLE-2 $all_tasks --temperature 1 --variant single:half,topk \
+            --variant single:full,topk --variant entropy:$both,topk --variant evidence:$both,topk
         evaluate hass-1 hass 1 HASS $all_tasks --temperature 0 --temperature 1 $paper
         for seed in 2 3; do
             evaluate eagle2-$seed eagle2 $seed EAGLE-2 $all_tasks --temperature 0 $singles $merged
