@@ -290,7 +290,7 @@ def test_published_figures_stand_beside_the_row_that_does_the_same_and_are_marke
 ) -> None:
     rows = {row["published row"]: row for row in tables["published-eagle-2-t1"]}
     assert rows["MathInstruct"]["row here"] == "single:math,topk"  # the paper drafts top-k
-    assert rows["Merged trees"]["row here"] == "merged" and rows["Averaged"]["row here"] == "average"
+    assert rows["Merged trees"]["row here"] == "merged (coupled)" and rows["Averaged"]["row here"] == "average"
     assert float(rows["ShareGPT"]["MT_BENCH, published"]) == 3.38
     hass = {row["published row"] for row in tables["published-hass-t0"]}
     assert hass == {"MathInstruct", "ShareGPT"}

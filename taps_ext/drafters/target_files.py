@@ -13,7 +13,7 @@ from .tensor_files import StoredTensor, read_tensors, shard_map
 
 EMBEDDING_SUFFIX = "embed_tokens.weight"
 LM_HEAD_SUFFIX = "lm_head.weight"
-HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
+TARGET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def open_target(path_or_id: str | os.PathLike[str], revision: str | None = None)
     from transformers import AutoConfig
 
     name = os.fspath(path_or_id)
-    if not (Path(name) / "config.json").is_file() and (Path(name).exists() or not HUB_ID.fullmatch(name)):
+    if not (Path(name) / "config.json").is_file() and (Path(name).exists() or not TARGET_ID.fullmatch(name)):
         raise FileNotFoundError(f"no target at {name}: it is neither a folder with config.json nor a hub id")
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)

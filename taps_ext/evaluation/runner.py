@@ -202,7 +202,7 @@ def _provenance(command: str, target: TargetModel, processes: Processes) -> dict
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **info.code_version(),
         "versions": {"python": platform.python_version(), **here.versions},
-        "platform": here.platform,
+        "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
         "num_threads": here.num_threads,
         "num_processes": processes.count,

@@ -15,6 +15,7 @@ from ..drafters.checkpoint import load_network
 from ..drafters.checkpoint_files import read_folder
 from ..drafters.eagle_network import EagleConfig, EagleNetwork
 from ..drafters.published_format import check_fits
+from ..drafters.target_files import open_target
 from ..tiny import resolve
 from .config import Recipe
 from .data import PreparedData, prepare
@@ -81,9 +82,10 @@ def _check_lengths(data: PreparedData, target_config: Any) -> None:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The target's tokenizer; ValueError, in a sentence, if there is none."""
+    """The target's tokenizer; OSError or ValueError, in a sentence, if there is none."""
     from transformers import AutoTokenizer
 
+    open_target(resolve(recipe.target), recipe.target_revision)
     with _told(f"the tokenizer of the target {recipe.target}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve(recipe.target), revision=recipe.target_revision

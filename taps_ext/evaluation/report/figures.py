@@ -181,9 +181,10 @@ class View:
         found = [set(own) for name in variants if (own := self.replicates(name, task))]
         return sorted(set.intersection(*found)) if found else []
 
-    def aligned(self, variants: Sequence[str], task: str) -> list[Cell] | None:
-        """Each variant's counts over the replicates and questions that all of them have; None if there are none."""
-        replicates = self.shared(variants, task)
+    def aligned(self, variants: Sequence[str], task: str, replicates: Iterable[int] | None = None) -> list[Cell] | None:
+        """Each variant's counts over the replicates (default: all) and questions that all of them have; None if there
+        are none."""
+        replicates = self.shared(variants, task) if replicates is None else list(replicates)
         found = [self.cell(name, task, replicates) for name in variants]
         cells = [cell for cell in found if cell is not None]
         return _common(cells) if cells and len(cells) == len(variants) else None

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...disk import check_writable, written
+from ..variants import MERGED
 from .cells import Run
-from .figures import Figure, View, equal_to_plain, forwards_per_token, mean_over, micro, views
+from .figures import ROUTING, Figure, View, equal_to_plain, forwards_per_token, mean_over, micro, views
 from .page import page
 from .pictures import Picture, draw
 from .saved import dump
@@ -95,7 +96,7 @@ def _tiles(seen: Sequence[View]) -> list[tuple[str, str]]:
     tiles: list[tuple[str, str]] = []
     lengths, singles = _means(view, micro), view.singles()
     names = sorted(lengths, key=lambda one: -lengths[one])
-    several = [one for one in names if len(view.specs[one].drafters) > 1]
+    several = [one for one in names if one in view.variants(*ROUTING, MERGED)]
     for words, found in (("several drafters", several), ("a single drafter", [one for one in names if one in singles])):
         if found:
             told = f"tokens a step, mean over tasks ({view.name}): the best of {words}, {view.told(found[0])}"
@@ -110,12 +111,8 @@ def _tiles(seen: Sequence[View]) -> list[tuple[str, str]]:
 
 
 def _means(view: View, figure: Figure) -> dict[str, float]:
-    """Of the usual variants, each over all tasks and the drafter seeds that all have."""
-    usual = view.usual()
-    found = {
-        one: mean_over([view.value(one, task, figure, view.shared(usual, task)) for task in view.tasks])
-        for one in usual
-    }
+    """Of the usual variants, each over all tasks and its drafter seeds, as the main table has it."""
+    found = {one: mean_over([view.value(one, task, figure) for task in view.tasks]) for one in view.usual()}
     return {one: mean.value for one, mean in found.items() if mean is not None}
 
 

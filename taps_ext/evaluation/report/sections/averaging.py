@@ -14,8 +14,8 @@ from .base import MEAN, SINGLE_COLOURS, Section
 TITLE = "Averaging two drafters"
 TEXT = (
     "Acceptance length of one drafter whose weights are w of the first drafter's and 1 - w of the second's; the ends "
-    "are the two themselves. An average has no calibration and drafts top-k; above temperature 0 so do the ends, "
-    "where they were run so. On a task all points are of the drafter seeds that each of them has."
+    "are the two themselves. An average has no calibration and drafts top-k, and so do the ends above temperature 0: "
+    "without such runs they are missing. On a task all points are of the drafter seeds that each of them has."
 )
 
 Point = tuple[float, str]  # the first drafter's weight, and the variant
@@ -41,7 +41,8 @@ def _points(view: View, pair: tuple[str, ...]) -> list[Point]:
     ]
     ends = [(float(index == 0), view.single(drafter, is_coupled=False)) for index, drafter in enumerate(pair)]
     usual = [point for point in inner if view.nodes(point[1]) == view.base_nodes]
-    return sorted([*usual, *((weight, name) for weight, name in ends if name is not None)])
+    alike = [(weight, name) for weight, name in ends if name is not None and not view.is_coupled(name)]
+    return sorted([*usual, *alike])
 
 
 def _name(view: View, pair: tuple[str, ...]) -> str:

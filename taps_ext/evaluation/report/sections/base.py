@@ -31,9 +31,9 @@ class Section:
 def style(view: View, variant: str) -> Style:
     """Single drafters by colour, compositions and the union by colour and marker; top-k and unweighted ones dashed."""
     spec = view.specs[variant]
-    is_dashed = (spec.drafting == TOPK and spec.composition != AVERAGE) or (
-        spec.composition == MERGED and spec.max_nodes is not None and not spec.evidence_decay
-    )
+    is_topk = spec.drafting == TOPK or (spec.composition == AVERAGE and view.temperature > 0)
+    is_unweighted = spec.composition == MERGED and spec.max_nodes is not None and not spec.evidence_decay
+    is_dashed = is_topk or is_unweighted
     colour = COLOURS.get(spec.composition, INK)
     if spec.composition == SINGLE:
         colour = SINGLE_COLOURS[view.drafters.index(spec.drafters[0]) % len(SINGLE_COLOURS)]

@@ -30,7 +30,8 @@ def section(views: Sequence[View]) -> Section:
         families = _families(view)
         if any(len(variants) > 1 for variants in families):
             tables.append(_table(view, families))
-            pictures.append(_picture(view, families))
+            if (picture := _picture(view, families)) is not None:
+                pictures.append(picture)
     return Section("budget", TITLE, TEXT, tuple(tables), tuple(pictures))
 
 
@@ -75,7 +76,8 @@ def _points(view: View, families: Sequence[Sequence[str]]) -> dict[tuple[str, st
     return found
 
 
-def _picture(view: View, families: Sequence[Sequence[str]]) -> Picture:
+def _picture(view: View, families: Sequence[Sequence[str]]) -> Picture | None:
+    """Of the tasks with a sweep."""
     panels, points = [], _points(view, families)
     shown = [names for names in families if len(names) > 1 or view.nodes(names[0]) is None]
     for task in view.tasks:
@@ -91,6 +93,8 @@ def _picture(view: View, families: Sequence[Sequence[str]]) -> Picture:
             )
         if any(len(line.x) > 1 for line in lines):
             panels.append(Panel(view.title(task), tuple(lines)))
+    if not panels:
+        return None
     caption = (
         "Each point is a budget; the union of trees of the usual size is a point of its own. Bands are 95% intervals."
     )

@@ -83,7 +83,7 @@ def _table(view: View) -> Table | None:
     rows: list[tuple[Entry, ...]] = []
     ours = {name: variant for name in theirs if (variant := _variant(view, name)) is not None}
     for name, variant in ours.items():
-        row: list[Entry] = [name, variant]
+        row: list[Entry] = [name, f"{variant} (coupled)" if view.is_coupled(variant) else variant]
         for task in tasks:
             own = view.value(variant, task, micro, view.shared(ours.values(), task))
             row += [theirs[name][TASKS.index(task)], None if own is None else own.estimate]

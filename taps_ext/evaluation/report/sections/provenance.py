@@ -52,7 +52,8 @@ def _facts(run: Run) -> dict[str, str]:
         name: {part: task[part] for part in ("num_questions", "source")} for name, task in asked["tasks"].items()
     }
     facts |= {"temperatures": asked["temperatures"], "settings": asked["settings"], **run.provenance}
-    return {name: _text(value) for name, value in _flat(facts) if value not in (None, "")}
+    facts["resumed"] = [f"{one['date']} at {one['commit']}" for one in run.provenance.get("resumed", ())]
+    return {name: _text(value) for name, value in _flat(facts) if value not in (None, "", [])}
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

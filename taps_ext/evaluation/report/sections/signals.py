@@ -14,7 +14,7 @@ from ..pictures import BLUE, VERMILION, Panel, Picture, Steps
 from ..statistics import Array, Sampled, auc
 from ..tables import Column, Entry, Table
 from .base import MEAN, Section
-from .routing import agreement, alone, lengths, rightness
+from .routing import agreement, alone, rightness
 
 TITLE = "Confidence and entropy"
 TEXT = (
@@ -116,15 +116,17 @@ def _routing_tables(view: View) -> list[Table]:
 
 def _routing_table(view: View, drafters: tuple[str, ...]) -> Table | None:
     singles = alone(view, drafters, view.base_nodes, is_coupled=False) or []
-    confidence, entropy = ([_hits(view, singles, task, name) for task in view.tasks] for name in SIGNALS)
+    usual = [name for name in view.variants(*ROUTING) if view.nodes(name) == view.base_nodes]
+    routed = [name for name in usual if view.specs[name].drafters == drafters]
+    seeds = {task: view.shared([*singles, *routed], task) for task in view.tasks}
+    confidence, entropy = ([_hits(view, singles, task, name, seeds[task]) for task in view.tasks] for name in SIGNALS)
     pairs = zip(_part(confidence), _part(entropy), strict=True)
     gaps = [None if one is None or two is None else one - two for one, two in pairs]
     rows = [_row("higher mean confidence", _part(confidence)), _row("lower mean entropy", _part(entropy))]
     rows.append(_row("confidence - entropy", gaps))
-    for variant in view.variants(*ROUTING):
-        if view.specs[variant].drafters == drafters and view.nodes(variant) == view.base_nodes:
-            right = [rightness(view, variant, task) for task in view.tasks]
-            rows.append(_row(f"majority of {variant}, routed", _part(right)))
+    for variant in routed:
+        right = [rightness(view, variant, task, seeds[task]) for task in view.tasks]
+        rows.append(_row(f"majority of {variant}, routed", _part(right)))
     rows.append(_row("one fixed drafter", _part(confidence, 1)))
     rows = [row for row in rows if any(entry is not None for entry in row[1:])]
     if not rows:
@@ -135,7 +137,8 @@ def _routing_table(view: View, drafters: tuple[str, ...]) -> Table | None:
     note = (
         f"Share of the questions for which the signal names the drafter, of {names}, that accepts more on them; of "
         "equals each counts its part. The row of differences is in percentage points. One fixed drafter: the one that "
-        f"is best on most questions of the task, which is known with hindsight only. {_note(view, singles)}"
+        "is best on most questions of the task, which is known with hindsight only. All are told seed by seed, of the "
+        f"drafter seeds that every row has. {_note(view, singles)}"
     ).rstrip()
     title = f"As a routing signal, {names}: {view.name}"
     return Table(f"signal-routing-{'-'.join(drafters)}-{view.slug}", title, note, columns, tuple(rows))
@@ -150,13 +153,18 @@ def _row(words: str, found: Sequence[Sampled | None]) -> tuple[Entry, ...]:
     return (words, *(None if figure is None else figure.estimate for figure in figures))
 
 
-def _hits(view: View, singles: Sequence[str], task: str, name: str) -> tuple[Sampled, Sampled] | None:
+def _hits(
+    view: View, singles: Sequence[str], task: str, name: str, seeds: Sequence[int]
+) -> tuple[Sampled, Sampled] | None:
     """`agreement` of a signal's means with what the drafters accepted, in the same runs of their own."""
-    cells = view.aligned(singles, task)
-    if cells is None or any(name not in cell.signals for cell in cells):
+    if any((cell := view.cell(single, task, seeds)) is None or name not in cell.signals for single in singles):
         return None
-    means = np.stack([_mean_by_question(cell.signals[name]) for cell in cells], axis=1)
-    return agreement(means if name == CONFIDENCE else -means, lengths(cells), task)
+
+    def means(cells: Sequence[Cell]) -> Array:
+        found = np.stack([_mean_by_question(cell.signals[name]) for cell in cells], axis=1)
+        return found if name == CONFIDENCE else -found
+
+    return agreement(view, singles, task, means, seeds) if singles else None
 
 
 def _mean_by_question(signal: Signal) -> Array:
@@ -179,7 +187,7 @@ def _picture(view: View, found: Sequence[tuple[str, str, Cell]], name: str) -> P
                     Steps("rejected nodes", edges, rejected.tolist(), VERMILION),
                     Steps("accepted nodes", edges, accepted.tolist(), BLUE),
                 )
-                panels.append(Panel(f"{_told(view, variant)}, {view.title(task)}", marks))
+                panels.append(Panel(f"{_told(view, variant)}\n{view.title(task)}", marks))
         grid.append(tuple(panels))
     return Picture(
         f"{name}-{view.slug}",
