@@ -547,10 +547,21 @@ def test_made_up_lines_have_the_fields_of_real_ones() -> None:
     assert not [name for name in (*line, *line["turns"][0], *line["choices"][0]) if name not in told]
 
 
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "real_text"
+
+
 def test_the_published_tables_are_those_of_their_json() -> None:
     """Whoever changes what a table says makes the published report again."""
-    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "real_text"
-    parts = sections(views(saved.load(folder / "report.json")))
+    parts = sections(views(saved.load(PUBLISHED / "report.json")))
     made = {table.name: as_csv(table) for part in parts for table in part.tables}
-    published = {path.stem: path.read_text(encoding="utf-8") for path in (folder / "tables").glob("*.csv")}
+    published = {path.stem: path.read_text(encoding="utf-8") for path in (PUBLISHED / "tables").glob("*.csv")}
     assert made == published
+
+
+def test_every_interval_of_the_findings_is_in_a_published_table() -> None:
+    interval = re.compile(r"(?<= )\S+ \(\S+ to \S+\)")
+    told, known = (
+        interval.findall(" ".join((PUBLISHED / name).read_text(encoding="utf-8").split()))
+        for name in ("findings.md", "report.md")
+    )
+    assert len(told) > 200 and not set(told) - set(known)

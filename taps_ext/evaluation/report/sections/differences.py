@@ -89,16 +89,22 @@ def _best(view: View, singles: Sequence[str], is_best: bool = True) -> Choice:
 
 def _alone(view: View, variant: str, nodes: int | None = None) -> list[str]:
     """The variant's drafters by themselves, drafting as it does; empty unless all of them were run so."""
-    is_coupled = view.is_coupled(variant)
-    names = [view.single(drafter, nodes, is_coupled) for drafter in view.specs[variant].drafters]
-    found = [name for name in names if name is not None and view.is_coupled(name) == is_coupled]
-    return found if len(found) == len(names) else []
+    drafters = view.specs[variant].drafters
+    found = _of_kind(view, drafters, view.is_coupled(variant), nodes)
+    return found if len(found) == len(drafters) else []
+
+
+def _of_kind(view: View, drafters: Sequence[str], is_coupled: bool, nodes: int | None = None) -> list[str]:
+    """The drafters by themselves, coupled or top-k as asked, where they were run so."""
+    names = [view.single(drafter, nodes, is_coupled) for drafter in drafters]
+    return [name for name in names if name is not None and view.is_coupled(name) == is_coupled]
 
 
 def _special(view: View) -> Iterator[Comparison]:
     """Specialists against each other: how special are they?"""
-    for one, other in combinations(view.singles(specialists(view)), 2):
-        yield Comparison(f"{one} vs {other}", _always(one), _always(other), is_drawn=False)
+    for is_coupled in (True, False):
+        for one, other in combinations(_of_kind(view, specialists(view), is_coupled), 2):
+            yield Comparison(f"{one} vs {other}", _always(one), _always(other), is_drawn=False)
 
 
 def _merged(view: View) -> Iterator[Comparison]:
@@ -121,8 +127,11 @@ def _merged(view: View) -> Iterator[Comparison]:
 
 def _mixed(view: View) -> Iterator[Comparison]:
     experts = specialists(view)
-    for variant in view.singles([name for name in view.drafters if name not in experts]):
-        yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, view.singles(experts)))
+    rest = [name for name in view.drafters if name not in experts]
+    for is_coupled in (True, False):
+        if alone := _of_kind(view, experts, is_coupled):
+            for variant in _of_kind(view, rest, is_coupled):
+                yield Comparison(f"{variant} vs best specialist", _always(variant), _best(view, alone))
 
 
 def _averaged(view: View) -> Iterator[Comparison]:
