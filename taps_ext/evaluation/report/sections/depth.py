@@ -63,7 +63,10 @@ def _picture(view: View) -> Picture:
             if shares:
                 lines.append(Line(view.told(variant), range(1, len(shares) + 1), shares, style(view, variant)))
         panels.append(Panel(view.title(task), tuple(lines)))
-    caption = "Share of the steps that go one level deeper; trees of the usual size and the union."
+    caption = (
+        "Share of the steps that go one level deeper; trees of the usual size and the union. What the first pictures "
+        "draw hollow is in the table alone."
+    )
     depths = {
         str(depth): depth for panel in panels for line in panel.marks if isinstance(line, Line) for depth in line.x
     }
