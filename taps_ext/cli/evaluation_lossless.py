@@ -156,25 +156,32 @@ def _encode(tokenizer: Any, question: Question) -> list[int]:
 
 def _page(report: LosslessReport, tokenizer: Any) -> Group:
     """The verdicts, the places where texts part, and what to make of it."""
-    parts: list[RenderableType] = [_verdicts(report), Text(), *_divergences(report, tokenizer)]
+    parts: list[RenderableType] = [_verdicts(report), *_drawn(report), Text(), *_divergences(report, tokenizer)]
     style = FAULT if not report.passed else "bold green" if report.verdict == "lossless" else "bold yellow"
     parts += [Text(report.verdict, style=style), *map(Text, report.notes)]
     return Group(*parts)
 
 
-def _verdicts(report: LosslessReport) -> Table:
-    """A row a way: its texts at each temperature, and the frequencies of its first tokens.
+def _drawn(report: LosslessReport) -> list[Text]:
+    """What the frequencies are of: all rows of the same noise, so that several are no more evidence than one."""
+    return [
+        Text(
+            f"first tokens: {report.settings.num_first_tokens} in each of {one.num_draws} draws at T = "
+            f"{one.temperature:g}, with the same noise in each row"
+        )
+        for one in report.frequencies[:1]
+    ]
 
-    All rows are of the same noise, so that several of them are no more evidence than one.
-    """
-    table = Table("texts equal\nto plain's", box=None, padding=(0, 2, 0, 0))
+
+def _verdicts(report: LosslessReport) -> Table:
+    """A row a way: its texts at each temperature, and the frequencies of its first tokens."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("texts equal\nto plain's", no_wrap=True)
     for temperature in report.settings.temperatures:
         table.add_column(f"\nT = {temperature:g}", no_wrap=True)
     table.add_column("acceptance\nlength", justify="right", no_wrap=True)
     if report.frequencies:
-        num_tokens, one = report.settings.num_first_tokens, report.frequencies[0]
-        draws = f"{one.num_draws} x {num_tokens} tokens, T = {one.temperature:g},"
-        table.add_column(f"{draws}\nthe same noise in each row: chi-square", no_wrap=True)
+        table.add_column("first tokens\nchi-square", no_wrap=True)
         table.add_column("\np-value", no_wrap=True)
     frequencies = {check.way: check for check in report.frequencies}
     for way in dict.fromkeys([*frequencies, *(check.way for check in report.texts)]):
