@@ -547,6 +547,16 @@ def test_made_up_lines_have_the_fields_of_real_ones() -> None:
     assert not [name for name in (*line, *line["turns"][0], *line["choices"][0]) if name not in told]
 
 
+def test_a_run_that_an_installed_package_resumed_is_reported(tmp_path: Path) -> None:
+    """Outside a checkout there is no commit to tell."""
+    folder = write_results(tmp_path / "results", variants=FEW, temperatures=(0.0,))
+    run = json.loads((folder / "run.json").read_text())
+    run["provenance"]["resumed"] = [{"date": "2026-01-02", "taps_ext": "0.1.0"}]
+    (folder / "run.json").write_text(json.dumps(run))
+    table = next(table for table in _section(folder, "provenance").tables if table.name == "provenance")
+    assert "resumed,2026-01-02 at 0.1.0" in as_csv(table)
+
+
 PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "real_text"
 
 

@@ -52,8 +52,13 @@ def _facts(run: Run) -> dict[str, str]:
         name: {part: task[part] for part in ("num_questions", "source")} for name, task in asked["tasks"].items()
     }
     facts |= {"temperatures": asked["temperatures"], "settings": asked["settings"], **run.provenance}
-    facts["resumed"] = [f"{one['date']} at {one['commit']}" for one in run.provenance.get("resumed", ())]
+    facts["resumed"] = [_resumption(one) for one in run.provenance.get("resumed", ())]
     return {name: _text(value) for name, value in _flat(facts) if value not in (None, "", [])}
+
+
+def _resumption(facts: Mapping[str, Any]) -> str:
+    """When, and by which code: an installed package knows its version alone."""
+    return f"{facts['date']} at {facts.get('commit') or facts['taps_ext']}"
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -119,8 +119,7 @@ def _shares(view: View, variant: str, task: str) -> tuple[dict[str, float], dict
 
 def _table(view: View) -> Table:
     rows: list[tuple[Entry, ...]] = []
-    routed = _routed(view)
-    for variant, task in routed:
+    for variant, task in _routed(view):
         steps, questions = _shares(view, variant, task)
         right = rightness(view, variant, task)
         rows.append(
