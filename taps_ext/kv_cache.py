@@ -6,6 +6,7 @@ moves an accepted path through every layer in one call and needs no table of poi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,12 @@ class _TreeKVLayer(CacheLayerMixin):
         return -1
 
     get_max_cache_shape = get_max_length
+
+
+def cache_keyword(module: torch.nn.Module) -> str:
+    """Return the name under which `module.forward` takes its cache: `cache` since transformers 5.24, before that
+    `past_key_values`. Models whose code lies in their checkpoint may still use the older name."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def _write_finite(columns: Tensor, states: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from .kv_cache import cache_keyword
 from .requests import Request
 from .sampling import SamplingParams, SamplingRows
 from .state import RowText
@@ -77,15 +78,16 @@ def _draws(model: Any, request: Request) -> Iterator[Tensor]:
     text, mask = request.input_ids.to(device), request.attention_mask.to(device)
     tokens, cache = text, DynamicCache(config=model.config)
     sampling = request.sampling.rows(len(text), device)
-    last_only = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    arguments: dict[str, Any] = {cache_keyword(model): cache}
+    if model._supports_logits_to_keep():
+        arguments["logits_to_keep"] = 1
     while True:
         logits = model(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0)[:, -tokens.shape[1] :],
-            past_key_values=cache,
             use_cache=True,
-            **last_only,
+            **arguments,
         ).logits[:, -1:]
         if request.processors:
             logits = request.processors(cast(Any, text), logits[:, 0].float())[:, None]

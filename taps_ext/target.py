@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from . import ops
 from .device import refuse_without_ops
-from .kv_cache import KVSpec, TreeKVCache
+from .kv_cache import KVSpec, TreeKVCache, cache_keyword
 from .tree import DraftTree
 from .tree_attention import TreeView
 
@@ -59,6 +59,7 @@ class TargetModel:
         model.eval()
         self.model = model
         self.decoder_stack: Any = _decoder_stack(model)
+        self._cache_keyword = cache_keyword(self.decoder_stack)
         self.embedding: Any = model.get_input_embeddings()
         self.lm_head: Any = model.get_output_embeddings()
         self.config: Any = model.config.get_text_config()
@@ -142,9 +143,8 @@ class TargetModel:
                 f"the target's attention was set to {self.config._attn_implementation!r} after it was taken for "
                 "speculation; make a new TargetModel or SpeculativeDecoder"
             )
-        output = self.decoder_stack(
-            input_ids=tokens, position_ids=positions, past_key_values=kv.cache, use_cache=True, **kwargs
-        )
+        kwargs[self._cache_keyword] = kv.cache
+        output = self.decoder_stack(input_ids=tokens, position_ids=positions, use_cache=True, **kwargs)
         features: Tensor = output.last_hidden_state
         return features
 
@@ -162,7 +162,7 @@ class TargetModel:
         """Run one token: each layer's KV shape and place, and the proof that logits are lm_head(features)."""
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         cache = DynamicCache()
-        output = self.decoder_stack(input_ids=token, past_key_values=cache, use_cache=True)
+        output = self.decoder_stack(input_ids=token, use_cache=True, **{self._cache_keyword: cache})
         features = getattr(output, "last_hidden_state", None)
         if features is None:
             raise ValueError(f"target {_name(self.model)} has no decoder stack that returns its last hidden state")

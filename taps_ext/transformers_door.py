@@ -45,9 +45,10 @@ def request_from_generate(
     for wanted in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
         if getattr(generation_config, wanted, False):
             raise ValueError(f"{wanted} is not available from speculative decoding; leave it out, or decode plainly")
-    past = model_kwargs.get("past_key_values")
-    if past is not None and past.get_seq_length() > 0:
-        raise ValueError("speculative decoding keeps its own cache, got past_key_values that hold tokens; leave it out")
+    for name in ("cache", "past_key_values"):  # the second before transformers 5.24
+        given = model_kwargs.get(name)
+        if given is not None and given.get_seq_length() > 0:
+            raise ValueError(f"speculative decoding keeps its own cache, got {name} that holds tokens; leave it out")
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError("speculative decoding needs input_ids, got inputs_embeds")
     parameters, processors = split_warpers(logits_processor)
