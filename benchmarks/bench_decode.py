@@ -32,7 +32,7 @@ import taps_ext
 from taps_ext import ops
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.drafters.grouping import GroupedDrafters
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 
 PARTS = {"target": "#4878a8", "drafter": "#6ba368", "tree work": "#d1603d", "rest": "#bbbbbb"}
 OPS = [name for name in ops.__all__ if name.islower()]

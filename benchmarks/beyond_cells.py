@@ -29,10 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import taps_ext
 from taps_ext.composition import EVIDENCE_DECAY
+from taps_ext.decode.plain import plain_generate
 from taps_ext.drafters import evidence
 from taps_ext.drafters.evidence import PROMPT_WEIGHT
-from taps_ext.plain_generation import plain_generate
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 from taps_ext.tiny import corpus
 
 ROWS = 10  # of a batch

@@ -16,7 +16,7 @@ from torch import Tensor
 from taps_ext import ops
 from taps_ext.drafters import GroupedDrafters
 from taps_ext.drafters.eagle_stack import EagleStack
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 
 
 @dataclass

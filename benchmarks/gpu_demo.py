@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from taps_ext import tiny
-from taps_ext.decoder import SpeculativeDecoder
-from taps_ext.drafters import load_drafters
-from taps_ext.plain_generation import plain_generate
+from taps_ext.checkpoints import load_drafters
+from taps_ext.decode.decoder import SpeculativeDecoder
+from taps_ext.decode.plain import plain_generate
 from taps_ext.sampling import SamplingParams
 
 NEW_TOKENS = 64

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from taps_ext.drafters import EagleConfig, EagleNetwork, save_drafter
+from taps_ext.checkpoints import save_drafter
+from taps_ext.drafters import EagleConfig, EagleNetwork
 
 V, H = 61, 32
 PUBLISHED_KEYS = {

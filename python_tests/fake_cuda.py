@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from taps_ext import native, ops, target
+from taps_ext import native, ops
+from taps_ext.target import model as target
 
 # Not the first: whoever forgets the index is found out. (Where there is a GPU, torch wants the device to be there.)
 DEVICE = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
-from taps_ext.drafters.calibration import Calibration
+from taps_ext.drafters.coupling import Calibration
 from taps_ext.reference import gumbel_noise
 from taps_ext.tree import DraftTree, TreeShape
 

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from taps_ext.drafters.calibration import Calibration
+from taps_ext.drafters.coupling import Calibration
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 
 VOCAB, HIDDEN, PAD, EOS = 64, 64, 0, 1

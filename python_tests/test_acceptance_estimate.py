@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taps_ext import tiny
-from taps_ext.decoder import SpeculativeDecoder
-from taps_ext.drafters import EagleDrafter, load_drafter
-from taps_ext.stats import DecodeStats
+from taps_ext.checkpoints import load_drafter
+from taps_ext.decode.decoder import SpeculativeDecoder
+from taps_ext.decode.stats import DecodeStats
+from taps_ext.drafters import EagleDrafter
 from taps_ext.training.acceptance_estimate import AcceptanceEstimate, accepted_drafts, estimate, steps
 from taps_ext.training.config import ObjectiveConfig
 from taps_ext.training.dataset import Example, TokenBatch, collate

@@ -33,10 +33,11 @@ from drafter_files import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from taps_ext.checkpoints import average_drafters, load_drafter, load_network, save_drafter, sweep
+from taps_ext.checkpoints.average import sweep_weights
+from taps_ext.checkpoints.files import DrafterFiles, read_folder
 from taps_ext.cli import main
-from taps_ext.drafters import EagleNetwork, average_drafters, load_drafter, load_network, save_drafter, sweep
-from taps_ext.drafters.averaging import sweep_weights
-from taps_ext.drafters.checkpoint_files import DrafterFiles, read_folder
+from taps_ext.drafters import EagleNetwork
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -160,7 +161,7 @@ def test_one_tensor_of_each_parent_is_in_memory_at_a_time(
         }
         return replace(files, tensors=tensors)
 
-    monkeypatch.setattr("taps_ext.drafters.averaging.read_folder", watched)
+    monkeypatch.setattr("taps_ext.checkpoints.average.read_folder", watched)
     average_drafters(folders, None, tmp_path / "average")
     assert most[0] == len(folders)
     assert alive[0] == 0

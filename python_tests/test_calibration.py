@@ -28,15 +28,11 @@ from training_cases import (
 )
 
 from taps_ext import cli, tiny
-from taps_ext.drafters import EagleDrafter, average_drafters, export_drafter, load_drafter, validate_drafter
-from taps_ext.drafters.calibration import (
-    CALIBRATION_FILE,
-    Calibration,
-    CalibrationRecord,
-    read_calibration,
-    write_calibration,
-)
-from taps_ext.drafters.checkpoint_files import check_output, read_folder
+from taps_ext.checkpoints import average_drafters, export_drafter, load_drafter, validate_drafter
+from taps_ext.checkpoints.calibration import CALIBRATION_FILE, CalibrationRecord, read_calibration, write_calibration
+from taps_ext.checkpoints.files import check_output, read_folder
+from taps_ext.drafters import EagleDrafter
+from taps_ext.drafters.coupling import Calibration
 from taps_ext.training import Example, TokenDataset, calibrating, coupled_draws, trainer
 from taps_ext.training.calibrating import CalibrationSettings, calibrate, calibrate_drafter
 from taps_ext.training.calibration_report import COUPLED, TOPK, UNCOUPLED, CalibrationReport, measure

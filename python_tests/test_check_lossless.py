@@ -20,10 +20,12 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 import taps_ext as taps
-from taps_ext import decoder as decoder_module
-from taps_ext import plain_generation, tiny
-from taps_ext.cli import evaluation_lossless
-from taps_ext.cli.evaluation_lossless import check_lossless as command
+from taps_ext import tiny
+from taps_ext.cli import evaluate_lossless as evaluation_lossless
+from taps_ext.cli.evaluate_lossless import check_lossless as command
+from taps_ext.decode import decoder as decoder_module
+from taps_ext.decode import plain as plain_generation
+from taps_ext.decode.verification import Acceptance, verify
 from taps_ext.drafters.eagle import EagleDrafter
 from taps_ext.evaluation.divergence import (
     ROUNDINGS,
@@ -43,8 +45,7 @@ from taps_ext.evaluation.lossless_report import (
     TextCheck,
 )
 from taps_ext.evaluation.tasks import Question
-from taps_ext.target import TargetModel
-from taps_ext.verification import Acceptance, verify
+from taps_ext.target.model import TargetModel
 
 SETTINGS = LosslessSettings(max_new_tokens=24, num_draws=0, shape=taps.TreeShape(4, 4, 16))
 FREQUENCIES = replace(SETTINGS, temperatures=(1.0,), max_new_tokens=2, num_draws=1500, draws_together=500)

@@ -39,16 +39,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from taps_ext.drafters import (
-    EagleConfig,
-    EagleNetwork,
-    checkpoint_files,
-    load_drafter,
-    load_drafters,
-    load_network,
-    save_drafter,
-    validate_drafter,
-)
+from taps_ext.checkpoints import files as checkpoint_files
+from taps_ext.checkpoints import load_drafter, load_drafters, load_network, save_drafter, validate_drafter
+from taps_ext.drafters import EagleConfig, EagleNetwork
 
 
 @pytest.fixture(autouse=True)

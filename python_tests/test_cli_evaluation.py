@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from taps_ext import tiny
-from taps_ext.cli import evaluation, main
+from taps_ext.cli import evaluate as evaluation
+from taps_ext.cli import main
 from taps_ext.evaluation import results
 
 SHORT = ("--questions=2", "--max-new-tokens=5", "--variant=merged", "--variant=single:math")

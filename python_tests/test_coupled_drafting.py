@@ -21,7 +21,7 @@ from small_models import new_target
 
 import taps_ext as taps
 from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters
-from taps_ext.drafters.calibration import Calibration
+from taps_ext.drafters.coupling import Calibration
 from taps_ext.tree import DraftTree, TreeShape
 
 # Coefficients that differ by temperature and by depth, fewer depths than the trees have.

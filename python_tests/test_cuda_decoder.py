@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import taps_ext as taps
-from taps_ext import device, plain_generation, tiny
+from taps_ext import device, tiny
+from taps_ext.checkpoints import save_drafter
 from taps_ext.composition import COMPOSITIONS
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, save_drafter
-from taps_ext.requests import Request
-from taps_ext.state import StepRecord, StopRules
+from taps_ext.decode import plain as plain_generation
+from taps_ext.decode.request import Request
+from taps_ext.decode.state import StepRecord, StopRules
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
 
 SHAPE = taps.TreeShape(depth=3, branching=3, max_nodes=8)
 FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention"

@@ -37,7 +37,7 @@ from transformers import (
 )
 
 import taps_ext as taps
-from taps_ext.composition.merging import Merging
+from taps_ext.composition import Merging
 from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
 
 SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)

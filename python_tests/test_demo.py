@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from taps_ext import tiny
+from taps_ext.checkpoints.disk import json_text
 from taps_ext.cli import main
-from taps_ext.demo import CONTROL, MERGED
-from taps_ext.demo_report import json_text
+from taps_ext.cli.demo import CONTROL, MERGED
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from taps_ext.disk import check_writable, write_text, write_whole, written
+from taps_ext.checkpoints.disk import check_writable, write_text, write_whole, written
 
 
 def test_a_write_replaces_the_old_file(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import taps_ext as taps
 from taps_ext import native
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters, load_network, save_drafter
+from taps_ext.checkpoints import load_network, save_drafter
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters
 from taps_ext.drafters.eagle_stack import EagleStack, layout
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason="the native module is not built")

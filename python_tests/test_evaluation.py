@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from taps_ext import tiny
-from taps_ext.decoder import SpeculativeDecoder
-from taps_ext.drafters import load_drafter, load_drafters
+from taps_ext.checkpoints import load_drafter, load_drafters
+from taps_ext.decode.decoder import SpeculativeDecoder
+from taps_ext.decode.state import StepEvent
 from taps_ext.evaluation import contestants, results, steps
 from taps_ext.evaluation.plan import Plan, Settings, batches
 from taps_ext.evaluation.prompting import Prompter
@@ -28,8 +29,7 @@ from taps_ext.evaluation.summary import summarise
 from taps_ext.evaluation.tasks import TASKS, Question
 from taps_ext.evaluation.variants import Variant, parse_variants
 from taps_ext.sampling import SamplingParams
-from taps_ext.state import StepEvent
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 from taps_ext.tree import TreeShape
 
 SHORT = Settings(max_new_tokens=6, batch_size=2, seed=5)

@@ -36,10 +36,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, LlamaForCausalLM
 
+from taps_ext.checkpoints import export_drafter, load_network, validate_drafter
+from taps_ext.checkpoints.loaders import LOADERS
 from taps_ext.cli import main
-from taps_ext.drafters import EagleNetwork, export_drafter, load_network, validate_drafter
-from taps_ext.drafters.eagle_network import rope_of
-from taps_ext.drafters.loaders import LOADERS
+from taps_ext.drafters import EagleNetwork
+from taps_ext.drafters.network import rope_of
 
 CANONICAL = ("eagle", "hass", "vllm")
 

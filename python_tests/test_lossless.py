@@ -20,11 +20,11 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import taps_ext as taps
-from taps_ext import decoder as decoder_module
 from taps_ext.composition import COMPOSITIONS
+from taps_ext.decode import decoder as decoder_module
+from taps_ext.decode.verification import Acceptance, verify
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
-from taps_ext.kv_cache import FIRST_CAPACITY
-from taps_ext.verification import Acceptance, verify
+from taps_ext.target.kv_cache import FIRST_CAPACITY
 
 pytestmark = pytest.mark.filterwarnings("error:not calibrated")
 SHAPE = taps.TreeShape(depth=4, branching=4, max_nodes=16)

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from taps_ext.drafters.eagle_network import EagleConfig, EagleNetwork
+from taps_ext.drafters.network import EagleConfig, EagleNetwork
 from taps_ext.training.config import ObjectiveConfig
 from taps_ext.training.dataset import Example, TokenDataset, collate
 from taps_ext.training.features import DraftBatch, FrozenTarget

@@ -23,12 +23,12 @@ from peers import PaperWay, Peer, RecursiveRejection, paper, recursive_rejection
 from peers.loop import distribution, keeps
 from peers.static_tree import StaticTree, best_tree, expected_acceptance, first_rates, measured_rates
 
-from taps_ext.decoder import SpeculativeDecoder
+from taps_ext.decode.decoder import SpeculativeDecoder
+from taps_ext.decode.plain import plain_generate
+from taps_ext.decode.stats import DecodeStats
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
-from taps_ext.plain_generation import plain_generate
 from taps_ext.reference import Filters, kept_tokens
-from taps_ext.stats import DecodeStats
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 from taps_ext.tree import DraftTree, TreeShape
 
 # ---- a target of six tokens: every text of three tokens has a known probability

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from taps_ext.stats import DecodeStats
+from taps_ext.decode.stats import DecodeStats
 
 
 def counted() -> DecodeStats:

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 import taps_ext as taps
-from taps_ext import ops, tree_attention
-from taps_ext.drafters import save_drafter
-from taps_ext.kv_cache import FIRST_CAPACITY
+from taps_ext import ops
+from taps_ext.checkpoints import save_drafter
+from taps_ext.target import tree_attention
+from taps_ext.target.kv_cache import FIRST_CAPACITY
 from taps_ext.tree import DraftTree
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -17,7 +17,7 @@ import torch
 
 import taps_ext as taps
 from taps_ext import tiny
-from taps_ext.drafters import average_drafters
+from taps_ext.checkpoints import average_drafters
 from taps_ext.tiny import recipe as tiny_recipe
 from taps_ext.tiny.arithmetic import Problem, generate_problem
 from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS

@@ -26,7 +26,8 @@ from training_cases import (
 )
 
 from taps_ext import tiny
-from taps_ext.drafters import EagleConfig, EagleNetwork, load_drafter, load_network
+from taps_ext.checkpoints import load_drafter, load_network
+from taps_ext.drafters import EagleConfig, EagleNetwork
 from taps_ext.training.config import ObjectiveConfig, SourceConfig, TrainingConfig
 from taps_ext.training.dataset import BatchOrder
 from taps_ext.training.features import FrozenTarget

@@ -14,11 +14,11 @@ from small_models import prompts, trained_drafters, trained_target
 from tree_cases import assert_same_tree, random_tree, token_paths
 
 import taps_ext as taps
-from taps_ext import decoder as decoder_module
 from taps_ext import ops
 from taps_ext.composition import make_composition, share_budget
+from taps_ext.decode import decoder as decoder_module
 from taps_ext.drafters import EagleDrafter, GroupedDrafters, eagle_group
-from taps_ext.drafters.calibration import Calibration
+from taps_ext.drafters.coupling import Calibration
 from taps_ext.drafters.eagle_group import EagleGroup
 from taps_ext.tree import DraftTree, TreeShape
 

@@ -31,11 +31,12 @@ from drafter_files import (
 from transformers import LlamaForCausalLM
 
 from taps_ext import tiny
+from taps_ext.checkpoints import ValidationReport, average_drafters, validate_drafter
+from taps_ext.checkpoints.files import read_folder
+from taps_ext.checkpoints.formats import network_config
+from taps_ext.checkpoints.validate import round_trip_error
 from taps_ext.cli import main
-from taps_ext.drafters import EagleNetwork, ValidationReport, average_drafters, validate_drafter
-from taps_ext.drafters.checkpoint_files import read_folder
-from taps_ext.drafters.published_format import network_config
-from taps_ext.drafters.validation import round_trip_error
+from taps_ext.drafters import EagleNetwork
 
 PROVENANCE = {"objective": "hass", "target": "meta/Llama", "domain": "math"}
 
@@ -112,7 +113,7 @@ def swapped_halves(network: EagleNetwork) -> None:
 def test_a_network_that_computes_something_else_fails_the_round_trip(
     change: Callable[[EagleNetwork], None], target: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validation = sys.modules["taps_ext.drafters.validation"]
+    validation = sys.modules["taps_ext.checkpoints.validate"]
     build = validation.build_network
 
     def changed(*arguments: Any) -> EagleNetwork:

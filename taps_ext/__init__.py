@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from .decoder import GenerationResult as GenerationResult
-    from .decoder import SpeculativeDecoder as SpeculativeDecoder
-    from .drafters import average_drafters as average_drafters
-    from .drafters import export_drafter as export_drafter
-    from .drafters import load_drafter as load_drafter
-    from .drafters import load_drafters as load_drafters
-    from .drafters import save_drafter as save_drafter
-    from .drafters import validate_drafter as validate_drafter
-    from .plain_generation import plain_generate as plain_generate
+    from .checkpoints import average_drafters as average_drafters
+    from .checkpoints import export_drafter as export_drafter
+    from .checkpoints import load_drafter as load_drafter
+    from .checkpoints import load_drafters as load_drafters
+    from .checkpoints import save_drafter as save_drafter
+    from .checkpoints import validate_drafter as validate_drafter
+    from .decode.decoder import GenerationResult as GenerationResult
+    from .decode.decoder import SpeculativeDecoder as SpeculativeDecoder
+    from .decode.plain import plain_generate as plain_generate
+    from .decode.stats import DecodeStats as DecodeStats
     from .sampling import SamplingParams as SamplingParams
-    from .stats import DecodeStats as DecodeStats
-    from .target import TargetModel as TargetModel
+    from .target.model import TargetModel as TargetModel
     from .tree import DraftTree as DraftTree
     from .tree import TreeShape as TreeShape
 
@@ -26,20 +26,20 @@ __version__ = "0.1.0"
 
 # Each public name and the module that has it; loaded on first use, so that `import taps_ext` costs nothing.
 _HOMES = {
-    "DecodeStats": "stats",
+    "DecodeStats": "decode.stats",
     "DraftTree": "tree",
-    "GenerationResult": "decoder",
+    "GenerationResult": "decode.decoder",
     "SamplingParams": "sampling",
-    "SpeculativeDecoder": "decoder",
-    "TargetModel": "target",
+    "SpeculativeDecoder": "decode.decoder",
+    "TargetModel": "target.model",
     "TreeShape": "tree",
-    "average_drafters": "drafters",
-    "export_drafter": "drafters",
-    "load_drafter": "drafters",
-    "load_drafters": "drafters",
-    "plain_generate": "plain_generation",
-    "save_drafter": "drafters",
-    "validate_drafter": "drafters",
+    "average_drafters": "checkpoints",
+    "export_drafter": "checkpoints",
+    "load_drafter": "checkpoints",
+    "load_drafters": "checkpoints",
+    "plain_generate": "decode.plain",
+    "save_drafter": "checkpoints",
+    "validate_drafter": "checkpoints",
 }
 
 __all__ = [*_HOMES, "__version__", "ops"]

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from taps_ext.decode.stats import DecodeStats
 from taps_ext.drafters.base import Drafter, DrafterState
 from taps_ext.reference import Filters
-from taps_ext.stats import DecodeStats
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 from taps_ext.tree import DraftTree
 
 

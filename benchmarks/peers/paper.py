@@ -20,7 +20,7 @@ from torch import Tensor
 
 from taps_ext.drafters.base import Drafter, DrafterState
 from taps_ext.reference import Filters
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 from taps_ext.tree import DraftTree, TreeShape
 
 from .loop import PeerResult, Proposal, Verdict, decode, distribution

@@ -22,7 +22,7 @@ from torch import Tensor
 from taps_ext.drafters.base import DrafterState
 from taps_ext.drafters.eagle import EagleDrafter, EagleState
 from taps_ext.reference import Filters
-from taps_ext.target import TargetModel
+from taps_ext.target.model import TargetModel
 from taps_ext.tree import DraftTree
 
 from .loop import PeerResult, Proposal, Verdict, decode, distribution, masked

@@ -17,7 +17,11 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from ..native import NativeModuleError
-from . import calibration, drafters, evaluation, evaluation_lossless, generation, report, training
+from . import calibration, drafters, report
+from . import evaluate as evaluation
+from . import evaluate_lossless as evaluation_lossless
+from . import generate as generation
+from . import train as training
 from .common import process_index
 
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)

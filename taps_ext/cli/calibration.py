@@ -12,8 +12,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..disk import check_writable, write_text
-from ..drafters.calibration import CALIBRATION_FILE
+from ..checkpoints.calibration import CALIBRATION_FILE
+from ..checkpoints.disk import check_writable, write_text
 from ..tiny import resolve
 from .common import DEVICE_HELP, JSON_HELP, keep_logs_clean, load_target, progress
 

@@ -14,7 +14,7 @@ from ..tiny import resolve
 from .common import JSON_HELP, keep_logs_clean
 
 if TYPE_CHECKING:
-    from ..drafters import ValidationReport
+    from ..checkpoints import ValidationReport
 
 DRAFTER_HELP = "Folder or hub id; tiny/math, tiny/chat."
 TARGET_HELP = "Folder or hub id of the target; 'tiny' is the embedded one. Its layers are not read."
@@ -31,7 +31,7 @@ def average(
     sweep: Annotated[str | None, typer.Option(help="Weights of the first of two: start:stop:step.")] = None,
 ) -> None:
     """The weighted average of drafters of one target, as an ordinary drafter."""
-    from .. import drafters as library
+    from .. import checkpoints as library
 
     folders = [resolve(drafter) for drafter in drafters]
     if sweep is None:
@@ -53,7 +53,7 @@ def export(
     also_bin: Annotated[bool, typer.Option("--also-bin", help="Write pytorch_model.bin too.")] = False,
 ) -> None:
     """A drafter in the form that another program reads, or the reasons why it cannot be."""
-    from ..drafters import export_drafter
+    from ..checkpoints import export_drafter
 
     keep_logs_clean()
     folder = export_drafter(
@@ -71,7 +71,7 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Whether a drafter is whole and fits its target, and which programs can read it; exit code 1 if not."""
-    from ..drafters import validate_drafter
+    from ..checkpoints import validate_drafter
 
     keep_logs_clean()
     report = validate_drafter(resolve(drafter), target and resolve(target))

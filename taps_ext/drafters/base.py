@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
-from .calibration import Calibration
+from .coupling import Calibration
 
 
 class DrafterState:

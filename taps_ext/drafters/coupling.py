@@ -9,15 +9,76 @@ Dims: D drafters, B rows, R = D * B trees (drafter by drafter).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..sampling import SamplingRows
-from .calibration import Calibration
+
+LEAST_TEMPERATURE, MOST = 1e-3, 1e6  # of any number in a calibration
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The two coefficients by temperature and depth.
+
+    They are linear between temperatures, linear to 0 below the lowest (the scores then keep the same multiple of
+    log q, while the noise counts as little as it does for the target), and constant above the highest.
+    """
+
+    temperatures: tuple[float, ...]  # ascending, above 0
+    alpha: tuple[tuple[float, ...], ...]  # [temperature][depth - 1]
+    beta: tuple[tuple[float, ...], ...]  # the same
+
+    def __post_init__(self) -> None:
+        if not self.temperatures or list(self.temperatures) != sorted(set(self.temperatures)):
+            raise ValueError(f"temperatures must ascend, got {list(self.temperatures)}")
+        depth = len(self.alpha[0]) if self.alpha else 0
+        for name, least in (("alpha", torch.finfo(torch.float32).tiny), ("beta", 0.0)):
+            rows = getattr(self, name)
+            if depth == 0 or [len(row) for row in rows] != [depth] * len(self.temperatures):
+                raise ValueError(f"{name} must be [{len(self.temperatures)} temperatures][as many depths each]")
+            if not all(least <= value <= MOST for row in rows for value in row):
+                above = "above 0" if least else "at least 0"
+                raise ValueError(f"{name} must be {above} and at most {MOST:g}, got {_lists(rows)}")
+        if not self.temperatures[0] >= LEAST_TEMPERATURE or not self.temperatures[-1] <= MOST:
+            allowed = f"from {LEAST_TEMPERATURE:g} to {MOST:g}"
+            raise ValueError(f"temperatures must be {allowed}, got {list(self.temperatures)}")
+
+    @property
+    def depth(self) -> int:
+        """Depths that were fitted; deeper nodes use the last one's."""
+        return len(self.alpha[0])
+
+    def coefficients(self, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and beta, each float32 [depth, B], for temperatures float32 [B] on their device."""
+        knots = torch.tensor((0.0, *self.temperatures), dtype=torch.float32, device=temperature.device)
+        upper = torch.bucketize(temperature, knots).clamp(1, len(knots) - 1)
+        share = ((temperature - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(max=1)
+
+        def between(rows: tuple[tuple[float, ...], ...]) -> Tensor:
+            table = torch.tensor(((0.0,) * self.depth, *rows), dtype=torch.float32, device=temperature.device)
+            return torch.lerp(table[upper - 1], table[upper], share[:, None]).T.contiguous()
+
+        least = torch.finfo(torch.float32).tiny  # at temperature 0, where alpha counts for nothing but must be valid
+        return between(self.alpha).clamp(min=least), between(self.beta)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"temperatures": list(self.temperatures), "alpha": _lists(self.alpha), "beta": _lists(self.beta)}
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Calibration:
+        """The calibration of `to_dict`'s values; ValueError, in a sentence, for anything else."""
+        try:
+            tables = (tuple(tuple(map(float, row)) for row in told[name]) for name in ("alpha", "beta"))
+            return cls(tuple(map(float, told["temperatures"])), *tables)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a calibration needs lists of temperatures, alpha and beta ({error!r})") from error
 
 
 @dataclass(frozen=True)
@@ -70,3 +131,7 @@ def _tables(calibration: Calibration | None, temperature: Tensor, depth: int) ->
     levels = torch.arange(depth, device=temperature.device).clamp(max=calibration.depth - 1)
     alpha, beta = calibration.coefficients(temperature)
     return alpha[levels], beta[levels]
+
+
+def _lists(rows: tuple[tuple[float, ...], ...]) -> list[list[float]]:
+    return [list(row) for row in rows]

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
 from .base import DrafterState
-from .calibration import Calibration
+from .coupling import Calibration
 from .eagle_group import EagleGroup, compute_dtype_and_device
-from .eagle_network import EagleConfig, EagleNetwork
 from .eagle_stack import layout
 from .eagle_state import EagleState
+from .network import EagleConfig, EagleNetwork
 
 __all__ = ["EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "compute_dtype_and_device", "in_lockstep"]
 

@@ -20,12 +20,11 @@ from ..sampling import SamplingRows
 from ..tree import DraftTree, TreeShape
 from . import evidence
 from .base import DrafterState
-from .calibration import Calibration
-from .coupling import couple
-from .eagle_network import EagleNetwork
+from .coupling import Calibration, couple
 from .eagle_stack import EagleStack
 from .eagle_state import EagleState, own_state
 from .levels import Level, capacity_of, is_complete, scatter_rows, split, to_tree
+from .network import EagleNetwork
 
 
 class EagleGroup:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .eagle_network import EagleNetwork, rotate_half
+from .network import EagleNetwork, rotate_half
 
 LINEARS = (
     "fc",

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..plain_generation import plain_generate
+from ..decode.plain import plain_generate
 from ..sampling import SamplingParams
 from .prompting import Prompter, padded
 from .steps import RowSteps, Signals, analyse, sum_signals
 
 if TYPE_CHECKING:
-    from ..decoder import SpeculativeDecoder
-    from ..state import StepEvent
-    from ..target import TargetModel
+    from ..decode.decoder import SpeculativeDecoder
+    from ..decode.state import StepEvent
+    from ..target.model import TargetModel
     from .tasks import Question
     from .variants import Variant
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..decoder import SpeculativeDecoder
-from ..drafters import average_drafters, load_drafter, load_drafters
-from ..drafters.checkpoint_files import DrafterFiles, read_folder
-from ..drafters.published_format import check_fits, network_config
-from ..drafters.tensor_files import sha256
-from ..target import TargetModel
+from ..checkpoints import average_drafters, load_drafter, load_drafters
+from ..checkpoints.files import DrafterFiles, read_folder
+from ..checkpoints.formats import check_fits, network_config
+from ..checkpoints.tensor_files import sha256
+from ..decode.decoder import SpeculativeDecoder
+from ..target.model import TargetModel
 from ..training.target_ends import TargetIdentity
 from ..tree import TreeShape
 from .answering import Contestant

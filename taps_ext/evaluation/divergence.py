@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from ..decoder import SpeculativeDecoder
-from ..plain_generation import plain_generate
+from ..decode.decoder import SpeculativeDecoder
+from ..decode.plain import plain_generate
+from ..decode.state import StepEvent
+from ..decode.stats import DecodeStats
+from ..decode.verification import verify
 from ..sampling import SamplingParams
-from ..state import StepEvent
-from ..stats import DecodeStats
-from ..target import ScoredTree, TargetModel
+from ..target.model import ScoredTree, TargetModel
 from ..tree import DraftTree
-from ..verification import verify
 from .frequencies import last_logits
 
 MOST_ROUNDINGS = 4.0  # what counts as explained by rounding, in measured roundings

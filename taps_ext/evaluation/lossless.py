@@ -13,11 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..composition import COMPOSITIONS, make_composition
-from ..decoder import SpeculativeDecoder
+from ..decode.decoder import SpeculativeDecoder
+from ..decode.plain import plain_generate
+from ..decode.stats import DecodeStats
 from ..drafters import Drafter
-from ..plain_generation import plain_generate
-from ..stats import DecodeStats
-from ..target import TargetModel
+from ..target.model import TargetModel
 from ..tree import TreeShape
 from .divergence import Batch, Divergence, ListeningTarget, find_divergences
 from .frequencies import LEAST_COUNT, chi_square, common_beginnings

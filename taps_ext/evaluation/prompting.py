@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..target import TargetModel
+    from ..target.model import TargetModel
     from .tasks import Question
 
 

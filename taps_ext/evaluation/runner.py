@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import info
-from ..target import TargetModel
+from ..target.model import TargetModel
 from ..training.target_ends import identify
 from ..tree import TreeShape
 from . import results

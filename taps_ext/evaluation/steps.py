@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..state import StepEvent
+from ..decode.state import StepEvent
 from ..tree import DraftTree
 
 NUM_BINS = 100

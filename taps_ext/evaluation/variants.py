@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..composition import COMPOSITIONS, EVIDENCE_DECAY
-from ..composition.base import check_decay
+from ..composition import COMPOSITIONS, EVIDENCE_DECAY, check_decay
 
 PLAIN, SINGLE, AVERAGE, MERGED, EVIDENCE = "plain", "single", "average", "merged", "evidence"
 NAMES = (PLAIN, SINGLE, AVERAGE, *(name for name in COMPOSITIONS if name != SINGLE))

@@ -24,7 +24,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..drafters import average_drafters
+from ..checkpoints import average_drafters
 from ..training import TokenDataset
 from ..training.calibrating import CalibrationSettings, calibrate_drafter, calibration_texts
 from ..training.chat_format import ChatFormat

@@ -19,17 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..disk import check_writable
-from ..drafters.calibration import (
-    CALIBRATION_FILE,
-    LEAST_TEMPERATURE,
-    Calibration,
-    CalibrationRecord,
-    write_calibration,
-)
-from ..drafters.checkpoint import network_of
-from ..drafters.checkpoint_files import read_folder
-from ..drafters.eagle_network import EagleNetwork
+from ..checkpoints.calibration import CALIBRATION_FILE, CalibrationRecord, write_calibration
+from ..checkpoints.disk import check_writable
+from ..checkpoints.files import read_folder
+from ..checkpoints.load import network_of
+from ..drafters.coupling import LEAST_TEMPERATURE, Calibration
+from ..drafters.network import EagleNetwork
 from .calibration_report import COUPLED, TOPK, UNCOUPLED, CalibrationReport, Cell, Measures, measure
 from .coupled_draws import Chunk, Draws, Progress
 from .coupled_likelihood import Likelihood, fit, likelihood

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..drafters.calibration import Calibration, CalibrationRecord
+from ..checkpoints.calibration import CalibrationRecord
+from ..drafters.coupling import Calibration
 
 NUM_CHILDREN = 10  # of a node, as a tree of the usual branching keeps them
 COUPLED, UNCOUPLED, TOPK = "coupled", "uncoupled", "topk"  # rules, ways to score children: see `Cell`

@@ -14,7 +14,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ..drafters.eagle_network import EagleNetwork
+from ..drafters.network import EagleNetwork
 from .dataset import TokenDataset
 from .features import DraftBatch, FeatureSource
 from .objectives import next_stream

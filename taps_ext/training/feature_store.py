@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..disk import check_writable, write_text
+from ..checkpoints.disk import check_writable, write_text
 from .config import DtypeName
 from .dataset import TokenBatch, TokenDataset
 from .feature_shards import COMMAND, DTYPES, FORMAT, SHARDS, FeatureKind, Shard, open_shard, write_shard

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..drafters.checkpoint import load_network
-from ..drafters.checkpoint_files import read_folder
-from ..drafters.eagle_network import EagleConfig, EagleNetwork
-from ..drafters.published_format import check_fits
-from ..drafters.target_files import open_target
+from ..checkpoints.files import read_folder
+from ..checkpoints.formats import check_fits
+from ..checkpoints.load import load_network
+from ..checkpoints.target_files import open_target
+from ..drafters.network import EagleConfig, EagleNetwork
 from ..tiny import resolve
 from .config import Recipe
 from .data import PreparedData, prepare

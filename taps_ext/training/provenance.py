@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..drafters.eagle_network import EagleConfig
+from ..drafters.network import EagleConfig
 from ..info import code_version
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset

@@ -14,8 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ..disk import check_writable
-from ..plain_generation import plain_generate
+from ..checkpoints.disk import check_writable
+from ..decode.plain import plain_generate
 from ..sampling import SamplingParams
 from .conversations import Conversation, Message
 from .target_ends import identify
@@ -23,7 +23,7 @@ from .target_ends import identify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..decoder import SpeculativeDecoder
+    from ..decode.decoder import SpeculativeDecoder
 
 Progress = Callable[[int, int], None]  # conversations done, of how many
 

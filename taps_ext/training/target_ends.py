@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..drafters.eagle_network import rope_of
-from ..drafters.target_files import open_target
+from ..checkpoints.target_files import open_target
+from ..drafters.network import rope_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..disk import written
-from ..drafters.checkpoint import save_drafter
-from ..drafters.eagle_network import EagleNetwork
+from ..checkpoints.disk import written
+from ..checkpoints.load import save_drafter
+from ..drafters.network import EagleNetwork
 from ..info import code_version
 from .acceptance_estimate import estimate
 from .calibrating import calibrate_run

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..drafters.eagle_network import EagleNetwork
+from ..drafters.network import EagleNetwork
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import BatchOrder, TokenBatch, TokenDataset
 from .features import DraftBatch, FeatureSource

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...drafters.eagle_network import EagleNetwork
+from ...drafters.network import EagleNetwork
 from ..config import ObjectiveConfig
 from ..features import DraftBatch, Head
 from .eagle2 import noisy

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...drafters.eagle_network import EagleNetwork
+from ...drafters.network import EagleNetwork
 
 MIN_BLOCK, MAX_BLOCKS = 64, 8  # queries that are attended together at least, and into how many blocks a long text falls
 

@@ -1,0 +1,20 @@
+"""Checkpoints: drafters as files: loaded, saved, averaged, exported, validated. No other room knows files and hubs."""
+
+from __future__ import annotations
+
+from .average import average_drafters, sweep
+from .export import export_drafter
+from .load import load_drafter, load_drafters, load_network, save_drafter
+from .validate import ValidationReport, validate_drafter
+
+__all__ = [
+    "ValidationReport",
+    "average_drafters",
+    "export_drafter",
+    "load_drafter",
+    "load_drafters",
+    "load_network",
+    "save_drafter",
+    "sweep",
+    "validate_drafter",
+]

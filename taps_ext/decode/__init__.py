@@ -1,0 +1,1 @@
+"""Decoding: one call is a sequence of steps: propose, score, verify, commit, observe."""

@@ -1,0 +1,103 @@
+"""Plain decoding, one token a forward, with the decoder's own noise: the oracle that speculation must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ..sampling import SamplingParams, SamplingRows
+from ..target.kv_cache import cache_keyword
+from ..target.model import TargetModel
+from ..tree import DraftTree
+from .request import Request
+from .state import RowText
+from .verification import verify
+
+
+@dataclass(frozen=True)
+class PlainResult:
+    """The texts of a plain run."""
+
+    sequences: Tensor  # int64 [B, P + longest], the prompts as given, the new tokens, padding
+    new_tokens: list[list[int]]
+    finish_reasons: list[str]
+    num_target_forwards: int
+
+
+def plain_generate(
+    target: PreTrainedModel | TargetModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    sampling: SamplingParams | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    eos_token_id: int | Collection[int] | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    logits_processor: Any = None,
+) -> PlainResult:
+    """The target's own text: stock forwards with transformers' cache, each token drawn as `ops.verify_tree` draws.
+
+    Takes left-padded prompts [B, P] and the arguments of `SpeculativeDecoder.generate`, and returns the same text.
+    """
+    model: Any = target.model if isinstance(target, TargetModel) else target
+    request = Request.build(
+        model,
+        input_ids,
+        attention_mask,
+        sampling,
+        max_new_tokens,
+        eos_token_id,
+        stop_strings,
+        tokenizer,
+        logits_processor,
+    )
+    if bool((request.attention_mask.diff(dim=1) < 0).any()):
+        raise ValueError("plain_generate takes left-padded prompts, got padding behind a prompt; pad on the left")
+    rows = [RowText(prompt) for prompt in input_ids.tolist()]
+    draws, num_forwards = _draws(model, request), 0
+    while any(row.finish_reason is None for row in rows):
+        num_forwards += 1
+        for b, (row, token) in enumerate(zip(rows, next(draws).tolist(), strict=True)):
+            if token < 0 and row.finish_reason is None:
+                row.finish_reason = "invalid_logits"
+            row.extend([token], b, request.rules)
+    reasons = [row.finish_reason or "" for row in rows]
+    return PlainResult(request.sequences(rows), [row.new_tokens for row in rows], reasons, num_forwards)
+
+
+@torch.inference_mode()
+def _draws(model: Any, request: Request) -> Iterator[Tensor]:
+    """The tokens [B] that one forward after the other draws, without end; -1 where the logits were invalid."""
+    device = model.get_input_embeddings().weight.device
+    text, mask = request.input_ids.to(device), request.attention_mask.to(device)
+    tokens, cache = text, DynamicCache(config=model.config)
+    sampling = request.sampling.rows(len(text), device)
+    arguments: dict[str, Any] = {cache_keyword(model): cache}
+    if model._supports_logits_to_keep():
+        arguments["logits_to_keep"] = 1
+    while True:
+        logits = model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp_min(0)[:, -tokens.shape[1] :],
+            use_cache=True,
+            **arguments,
+        ).logits[:, -1:]
+        if request.processors:
+            logits = request.processors(cast(Any, text), logits[:, 0].float())[:, None]
+        drawn = _draw(logits, sampling, positions=mask.sum(dim=1))
+        yield drawn
+        tokens = drawn.clamp_min(0)[:, None]
+        text = torch.cat([text, tokens], dim=1)
+        mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+
+
+def _draw(logits: Tensor, sampling: SamplingRows, positions: Tensor) -> Tensor:
+    roots = DraftTree.of_roots(torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+    return verify(logits, roots, sampling, positions).bonus_tokens

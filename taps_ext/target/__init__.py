@@ -1,0 +1,1 @@
+"""The target: a stock Hugging Face causal LM that scores draft trees."""
