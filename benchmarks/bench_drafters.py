@@ -33,7 +33,7 @@ from torch import Tensor
 
 import taps_ext
 from taps_ext.drafters.eagle import EagleDrafter
-from taps_ext.drafters.eagle_group import EagleGroup
+from taps_ext.drafters.eagle import EagleGroup
 from taps_ext.drafters.eagle_state import EagleState, write
 
 COMPOSITIONS = {"confidence": "#d1603d", "evidence": "#6ba368", "merged": "#4878a8"}

@@ -7,7 +7,7 @@ copies between host and device. The host gets what the test answers for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from taps_ext import native, ops
-from taps_ext.target import model as target
+from taps_ext.decode import state
+from taps_ext.target import support
 
 # Not the first: whoever forgets the index is found out. (Where there is a GPU, torch wants the device to be there.)
 DEVICE = torch.device("cuda", 0 if torch.cuda.device_count() == 1 else 1)
@@ -33,30 +34,49 @@ aten = torch.ops.aten
 class Traffic:
     """What went between host and device."""
 
-    reads: list[list[int]] = field(default_factory=list)  # the shapes read, each a synchronisation
+    reads: list[list[int]] = field(default_factory=list)  # the shapes read one by one, each a synchronisation
+    waits: int = 0  # for all that a step's record is made of
     copies: list[str] = field(default_factory=list)  # anything else that crossed
     kernels: list[str] = field(default_factory=list)  # the attention kernels called
 
     def clear(self) -> None:
         """Forget what was until now."""
-        self.reads, self.copies, self.kernels = [], [], []
+        self.reads, self.waits, self.copies, self.kernels = [], 0, [], []
 
 
 @contextmanager
-def fake_cuda(answer: Callable[[list[int]], list[Any]]) -> Iterator[Traffic]:
-    """Inside, `DEVICE` can be used and the ops are their fakes; the host reads what `answer` says of a shape."""
+def fake_cuda() -> Iterator[Traffic]:
+    """Inside, `DEVICE` can be used and the ops are their fakes.
+
+    Of a step the host fetches that every row accepted one draft token; anything else that it reads is 0, 1, 0, ...
+    """
     traffic = Traffic()
+
+    def to_host(tensors: dict[str, Tensor]) -> dict[str, Any]:
+        traffic.waits += 1
+        batch_size, length = tensors["tokens"].shape
+        values = {
+            "num_accepted": min(1, length - 1),
+            "is_invalid": False,
+            "num_nodes": 6,
+            "tokens": [7] * length,
+            "proposers": [1] * (length - 1),
+            "choice": 0,
+            "log_probs": [-0.5] * length,
+        }
+        return {name: [values[name]] * batch_size for name in tensors}
 
     def tolist(tensor: Tensor) -> Any:
         if tensor.is_cpu:
             return _zeros(list(tensor.shape))
         traffic.reads.append(list(tensor.shape))
-        return answer(list(tensor.shape))
+        return [row % 2 for row in range(len(tensor))]
 
     native.load_for_tracing()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "_ops", return_value=torch.ops.taps_ext))
-        stack.enter_context(mock.patch.object(target, "refuse_without_ops"))
+        stack.enter_context(mock.patch.object(support, "refuse_without_ops"))
+        stack.enter_context(mock.patch.object(state, "to_host", to_host))
         stack.enter_context(mock.patch.object(torch, "allclose", return_value=True))
         stack.enter_context(mock.patch("torch.backends.cuda.can_use_flash_attention", _flash_takes))
         stack.enter_context(mock.patch("torch.backends.cuda.can_use_efficient_attention", return_value=True))

@@ -6,6 +6,7 @@ Beside it the drafters and texts that it is compared over.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
+from taps_ext.decode.step import draft, draft_chosen, group_drafters
+from taps_ext.drafters import Drafter, EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.drafters.coupling import Calibration
 from taps_ext.reference import gumbel_noise
-from taps_ext.tree import DraftTree, TreeShape
+from taps_ext.tree import DraftTree, Lengths, TreeShape
 
 V, H = 61, 32
 LLAMA3_ROPE = {
@@ -76,7 +78,7 @@ class Text:
         """Observe the next counts[b] slots of each row."""
         drafter.observe(state, *self.block(counts, padding))
 
-    def block(self, counts: list[int], padding: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    def block(self, counts: list[int], padding: int = 2) -> tuple[Tensor, Tensor, Lengths]:
         """Features, next tokens and counts of the next counts[b] slots of each row; behind each row's end garbage."""
         size = max(counts) + padding
         features = torch.full((len(counts), size, H), math.nan)
@@ -85,7 +87,7 @@ class Text:
             features[b, :count] = self.features[b, start : start + count]
             next_tokens[b, :count] = self.tokens[b, start + 1 : start + 1 + count]
             self.fed[b] += count
-        return features, next_tokens, torch.tensor(counts)
+        return features, next_tokens, Lengths.of(counts)
 
     def roots(self) -> Tensor:
         return torch.stack([self.tokens[b, fed] for b, fed in enumerate(self.fed)])
@@ -94,6 +96,31 @@ class Text:
         self, drafter: EagleDrafter, state: Any, shape: TreeShape, active: list[bool] | None = None
     ) -> DraftTree:
         return drafter.propose(state, self.roots(), shape, torch.tensor(active or [True] * len(self.fed)))
+
+
+class Together:
+    """Several drafters, run as a decode step runs them."""
+
+    def __init__(self, drafters: Sequence[Drafter]) -> None:
+        self.drafters = drafters
+        self.groups = group_drafters(drafters)
+
+    def reset(self, batch_size: int, sampling: Any = None, decay: float | None = None) -> list[Any]:
+        return [drafter.reset(batch_size, sampling, decay) for drafter in self.drafters]
+
+    def observe(self, states: list[Any], features: Tensor, next_tokens: Tensor, num_tokens: Lengths) -> None:
+        for drafter, state in zip(self.drafters, states, strict=True):
+            drafter.observe(state, features, next_tokens, num_tokens)
+
+    def propose(
+        self, states: list[Any], roots: Tensor, shape: TreeShape, active: Tensor, chosen: list[int] | None = None
+    ) -> list[DraftTree]:
+        if chosen is None:
+            return draft(self.drafters, self.groups, states, roots, shape, active)
+        return draft_chosen(self.drafters, chosen, states, roots, shape, active)
+
+    def evidence(self, states: list[Any]) -> Tensor:
+        return torch.stack([state.evidence for state in states])
 
 
 # ---- the literal drafter

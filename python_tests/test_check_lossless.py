@@ -23,9 +23,10 @@ import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.cli import evaluate_lossless as evaluation_lossless
 from taps_ext.cli.evaluate_lossless import check_lossless as command
-from taps_ext.decode import decoder as decoder_module
 from taps_ext.decode import plain as plain_generation
-from taps_ext.decode.verification import Acceptance, verify
+from taps_ext.decode import step as device_half
+from taps_ext.decode.state import Acceptance
+from taps_ext.decode.step import verify
 from taps_ext.drafters.eagle import EagleDrafter
 from taps_ext.evaluation.divergence import (
     ROUNDINGS,
@@ -133,7 +134,7 @@ def draw_at_twice_the_temperature(logits: Tensor, tree: taps.DraftTree, sampling
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_texts_notice_a_rule_that_trusts_the_drafter(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    monkeypatch.setattr(device_half, "verify", trust_the_drafter)
     report = check(replace(SETTINGS, temperatures=(temperature,)))
     assert [one.verdict for one in report.texts] == ["different"]
     assert (report.verdict, report.passed) == ("not lossless", False)
@@ -141,13 +142,13 @@ def test_texts_notice_a_rule_that_trusts_the_drafter(temperature: float, monkeyp
 
 
 def test_frequencies_notice_a_rule_that_trusts_the_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    monkeypatch.setattr(device_half, "verify", trust_the_drafter)
     plain, merged = check(FREQUENCIES).frequencies
     assert (plain.verdict, merged.verdict) == ("as expected", "not as expected")
 
 
 def test_texts_alone_notice_fresh_noise_which_leaves_the_distribution_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "verify", draw_with_other_noise)
+    monkeypatch.setattr(device_half, "verify", draw_with_other_noise)
     report = check(replace(SETTINGS, num_draws=1500, draws_together=500))
     assert [one.verdict for one in report.texts] == ["equal", "different", "different"]
     assert [one.verdict for one in report.frequencies] == ["as expected", "as expected"]
@@ -155,7 +156,7 @@ def test_texts_alone_notice_fresh_noise_which_leaves_the_distribution_as_it_is(m
 
 
 def test_frequencies_alone_notice_what_is_wrong_with_plain_decoding_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (decoder_module, plain_generation):
+    for module in (device_half, plain_generation):
         monkeypatch.setattr(module, "verify", draw_at_twice_the_temperature)
     report = check(replace(SETTINGS, num_draws=1500, draws_together=500))
     assert {one.verdict for one in report.texts} == {"equal"}
@@ -201,7 +202,7 @@ def test_rounding_parts_texts_at_near_ties_only(dtype: torch.dtype, monkeypatch:
 
 
 def test_a_wrong_rule_is_a_fault_in_reduced_precision_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    monkeypatch.setattr(device_half, "verify", trust_the_drafter)
     report = check(SETTINGS, dtype=torch.bfloat16)
     assert {text.verdict for text in report.texts} == {"different"}
     faults = [one.evidence for text in report.texts for one in text.divergences if not one.is_near_tie]
@@ -455,7 +456,7 @@ def test_the_command_says_lossless_to_people_and_to_programs(tmp_path: Path) -> 
 
 
 def test_the_command_shows_where_texts_part_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "verify", trust_the_drafter)
+    monkeypatch.setattr(device_half, "verify", trust_the_drafter)
     result = run("--draws=0")
     assert result.exit_code == 1
     assert "fault, not what these logits draw" in result.stdout

@@ -10,6 +10,7 @@ from literal_drafter import (
     Draw,
     LoneDrafter,
     Text,
+    Together,
     assert_same_bits,
     assert_same_tree,
     literal_tree,
@@ -20,9 +21,9 @@ from literal_drafter import new_target as new_literal_target
 from small_models import new_target
 
 import taps_ext as taps
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.drafters.coupling import Calibration
-from taps_ext.tree import DraftTree, TreeShape
+from taps_ext.tree import DraftTree, Lengths, TreeShape
 
 # Coefficients that differ by temperature and by depth, fewer depths than the trees have.
 CALIBRATION = Calibration((0.5, 1.0), alpha=((1.3, 0.9), (0.8, 1.1)), beta=((0.5, 1.2), (1.4, 0.7)))
@@ -53,11 +54,11 @@ def test_coupled_trees_of_a_ragged_batch_equal_full_recomputation(min_score: flo
 
 def proposals(drafters: list[EagleDrafter], sampling: taps.SamplingParams | None, batch_size: int) -> list[DraftTree]:
     """What each drafter proposes in a group, two steps of a ragged batch."""
-    grouped, text = GroupedDrafters(drafters), Text(new_literal_target(), batch_size, 40)
+    grouped, text = Together(drafters), Text(new_literal_target(), batch_size, 40)
     states = grouped.reset(batch_size, None if sampling is None else sampling.rows(batch_size))
     trees: list[DraftTree] = []
     for counts in ([9, 4, 14, 6], [1, 3, 2, 0]):
-        grouped.observe(states, *text.block(counts[:batch_size]), counts[:batch_size])
+        grouped.observe(states, *text.block(counts[:batch_size]))
         trees += grouped.propose(states, text.roots(), SHAPE, torch.ones(batch_size, dtype=torch.bool))
     return trees
 
@@ -96,7 +97,7 @@ def test_a_coupled_row_drafts_the_same_alone_and_in_a_batch() -> None:
     """Its seed, its temperature and its length are its own; chosen rows of the batch draft what all of them would."""
     target = new_literal_target()
     drafters = [make_drafter(target, seed, known) for seed, known in enumerate((CALIBRATION, OTHER))]
-    grouped, sampling = GroupedDrafters(drafters), taps.SamplingParams([1.2, 0.7, 0.0, 0.7], seed=[3, -5, 7, 3])
+    grouped, sampling = Together(drafters), taps.SamplingParams([1.2, 0.7, 0.0, 0.7], seed=[3, -5, 7, 3])
     together, states = Text(target, 4, 40), grouped.reset(4, sampling.rows(4), decay=0.9)
     alone = Text(target, 4, 40)
     lone_states = []
@@ -105,13 +106,13 @@ def test_a_coupled_row_drafts_the_same_alone_and_in_a_batch() -> None:
         lone_states.append(grouped.reset(1, one.rows(1), decay=0.9))
     active = torch.ones(4, dtype=torch.bool)
     for counts, choice in (([12, 3, 7, 1], [0, 1, 1, 0]), ([1, 2, 0, 3], [1, 1, 0, 1]), ([2, 4, 1, 1], [1] * 4)):
-        grouped.observe(states, *together.block(counts), counts)
+        grouped.observe(states, *together.block(counts))
         trees = grouped.propose(states, together.roots(), SHAPE, active)
         chosen = grouped.propose(states, together.roots(), SHAPE, active, choice)
-        features, tokens, num_tokens = alone.block(counts)
+        features, tokens, _ = alone.block(counts)
         for b in range(4):
             row = slice(b, b + 1)
-            grouped.observe(lone_states[b], features[row], tokens[row], num_tokens[row], counts[row])
+            grouped.observe(lone_states[b], features[row], tokens[row], Lengths.of(counts[row]))
             singles = grouped.propose(lone_states[b], alone.roots()[row], SHAPE, active[row])
             for d in range(2):
                 assert_same_tree(paths_of(trees[d], b), paths_of(singles[d], 0))

@@ -32,20 +32,6 @@ FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_scaled_dot_product_e
 # ---- a device that computes nothing
 
 
-class Answers:
-    """What the host reads of each step: every row accepted one token, no logits are invalid, lengths grow by two."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    def __call__(self, shape: list[int]) -> list[Any]:
-        if len(shape) == 1:  # the tokens of plain decoding, or the drafters chosen
-            return [row % 2 for row in range(shape[0])]
-        rows = [[1, 0, 6, length, 0, *[7] * shape[1]][: shape[1]] for length in self.lengths]
-        self.lengths = [length + 2 for length in self.lengths]
-        return rows
-
-
 def fake_decoder(composition: str, dtype: torch.dtype) -> taps.SpeculativeDecoder:
     """A target and three drafters, two of them alike, on the fake device."""
     target = taps.TargetModel(fake_cuda.placed(new_target(), dtype))
@@ -75,11 +61,10 @@ def fake_request(lengths: list[int], temperature: float, **changes: Any) -> Requ
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 @torch.inference_mode()
 def test_a_step_reads_the_host_once_and_copies_nothing(composition: str) -> None:
-    answers = Answers([])
-    with fake_cuda.fake_cuda(answers) as traffic:
+    with fake_cuda.fake_cuda() as traffic:
         decoder = fake_decoder(composition, torch.float32)
         for lengths, temperature in itertools.product([[5], [5, 3, 4, 1]], [0.0, 1.0]):
-            answers.lengths, request = lengths, fake_request(lengths, temperature)
+            request = fake_request(lengths, temperature)
             state = decoder._begin(request)
             decoder._prefill(request, state)
             traffic.clear()
@@ -89,14 +74,14 @@ def test_a_step_reads_the_host_once_and_copies_nothing(composition: str) -> None
                 if len(lengths) > 1:  # and is told its rows, where they are not all
                     assert [copy.partition(" ")[0] for copy in traffic.copies] == ["to", "to"]
                     traffic.copies.clear()
-            assert len(traffic.reads) == 1
+            assert traffic.waits == 1 and traffic.reads == []
             assert traffic.copies == []
 
 
 @torch.inference_mode()
 def test_neither_log_probabilities_nor_a_row_that_ends_cost_another_read() -> None:
     rules = StopRules((400, 3, 400), frozenset(), ())
-    with fake_cuda.fake_cuda(Answers([5, 5, 5])) as traffic:
+    with fake_cuda.fake_cuda() as traffic:
         decoder = fake_decoder("merged", torch.float32)
         request = fake_request([5, 5, 5], 1.0, rules=rules, return_log_probs=True)
         state = decoder._begin(request)
@@ -104,7 +89,7 @@ def test_neither_log_probabilities_nor_a_row_that_ends_cost_another_read() -> No
         traffic.clear()
         decoder._step(request, state)
         assert [row.finish_reason for row in state.rows] == [None, "length", None]
-        assert len(traffic.reads) == 1
+        assert traffic.waits == 1 and traffic.reads == []
         assert traffic.copies == []
 
 
@@ -119,7 +104,7 @@ def test_neither_log_probabilities_nor_a_row_that_ends_cost_another_read() -> No
 )
 @torch.inference_mode()
 def test_a_layer_attends_in_two_fused_kernels(dtype: torch.dtype, lengths: list[int], prefix_kernel: str) -> None:
-    with fake_cuda.fake_cuda(Answers(lengths)) as traffic:
+    with fake_cuda.fake_cuda() as traffic:
         decoder, request = fake_decoder("merged", dtype), fake_request(lengths, 0.0)
         state = decoder._begin(request)
         decoder._prefill(request, state)
@@ -134,7 +119,7 @@ def test_a_layer_attends_in_two_fused_kernels(dtype: torch.dtype, lengths: list[
 def test_an_lm_head_on_another_device_than_the_embedding_drafts_there(composition: str) -> None:
     """As a device map places them: the drafters are beside the lm_head, tokens and trees beside the embedding."""
     there = torch.device("cuda", 0)
-    with fake_cuda.fake_cuda(Answers([5, 3])):
+    with fake_cuda.fake_cuda():
         model = fake_cuda.placed(new_target(), torch.float32)
         head = model.get_output_embeddings()
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight, device=there), requires_grad=False)
@@ -156,7 +141,7 @@ def test_an_lm_head_on_another_device_than_the_embedding_drafts_there(compositio
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 looks at the attention mask on the host")
 @torch.inference_mode()
 def test_plain_decoding_takes_prompts_from_the_host() -> None:
-    with fake_cuda.fake_cuda(Answers([3])):
+    with fake_cuda.fake_cuda():
         model = fake_cuda.placed(new_target(), torch.float32)
         draws = plain_generation._draws(model, fake_request([3], 1.0))
         assert {next(draws).device for _ in range(3)} == {fake_cuda.DEVICE}
@@ -164,7 +149,7 @@ def test_plain_decoding_takes_prompts_from_the_host() -> None:
 
 @torch.inference_mode()
 def test_the_fake_device_sees_what_a_real_one_would_suffer_from() -> None:
-    with fake_cuda.fake_cuda(Answers([3])) as traffic:
+    with fake_cuda.fake_cuda() as traffic:
         there, here = torch.zeros(3, device=fake_cuda.DEVICE), torch.zeros(3)
         torch.tensor([1.0], device=fake_cuda.DEVICE)
         there[1:] = here[1:]

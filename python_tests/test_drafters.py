@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import threading
+import weakref
 from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,7 @@ from literal_drafter import (
     H,
     LoneDrafter,
     Text,
+    Together,
     V,
     assert_same_tree,
     literal_tree,
@@ -20,13 +26,16 @@ from literal_drafter import (
     new_target,
     paths_of,
 )
+from small_models import prompts, trained_drafters, trained_target
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
+import taps_ext as taps
 from taps_ext import native, ops
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters, eagle_group
-from taps_ext.tree import TreeShape
+from taps_ext.checkpoints import save_drafter
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, eagle
+from taps_ext.tree import Lengths, TreeShape
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason="the native module is not built")
 
@@ -89,7 +98,7 @@ def test_a_row_drafts_the_same_alone_and_in_a_batch(target: LlamaForCausalLM) ->
                     states[b],
                     alone.features[b : b + 1, start:stop],
                     alone.tokens[b : b + 1, start + 1 : stop + 1],
-                    torch.tensor(counts[b : b + 1]),
+                    Lengths.of(counts[b : b + 1]),
                 )
             single = drafter.propose(states[b], alone.tokens[b : b + 1, stop], shape, torch.tensor([True]))
             assert_same_tree(paths_of(tree, b), paths_of(single, 0))
@@ -130,8 +139,8 @@ def test_the_cache_moves_only_when_it_doubles(target: LlamaForCausalLM) -> None:
     for _ in range(40):
         text.propose(drafter, state, shape)
         text.feed(drafter, state, [5, 2])
-        capacities.append(state.capacity)
-        addresses.add((state.capacity, state.keys.data_ptr(), state.values.data_ptr()))
+        capacities.append(state.keys.shape[2])
+        addresses.add((state.keys.shape[2], state.keys.data_ptr(), state.values.data_ptr()))
     assert sorted(set(capacities)) == [256, 512]
     assert len(addresses) == 2
     fed = text.fed[0]
@@ -154,10 +163,10 @@ def test_drafting_reads_nothing_on_the_host(target: LlamaForCausalLM, monkeypatc
     text, state = Text(target, 2, 20), drafter.reset(2)
     text.feed(drafter, state, [6, 9])
     block, roots, active = text.block([2, 3]), text.roots(), torch.tensor([True, False])
-    monkeypatch.setattr(eagle_group, "can_read", lambda device: False)  # as where the host would have to wait
+    monkeypatch.setattr(eagle, "can_read", lambda device: False)  # as where the host would have to wait
     monkeypatch.setattr(Tensor, "tolist", None)  # goes past the dispatcher
     with NoHostRead():
-        drafter.observe(state, *block, counts=[2, 3])
+        drafter.observe(state, *block)
         drafter.propose(state, roots, TreeShape(4, 3, 20), active)
 
 
@@ -215,19 +224,19 @@ def test_a_bfloat16_target_is_drafted_for_in_bfloat16(target: LlamaForCausalLM) 
 @needs_native
 @pytest.mark.parametrize("alike", [2, 3])
 def test_drafters_in_lockstep_propose_the_trees_of_each_alone(target: LlamaForCausalLM, alike: int) -> None:
-    """Among them one of another cache shape, one of another type: whatever does not fit drafts alone, in its place."""
+    """One of them has another cache shape; one is of another type and drafts alone, in its place."""
     drafters = [make_drafter(target, seed) for seed in range(alike)]
     drafters.insert(1, make_drafter(target, seed=7, num_key_value_heads=4))
     one = drafters[0]
     drafters.append(LoneDrafter(make_drafter(target, seed=8).network, one.embedding, one.lm_head, "lone"))
-    grouped, shape = GroupedDrafters(drafters), TreeShape(4, 4, 22)
-    assert sorted(map(len, grouped.members)) == [1, 1, alike]
+    grouped, shape = Together(drafters), TreeShape(4, 4, 22)
+    assert sorted(map(len, grouped.groups)) == [1, alike + 1]
     text, states = Text(target, 3, 40), [drafter.reset(3) for drafter in drafters]
     group_states = grouped.reset(3)
     active = torch.tensor([True, True, False])
     for counts in ([9, 4, 14], [1, 3, 2], [0, 5, 1], [4, 1, 0]):
         features, tokens, num_tokens = text.block(counts)
-        grouped.observe(group_states, features, tokens, num_tokens, counts)
+        grouped.observe(group_states, features, tokens, num_tokens)
         for drafter, state in zip(drafters, states, strict=True):
             drafter.observe(state, features, tokens, num_tokens)
         trees = grouped.propose(group_states, text.roots(), shape, active)
@@ -241,7 +250,7 @@ def test_drafters_in_lockstep_propose_the_trees_of_each_alone(target: LlamaForCa
 
 @needs_native
 def test_drafters_in_lockstep_take_one_call_a_level(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eagle_group, "can_read", lambda device: False)  # every level
+    monkeypatch.setattr(eagle, "can_read", lambda device: False)  # every level
     calls: Counter[str] = Counter()
     for name in ("expand_frontier", "prune_tree"):
         monkeypatch.setattr(ops, name, counted(getattr(ops, name), name, calls))
@@ -250,9 +259,9 @@ def test_drafters_in_lockstep_take_one_call_a_level(target: LlamaForCausalLM, mo
     head.parameters = target.get_output_embeddings().parameters
     for drafter in drafters:
         drafter.lm_head = head
-    grouped, text = GroupedDrafters(drafters), Text(target, 2, 20)
+    grouped, text = Together(drafters), Text(target, 2, 20)
     states = grouped.reset(2)
-    grouped.observe(states, *text.block([5, 3]), [5, 3])
+    grouped.observe(states, *text.block([5, 3]))
     grouped.propose(states, text.roots(), TreeShape(5, 3, 20), torch.tensor([True, True]))
     assert calls == {"expand_frontier": 5, "lm_head": 5, "prune_tree": 1}
 
@@ -269,12 +278,11 @@ def test_zero_tokens_change_nothing(target: LlamaForCausalLM) -> None:
     drafter = make_drafter(target)
     text, state = Text(target, 2, 20), drafter.reset(2)
     text.feed(drafter, state, [4, 6])
-    before = (state.lengths, state.last_output, state.kv_length, state.keys.clone())
+    before = (state.lengths, state.last_output, state.keys.clone())
     text.feed(drafter, state, [0, 0])
     assert state.lengths is before[0]
     assert state.last_output is before[1]
-    assert state.kv_length == before[2]
-    assert state.keys.equal(before[3])
+    assert state.keys.equal(before[2])
 
 
 def test_observing_gives_what_the_training_forward_gives(target: LlamaForCausalLM) -> None:
@@ -284,7 +292,7 @@ def test_observing_gives_what_the_training_forward_gives(target: LlamaForCausalL
         text.feed(drafter, state, [count])
     embeddings = drafter.embedding(text.tokens[:, 1:10])
     out = drafter.network(embeddings.double(), text.features[:, :9].double(), torch.arange(9)[None])
-    torch.testing.assert_close(state.last_output[0], out[:, -1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state.last_output, out[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_the_training_forward_is_its_stages_and_reaches_every_parameter(target: LlamaForCausalLM) -> None:
@@ -313,15 +321,80 @@ def test_misshapen_observations_are_refused_in_a_sentence(target: LlamaForCausal
     drafter = make_drafter(target)
     state, features, tokens = drafter.reset(2), torch.zeros(2, 3, H), torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"features must be \[2, 3, 32\], got \[2, 3, 31\]"):
-        drafter.observe(state, features[..., :-1], tokens, torch.tensor([1, 1]))
+        drafter.observe(state, features[..., :-1], tokens, Lengths.of([1, 1]))
     with pytest.raises(ValueError, match=r"next_tokens must be \[2, T\], got \[1, 3\]"):
-        drafter.observe(state, features, tokens[:1], torch.tensor([1, 1]))
+        drafter.observe(state, features, tokens[:1], Lengths.of([1, 1]))
     with pytest.raises(ValueError, match=r"num_tokens must be \[2\], got \[1\]"):
-        drafter.observe(state, features, tokens, torch.tensor([1]))
+        drafter.observe(state, features, tokens, Lengths.of([1]))
     with pytest.raises(ValueError, match=r"num_tokens must lie in 0\.\.3 \(the slots given\), got 4"):
-        drafter.observe(state, features, tokens, torch.tensor([1, 4]))
+        drafter.observe(state, features, tokens, Lengths.of([1, 4]))
 
 
 def test_a_rope_that_depends_on_the_text_length_is_refused(target: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="rope type must be one of default, linear, llama3, yarn, got dynamic"):
         EagleConfig.for_target(target.config, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+
+
+# --- drafters that come and go ----------------------------------------------------------------------------------------
+
+
+def four_drafters() -> dict[str, EagleDrafter]:
+    """The two specialists, and each once more, disturbed: it accepts less, and drafts other trees."""
+    drafters = dict(trained_drafters())
+    torch.manual_seed(3)
+    for name, drafter in list(drafters.items()):
+        network = copy.deepcopy(drafter.network)
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+        drafters[f"disturbed {name}"] = EagleDrafter(network, drafter.embedding, drafter.lm_head, f"disturbed {name}")
+    return drafters
+
+
+@needs_native
+@pytest.mark.parametrize("composition", ["merged", "evidence"])
+def test_drafters_are_dropped_and_loaded_while_the_text_stays_the_same(composition: str, tmp_path: Path) -> None:
+    target, drafters = trained_target(), four_drafters()
+    ids, mask = prompts(3)
+    sampling = taps.SamplingParams(temperature=0.8, seed=4)
+    expected = taps.plain_generate(target, ids, mask, sampling=sampling, max_new_tokens=24).new_tokens
+    decoder = taps.SpeculativeDecoder(target, drafters, composition, shape=TreeShape(4, 4, 16), drafting="topk")
+
+    def check(decoder: taps.SpeculativeDecoder) -> list[EagleNetwork]:
+        result = decoder.generate(ids, mask, sampling=sampling, max_new_tokens=24)
+        assert result.new_tokens == expected
+        assert result.stats.drafters == tuple(decoder.drafters)
+        return [drafter.network for drafter in decoder.drafters.values()]
+
+    networks = check(decoder)
+    assert sum(storages(networks).values()) == num_bytes(networks), "no weight is copied"
+
+    running = decoder.stream(ids, mask, sampling=sampling, max_new_tokens=24)
+    next(running)
+    dropped = weakref.ref(drafters.pop("disturbed math").network)
+    fewer = decoder.with_drafters(drafters)
+    del decoder, networks
+    check(fewer)
+    assert [token for event in running for token in event.new_tokens[0]]  # a running call keeps its drafters
+    del running
+    gc.collect()
+    assert dropped() is None
+
+    folder = tmp_path / "code"
+    one = drafters["chat"]
+    save_drafter(one.network, folder, embedding=one.embedding, target_config=target.config)
+    more = fewer.with_drafters({**drafters, "code": taps.load_drafter(folder, target)})
+    del fewer
+    networks = check(more)
+    assert len(networks) == 4
+    assert sum(storages(networks).values()) == num_bytes(networks)
+
+
+def storages(networks: Sequence[EagleNetwork]) -> dict[int, int]:
+    """The bytes of each piece of memory that holds parameters of the networks."""
+    held = [parameter.untyped_storage() for network in networks for parameter in network.parameters()]
+    return {storage.data_ptr(): storage.nbytes() for storage in held}
+
+
+def num_bytes(networks: Sequence[EagleNetwork]) -> int:
+    """What the networks' parameters need, without anything beside them."""
+    return sum(parameter.nbytes for network in networks for parameter in network.parameters())

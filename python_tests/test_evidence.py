@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from literal_drafter import LoneDrafter, Text, literal_layer, make_drafter
+from literal_drafter import LoneDrafter, Text, Together, literal_layer, make_drafter
 from literal_drafter import new_target as new_literal_target
 from small_models import CALIBRATIONS, DOMAIN_TOKENS, PAD, prompts, sentences, trained_drafters, trained_target
 from torch import Tensor
@@ -18,8 +18,8 @@ from transformers import LogitsProcessor
 import taps_ext as taps
 from taps_ext import ops
 from taps_ext.composition import EVIDENCE_DECAY, make_composition
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, GroupedDrafters, evidence
-from taps_ext.drafters.eagle_group import EagleGroup
+from taps_ext.decode.step import DecodeStep
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, eagle, evidence
 from taps_ext.tree import TreeShape
 
 SHAPE = TreeShape(depth=4, branching=4, max_nodes=16)
@@ -31,7 +31,7 @@ def discounted(log_q: Tensor, prompt_length: int, decay: float) -> float:
     The last one of these is the answer's first.
     """
     counted = {j: 1.0 if j >= prompt_length - 1 else evidence.PROMPT_WEIGHT for j in range(1, len(log_q))}
-    counted = {j: weight for j, weight in counted.items() if j > prompt_length - evidence.MOST_SLOTS}
+    counted = {j: weight for j, weight in counted.items() if j > prompt_length - evidence.MAX_SLOTS}
     return sum(weight * float(log_q[j]) * decay ** (len(log_q) - 1 - j) for j, weight in counted.items())
 
 
@@ -57,12 +57,12 @@ def drafters_of_all_kinds() -> list[EagleDrafter]:
 def test_evidence_is_the_discounted_log_probability_of_the_text(decay: float) -> None:
     """By full recomputation in float64, over prompts longer and shorter than what of a prompt counts."""
     drafters = drafters_of_all_kinds()
-    grouped, text = GroupedDrafters(drafters), Text(new_literal_target(), 5, 130)
+    grouped, text = Together(drafters), Text(new_literal_target(), 5, 130)
     states = grouped.reset(5, decay=decay)
-    prompt_lengths = [100, 12, evidence.MOST_SLOTS + 1, 1, 4]
+    prompt_lengths = [100, 12, evidence.MAX_SLOTS + 1, 1, 4]
     # A row may end, and observe no more, and a row may begin after the others.
     for counts in ([*prompt_lengths[:4], 0], [1, 3, 0, 4, prompt_lengths[4]], [2, 0, 0, 1, 1], [0, 0, 5, 2, 3]):
-        grouped.observe(states, *text.block(counts), counts)
+        grouped.observe(states, *text.block(counts))
         found = grouped.evidence(states)
         assert found.shape == (4, 5) and found.dtype == torch.float32
         assert found[:, [length == 0 for length in text.fed]].eq(0).all()
@@ -78,23 +78,25 @@ def test_a_prompts_logits_are_made_piece_by_piece(monkeypatch: pytest.MonkeyPatc
     drafters = drafters_of_all_kinds()[::2]
 
     def run() -> tuple[Tensor, list[Tensor], int]:
-        grouped, text = GroupedDrafters(drafters), Text(new_literal_target(), 3, 110)
+        grouped, text = Together(drafters), Text(new_literal_target(), 3, 110)
         states, sizes = grouped.reset(3, decay=0.9), []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(EagleGroup, "_logits", noted(EagleGroup._logits, lambda self, out: sizes.append(out.numel())))
+            patch.setattr(
+                EagleDrafter, "logits", noted(EagleDrafter.logits, lambda self, out: sizes.append(out.numel()))
+            )
             for counts in ([100, 12, 1], [1, 3, 2]):
-                grouped.observe(states, *text.block(counts), counts)
+                grouped.observe(states, *text.block(counts))
         trees = grouped.propose(states, text.roots(), SHAPE, torch.ones(3, dtype=torch.bool))
         return grouped.evidence(states), [tree.scores for tree in trees], max(sizes)
 
     whole, whole_scores, whole_size = run()
     vocab_size = drafters[0].vocab_size
-    monkeypatch.setattr(evidence, "MOST_ELEMENTS", 2 * 3 * vocab_size * 5)  # of 64 slots of 2 drafters and 3 rows, 5
+    monkeypatch.setattr(evidence, "MAX_ELEMENTS", 3 * vocab_size * 5)  # of 64 slots of 3 rows, 5
     pieces, pieces_scores, size = run()
     torch.testing.assert_close(pieces, whole)
     for scores, expected in zip(pieces_scores, whole_scores, strict=True):
         torch.testing.assert_close(scores, expected)
-    assert size <= whole_size * 5 / evidence.MOST_SLOTS * 2  # one of the groups has one drafter
+    assert size <= whole_size * 5 / evidence.MAX_SLOTS
 
 
 def noted(function: Any, note: Callable[..., Any]) -> Any:
@@ -119,8 +121,8 @@ def texts_and_evidence(decoder: taps.SpeculativeDecoder, *args: Any, **kwargs: A
     """At each decode step: the rows' new tokens so far (None: the row has ended), and the evidence [D, B] then."""
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
-        summed = GroupedDrafters.evidence
-        patch.setattr(GroupedDrafters, "evidence", lambda self, states: seen.append(summed(self, states)) or seen[-1])
+        summed = DecodeStep._evidence
+        patch.setattr(DecodeStep, "_evidence", lambda self, states: seen.append(summed(self, states)) or seen[-1])
         events = list(decoder.stream(*args, **kwargs))
     texts: list[list[int]] = [[] for _ in events[0].new_tokens]
     for event, following, found in zip(events, events[1:], seen, strict=False):
@@ -197,18 +199,18 @@ class Work:
         self.rows: Counter[str] = Counter()
         self.by_network: Counter[int] = Counter()
         patch.setattr(ops, "expand_frontier", noted(ops.expand_frontier, self._expand))
-        patch.setattr(EagleGroup, "_forward_frontier", noted(EagleGroup._forward_frontier, self._forward))
-        patch.setattr(EagleGroup, "_logits", noted(EagleGroup._logits, self._logits))
+        patch.setattr(eagle._Frontier, "forward", noted(eagle._Frontier.forward, self._forward))
+        patch.setattr(EagleDrafter, "logits", noted(EagleDrafter.logits, self._logits))
 
     def _expand(self, logits: Tensor, *rest: Any) -> None:
         self.rows["expanded"] += len(logits)
 
-    def _forward(self, group: EagleGroup, state: Any, *rest: Any) -> None:
-        for network in group.networks:
-            self.rows["forward"] += len(state.row_lengths)
-            self.by_network[id(network)] += len(state.row_lengths)
+    def _forward(self, frontier: Any, *rest: Any) -> None:
+        for drafter in frontier.drafters:
+            self.rows["forward"] += len(frontier.lengths.host)
+            self.by_network[id(drafter.network)] += len(frontier.lengths.host)
 
-    def _logits(self, group: EagleGroup, out: Tensor) -> None:
+    def _logits(self, drafter: EagleDrafter, out: Tensor) -> None:
         self.rows["lm_head"] += out.shape[:-1].numel()
 
 

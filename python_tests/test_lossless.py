@@ -21,8 +21,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 import taps_ext as taps
 from taps_ext.composition import COMPOSITIONS
-from taps_ext.decode import decoder as decoder_module
-from taps_ext.decode.verification import Acceptance, verify
+from taps_ext.decode import step as device_half
+from taps_ext.decode.state import Acceptance
+from taps_ext.decode.step import verify
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.target.kv_cache import FIRST_CAPACITY
 
@@ -192,7 +193,7 @@ def test_the_proofs_are_not_hollow() -> None:
         return acceptance
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "verify", spy)
+        patch.setattr(device_half, "verify", spy)
         for temperature, composition in itertools.product((0.0, 1.0), ("confidence", "evidence", "merged")):
             sampling = taps.SamplingParams(temperature, seed=1)
             stats = (
@@ -339,7 +340,7 @@ def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling:
 @pytest.mark.parametrize("rule", [count_twice, trust_the_drafter, redraw_beside_the_candidates])
 @torch.inference_mode()
 def test_the_chi_square_notices_what_coupling_invites(rule: Rule, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_module, "verify", rule)
+    monkeypatch.setattr(device_half, "verify", rule)
     way, sampling = SMALL_CASES[case]
     assert chi_square_excess(small_vocabulary_decoder(**way), sampling, num_draws=6_000) > 10
 
@@ -349,7 +350,7 @@ def test_a_draw_beside_the_candidates_is_right_only_without_a_look_at_the_noise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Why verification draws before it looks at the tree: a coupled drafter's candidates tell what was drawn."""
-    monkeypatch.setattr(decoder_module, "verify", redraw_beside_the_candidates)
+    monkeypatch.setattr(device_half, "verify", redraw_beside_the_candidates)
     assert chi_square_excess(small_vocabulary_decoder(drafting="topk"), num_draws=6_000) < 4
 
 
@@ -361,6 +362,6 @@ def look_elsewhere(logits: Tensor, tree: taps.DraftTree, sampling: Any, position
 @pytest.mark.parametrize("rule", [trust_the_drafter, redraw_beside_the_candidates, look_elsewhere])
 def test_equality_with_plain_sampling_notices_it_too(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = plain_text("unfiltered").sequences
-    monkeypatch.setattr(decoder_module, "verify", rule)
+    monkeypatch.setattr(device_half, "verify", rule)
     result = make_decoder().generate(*prompts(5), sampling=SAMPLINGS["unfiltered"], max_new_tokens=32)
     assert not torch.equal(result.sequences, expected)

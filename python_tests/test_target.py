@@ -27,7 +27,7 @@ from taps_ext import ops
 from taps_ext.checkpoints import save_drafter
 from taps_ext.target import tree_attention
 from taps_ext.target.kv_cache import FIRST_CAPACITY
-from taps_ext.tree import DraftTree
+from taps_ext.tree import DraftTree, Lengths
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 TREE_PARENTS = [[-1, 0, 0, 1, 1, 2, 4, 6], [-1, 0, 1, 2, 0, 0, 0, 0]]
@@ -59,9 +59,8 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
     target = taps.TargetModel(model)
     prefixes = [[5, 6, 7, 8, 9], [10, 11]]
     tokens = torch.tensor([prefixes[0], prefixes[1] + [0, 0, 0]])
-    lengths = torch.tensor([5, 2])
     kv = target.new_cache(2)
-    prefill = target.prefill(tokens, lengths.tolist(), kv)
+    prefill = target.prefill(tokens, Lengths.of([5, 2]), kv)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.05}
     for row, prefix in enumerate(prefixes):
         stock = model(input_ids=torch.tensor([prefix]), output_hidden_states=True)
@@ -69,15 +68,14 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
         torch.testing.assert_close(prefill.features[row, : len(prefix)], stock.hidden_states[-1][0], **tolerance)
     for seed in range(3):  # several steps on one cache: commits of non-contiguous paths in between
         tree = a_tree(seed)
-        scored = target.score(tree, lengths, kv)
+        scored = target.score(tree, kv)
         for row, count in enumerate(TREE_COUNTS):
             for node in range(count):
                 expected = sequential_logits(model, prefixes[row], tree, row, node)
                 torch.testing.assert_close(scored.logits[row, node], expected, **tolerance)
         path = torch.tensor([[0, 1, 4, 6, -1, -1, -1, -1], [0] + [-1] * 7])
         num_accepted = torch.tensor([3, 0])
-        target.commit(path, num_accepted, lengths, kv, (lengths + num_accepted + 1).tolist())
-        lengths = lengths + num_accepted + 1
+        target.commit(path, num_accepted, kv.lengths.plus(Lengths.of([4, 1])), kv)
         for row, count in enumerate((4, 1)):
             prefixes[row] = prefixes[row] + tree.tokens[row, path[row, :count]].tolist()
 
@@ -87,25 +85,25 @@ def test_the_cache_grows_and_keeps_what_it_holds() -> None:
     target = taps.TargetModel(trained_target())
     kv = target.new_cache(1)
     tokens = torch.randint(4, VOCAB, (1, FIRST_CAPACITY - 3))
-    target.prefill(tokens, [tokens.shape[1]], kv)
-    before = [tuple(part[:, :, : kv.kv_length].clone() for part in kv.layer(index)) for index in range(2)]
+    target.prefill(tokens, Lengths.of([tokens.shape[1]]), kv)
+    before = [tuple(part[:, :, : kv.lengths.longest].clone() for part in kv.layer(index)) for index in range(2)]
     assert kv.capacity == FIRST_CAPACITY
     kv.reserve(8)
     assert kv.capacity == 2 * FIRST_CAPACITY
     for index, (keys, values) in enumerate(before):
-        assert torch.equal(kv.layer(index)[0][:, :, : kv.kv_length], keys)
-        assert torch.equal(kv.layer(index)[1][:, :, : kv.kv_length], values)
+        assert torch.equal(kv.layer(index)[0][:, :, : kv.lengths.longest], keys)
+        assert torch.equal(kv.layer(index)[1][:, :, : kv.lengths.longest], values)
 
 
 def test_nothing_is_allocated_between_growths() -> None:
     target = taps.TargetModel(trained_target())
     kv = target.new_cache(1)
     tree = DraftTree(*(value[:1] for value in (a_tree().tokens, a_tree().parents, a_tree().scores)), torch.tensor([8]))
-    target.prefill(torch.tensor([[5, 6, 7]]), [3], kv)
+    target.prefill(torch.tensor([[5, 6, 7]]), Lengths.of([3]), kv)
     address = [buffer.data_ptr() for buffer in kv.buffers.values()]
     for length in range(3, 40):
-        target.score(tree, torch.tensor([length]), kv)
-        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), torch.tensor([length]), kv, [length + 1])
+        target.score(tree, kv)
+        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), Lengths.of([length + 1]), kv)
     assert [buffer.data_ptr() for buffer in kv.buffers.values()] == address
 
 
@@ -185,19 +183,19 @@ def random_tree(num_nodes: int) -> DraftTree:
 def test_keys_are_not_repeated_and_no_mask_spans_nodes_and_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a layer computes with has as many heads as the cache; only the tree's part has a mask a node."""
     seen: list[tuple[list[int], list[int], list[int] | None]] = []
-    attend = tree_attention.attend
+    attend = tree_attention.partial_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> Any:
         seen.append((list(query.shape), list(key.shape), None if bias is None else list(bias.shape)))
         return attend(query, key, value, bias, scale)
 
     target = taps.TargetModel(trained_target())
-    monkeypatch.setattr(tree_attention, "attend", spy)
+    monkeypatch.setattr(tree_attention, "partial_attention", spy)
     for lengths, prefix_bias in (([3, 3], None), ([3, 2], [2, 1, 1, 3])):
         kv = target.new_cache(2)
-        target.prefill(torch.tensor([[5, 6, 4], [7, 8, 4]]), lengths, kv)
+        target.prefill(torch.tensor([[5, 6, 4], [7, 8, 4]]), Lengths.of(lengths), kv)
         seen.clear()
-        target.score(a_tree(), torch.tensor(lengths), kv)
+        target.score(a_tree(), kv)
         tree_part, prefix_part = ([2, 2, 16, 16], [2, 2, 8, 16], [2, 1, 16, 8]), ([2, 2, 16, 16], [2, 2, 3, 16])
         assert seen == [tree_part, (*prefix_part, prefix_bias)] * 2
 

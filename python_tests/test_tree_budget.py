@@ -9,17 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from literal_drafter import Text, V, assert_same_bits, make_drafter, new_target
+from literal_drafter import Text, Together, V, assert_same_bits, make_drafter, new_target
 from small_models import prompts, trained_drafters, trained_target
 from tree_cases import assert_same_tree, random_tree, token_paths
 
 import taps_ext as taps
 from taps_ext import ops
 from taps_ext.composition import make_composition, share_budget
-from taps_ext.decode import decoder as decoder_module
-from taps_ext.drafters import EagleDrafter, GroupedDrafters, eagle_group
+from taps_ext.decode import step as device_half
+from taps_ext.drafters import EagleDrafter, eagle
 from taps_ext.drafters.coupling import Calibration
-from taps_ext.drafters.eagle_group import EagleGroup
 from taps_ext.tree import DraftTree, TreeShape
 
 # ---- the stop rule
@@ -53,19 +52,19 @@ class Case:
     def trees(self, patch: pytest.MonkeyPatch, has_stop_rule: bool) -> tuple[list[DraftTree], int]:
         """What is proposed, and in how many forwards."""
         num_forwards = 0
-        forward = EagleGroup._forward_frontier
+        forward = eagle._Frontier.forward
 
         def counted(*args: Any) -> Any:
             nonlocal num_forwards
             num_forwards += 1
             return forward(*args)
 
-        grouped, text = GroupedDrafters(self.drafters), Text(new_target(), self.batch_size, 12)
+        grouped, text = Together(self.drafters), Text(new_target(), self.batch_size, 12)
         with patch.context() as inside:
-            inside.setattr(eagle_group, "can_read", lambda device: has_stop_rule)
-            inside.setattr(EagleGroup, "_forward_frontier", counted)
+            inside.setattr(eagle, "can_read", lambda device: has_stop_rule)
+            inside.setattr(eagle._Frontier, "forward", counted)
             states = grouped.reset(self.batch_size, self.sampling)
-            grouped.observe(states, *text.block(self.counts), self.counts)
+            grouped.observe(states, *text.block(self.counts))
             choice = self.choice if self.has_choice else None
             trees = grouped.propose(states, text.roots(), self.shape, self.active, choice)
         return trees, num_forwards
@@ -98,7 +97,7 @@ def test_the_stop_rule_looks_at_min_score(monkeypatch: pytest.MonkeyPatch) -> No
     def forward(*arguments: Any) -> None:
         raise RuntimeError("a further level is grown")
 
-    monkeypatch.setattr(EagleGroup, "_forward_frontier", forward)
+    monkeypatch.setattr(eagle._Frontier, "forward", forward)
     text.propose(drafter, state, TreeShape(4, 3, 10_000, best + 1e-3))
     with pytest.raises(RuntimeError, match="a further level is grown"):
         text.propose(drafter, state, TreeShape(4, 3, 10_000, best))
@@ -112,9 +111,9 @@ def test_the_stop_rule_waits_for_the_last_row_and_the_last_drafter() -> None:
     one = make_drafter(target, 1)
     pair = [EagleDrafter(one.network, one.embedding, one.lm_head, "one", known) for known in (sharp, flat)]
     for drafters in (pair, pair[::-1]):
-        grouped, text = GroupedDrafters(drafters), Text(target, 1, 12)
+        grouped, text = Together(drafters), Text(target, 1, 12)
         states = grouped.reset(1, taps.SamplingParams(1.0).rows(1))
-        grouped.observe(states, *text.block([5]), [5])
+        grouped.observe(states, *text.block([5]))
         trees = grouped.propose(states, text.roots(), shape, torch.tensor([True]))
         depths = [int(ops.tree_depths(tree.parents, tree.num_nodes)[0].max()) for tree in trees]
         assert depths[drafters.index(pair[0])] >= 4 > depths[drafters.index(pair[1])]
@@ -211,7 +210,7 @@ def test_a_batch_never_verifies_more_nodes_than_its_joint_budget(
     ids, mask = prompts(4)
     before: list[DraftTree] = []
     monkeypatch.setattr(
-        decoder_module, "share_budget", lambda tree, budget: before.append(tree) or share_budget(tree, budget)
+        device_half, "share_budget", lambda tree, budget: before.append(tree) or share_budget(tree, budget)
     )
     decoder = taps.SpeculativeDecoder(
         trained_target(), trained_drafters(), composition, shape=TreeShape(4, 4, 16), joint_budget=29

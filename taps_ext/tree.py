@@ -1,8 +1,9 @@
-"""The draft tree: a parent array, and the shape that a drafter grows it to."""
+"""The draft tree, which is a parent array; the shape that a drafter grows it to; the lengths of rows of text."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DraftTree:
-    """A batch of draft trees, one parent array a row; everything else is computed from it.
+    """Hold a batch of draft trees, one parent array per row; everything else is computed from it.
 
     Invariants (checked by `validate`): node 0 is the root, the last committed token, with parent -1;
     `parents[i] < i`; siblings carry distinct tokens; a child's score is at most its parent's; nodes at or
@@ -29,7 +30,7 @@ class DraftTree:
 
     @classmethod
     def of_roots(cls, tokens: Tensor) -> DraftTree:
-        """Trees of nothing but a root; `tokens` int64 [B]."""
+        """Return trees that are only a root; `tokens` is int64 [B]."""
         tokens = tokens[:, None]
         zeros = torch.zeros_like(tokens, dtype=torch.float32)
         return cls(tokens, torch.full_like(tokens, -1), zeros, torch.ones_like(tokens[:, 0]), entropies=zeros)
@@ -40,15 +41,15 @@ class DraftTree:
 
     @property
     def capacity(self) -> int:
-        """N, the node slots of a row."""
+        """Number N of node slots per row."""
         return self.tokens.shape[1]
 
     def is_node(self) -> Tensor:
-        """bool [B, N]: which slots hold a node (the rest is padding)."""
+        """Return bool [B, N]: which slots hold a node; the others are padding."""
         return torch.arange(self.capacity, device=self.tokens.device) < self.num_nodes[:, None]
 
     def trimmed(self, capacity: int) -> DraftTree:
-        """The same trees in `capacity` slots; `capacity` must be at least every row's `num_nodes`."""
+        """Return the same trees in fewer slots; `capacity` must be at least every row's `num_nodes`."""
         if capacity == self.capacity:
             return self
         return replace(
@@ -61,7 +62,7 @@ class DraftTree:
         )
 
     def padded(self, capacity: int) -> DraftTree:
-        """The same trees in `capacity` slots, at least as many as there are."""
+        """Return the same trees in `capacity` slots, at least as many as there are."""
         more = capacity - self.capacity
         if more == 0:
             return self
@@ -78,8 +79,25 @@ class DraftTree:
             entropies=pad(self.entropies),
         )
 
+    def with_rows(self, rows: Tensor, tree: DraftTree) -> DraftTree:
+        """Return these trees with the rows int64 [r] replaced by those of `tree`, r rows in as many slots."""
+
+        def put(name: str) -> Any:
+            own, other = getattr(self, name), getattr(tree, name)
+            return None if own is None or other is None else own.index_copy(0, rows, other)
+
+        return DraftTree(**{field.name: put(field.name) for field in fields(self)})
+
+    def to(self, device: torch.device) -> DraftTree:
+        """Return the same trees on a device."""
+
+        def move(values: Tensor | None) -> Any:
+            return None if values is None else values.to(device)
+
+        return DraftTree(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
     def validate(self) -> None:
-        """Raise a ValueError that names the first broken invariant. Reads every node on the host."""
+        """Raise a ValueError that names the first broken invariant. This reads every node on the host."""
         _check_shapes(self)
         for row, count in enumerate(self.num_nodes.tolist()):
             _check_row(row, count, self.tokens[row].tolist(), self.parents[row].tolist(), self.scores[row].tolist())
@@ -87,12 +105,12 @@ class DraftTree:
 
 @dataclass(frozen=True)
 class TreeShape:
-    """How large a tree a drafter grows.
+    """Set how large a tree a drafter grows.
 
     `depth` counts drafted levels (EAGLE's `depth=5` is `depth=6` here), `branching` the children kept per
     expanded node and the nodes expanded per level (EAGLE's `top_k`), `max_nodes` the nodes kept, root included.
-    Nodes that score below `min_score` are not proposed: log(0.01) leaves out what the drafter thinks will be accepted
-    less than once in a hundred times.
+    Nodes that score below `min_score` are not proposed: with log(0.01) a drafter leaves out what it expects to be
+    accepted less than once in a hundred times.
     """
 
     depth: int = 6
@@ -108,6 +126,42 @@ class TreeShape:
         score: Any = self.min_score
         if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not score <= 0):
             raise ValueError(f"TreeShape.min_score must be at most 0, a log-probability, got {score!r}")
+
+    def capacity(self, vocab_size: int) -> int:
+        """Return the number of node slots of a tree of this shape over `vocab_size` tokens."""
+        branching = min(self.branching, vocab_size)
+        return min(self.max_nodes, 1 + branching + (self.depth - 1) * branching * branching)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Hold a number of tokens per row twice: on the device for the ops, on the host for sizes.
+
+    The host gets its copy from the one read of a decode step, so that nobody has to ask the device.
+    """
+
+    tensor: Tensor  # int64 [B]
+    host: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Lengths:
+        """Return these lengths, copied to the device."""
+        return cls(torch.tensor(lengths, dtype=torch.int64, device=device), tuple(lengths))
+
+    @property
+    def longest(self) -> int:
+        """Largest length of a row."""
+        return max(self.host)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether the rows differ in length."""
+        return min(self.host) < max(self.host)
+
+    def plus(self, more: Lengths) -> Lengths:
+        """Return the sums, row by row, on this one's device."""
+        sums = tuple(a + b for a, b in zip(self.host, more.host, strict=True))
+        return Lengths(self.tensor + more.tensor.to(self.tensor.device), sums)
 
 
 def _check_shapes(tree: DraftTree) -> None:

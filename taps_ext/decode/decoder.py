@@ -1,42 +1,40 @@
-"""The speculative decoder: propose, score, verify, commit, observe."""
+"""The speculative decoder, host half: requests in, rows of text and events out. The device half is `step.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+import warnings
+from collections.abc import Generator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..composition import Composed, make_composition, share_budget
-from ..drafters import Drafter, GroupedDrafters
-from ..sampling import SamplingParams
+from ..composition import make_composition
+from ..drafters import Drafter
 from ..target.model import TargetModel
-from ..tree import DraftTree, TreeShape
-from . import processors, transformers_door
-from .request import Request
+from ..tree import TreeShape
+from .request import GenerateOptions, Request, generate_output
 from .state import DecodeState, RowText, StepEvent, StepRecord
 from .stats import DecodeStats
-from .used_drafters import used_drafters, warn_of_uncalibrated
-from .verification import Acceptance, verify
+from .step import DecodeStep
 
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """The texts of one call, and how they came about."""
+    """Hold the texts of one call, and how they came about."""
 
     sequences: Tensor  # int64 [B, P + longest]: the prompts as given, each row's new tokens, padding
     new_tokens: list[list[int]]
     finish_reasons: list[str]  # "eos", "length", "stop_string", "stopping_criteria" or "invalid_logits", per row
     stats: DecodeStats
-    log_probs: list[list[float]] | None  # of each new token under the target's raw distribution; when asked for
+    log_probs: list[list[float]] | None  # of each new token under the target's raw distribution, if asked for
 
 
 class SpeculativeDecoder:
-    """Drives a stock target with one or several drafters; the text is the target's own, token by token.
+    """Decode with a stock target and one or several drafters; the text is the target's own, token by token.
 
     Immutable: every call owns its `DecodeState`, so that threads can share one decoder. It is also a
     `custom_generate` for `target.generate(...)`.
@@ -45,15 +43,16 @@ class SpeculativeDecoder:
         target: a Hugging Face causal LM, or a `TargetModel`.
         drafters: by name, from `load_drafters`; their order breaks ties.
         composition: "single", "confidence", "entropy", "evidence" or "merged".
-        drafter: the name to use with "single" when there are several.
+        drafter: the name to use with "single" if there are several.
         shape: the tree that each drafter grows.
         max_nodes: the node budget of a merged tree; None verifies the whole union.
-        drafting: "coupled" lets calibrated drafters look at the noise that the target will draw with, so that they
-            propose what it is about to draw; "topk" proposes what is likely. The same at temperature 0.
-        evidence_decay: what is left of the evidence for a drafter after a token, 0.95 by default. "merged" weights its
-            scores by evidence where there is `max_nodes` to share out, or a decay is given; 0 is for no weights.
-        joint_budget: the nodes that all rows of a batch verify together in a step, roots included: the best ones,
-            wherever they are.
+        drafting: "coupled" lets calibrated drafters use the noise that the target will draw with, so that they propose
+            what it is about to draw; "topk" proposes what is likely. Both are the same at temperature 0.
+        evidence_decay: the factor by which the evidence for a drafter shrinks per token, 0.95 by default. "merged"
+            weights its scores by evidence if it has a budget (`max_nodes`) or if a decay is given; 0 switches the
+            weights off.
+        joint_budget: the number of nodes that all rows of a batch verify together in a step, roots included: the best
+            ones, wherever they are.
     """
 
     def __init__(
@@ -74,90 +73,84 @@ class SpeculativeDecoder:
         self.joint_budget = _check_joint_budget(joint_budget)
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
-        self.drafters = used_drafters(drafters, composition, drafter, self.target)
         self._composition_name = composition
-        self.grouped_drafters = GroupedDrafters(list(self.drafters.values()))
+        self._use(drafters, drafter)
 
     def with_drafters(self, drafters: Mapping[str, Drafter], drafter: str | None = None) -> SpeculativeDecoder:
-        """The same decoder with other drafters: to load or drop one while the target stays. Running calls keep theirs.
+        """Return the same decoder with other drafters; the target stays loaded, running calls keep their drafters.
 
-        `drafter` is the name to use with "single", by default the same as here where it is still there.
+        `drafter` is the name to use with "single", by default the same as here if it is still there.
 
         >>> decoder = decoder.with_drafters({**decoder.drafters, "code": load_drafter("code", model)})  # doctest: +SKIP
         """
-        name = next(iter(self.drafters))
-        if (
-            self._composition_name == "single"
-            and drafter is None
-            and isinstance(drafters, Mapping)
-            and name in drafters
-        ):
-            drafter = name
+        if self._composition_name == "single" and drafter is None and isinstance(drafters, Mapping):
+            drafter = next((name for name in self.drafters if name in drafters), None)
         other = copy(self)
-        other.drafters = used_drafters(drafters, self._composition_name, drafter, self.target)
-        other.grouped_drafters = GroupedDrafters(list(other.drafters.values()))
+        other._use(drafters, drafter)
         return other
+
+    def _use(self, drafters: Mapping[str, Drafter], drafter: str | None) -> None:
+        self.drafters = _select_drafters(drafters, self._composition_name, drafter)
+        for name, one in self.drafters.items():
+            _refuse_other_sizes(name, one, self.target)
+        chosen = list(self.drafters.values())
+        self._device_half = DecodeStep(self.target, chosen, self.composition, self.shape, self.joint_budget)
 
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        sampling: SamplingParams | None = None,
-        max_new_tokens: int | Sequence[int] = 128,
-        eos_token_id: int | Collection[int] | None = None,
-        stop_strings: str | Sequence[str] | None = None,
-        tokenizer: Any = None,
-        logits_processor: Any = None,
         streamer: Any = None,
-        return_log_probs: bool = False,
+        **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Generate from prompts int64 [B, P], padded anywhere as `attention_mask` says.
 
         Args:
-            sampling: temperature, filters and seed, one or one a row; greedy by default.
-            max_new_tokens: exact, one or one a row.
-            eos_token_id: one, several, or () for none; default: the target's generation config.
-            stop_strings, tokenizer: end a row with the token that completes one of the strings.
-            logits_processor: further transformers logits processors, applied before the temperature, per node.
             streamer: transformers' protocol (`put`, `end`), for a batch of one.
-            return_log_probs: also return each new token's log-probability under the raw target distribution.
+            options: see `GenerateOptions`: sampling, max_new_tokens, eos_token_id, stop_strings with tokenizer,
+                logits_processor, return_log_probs.
         """
-        request = Request.build(
-            self.target.model,
-            input_ids,
-            attention_mask,
-            sampling,
-            max_new_tokens,
-            eos_token_id,
-            stop_strings,
-            tokenizer,
-            logits_processor,
-            return_log_probs=return_log_probs,
-        )
+        request = Request.build(self.target.model, input_ids, attention_mask, options)
+        self._warn_of_uncalibrated(request)
         return self._run(request, streamer)
 
     def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[StepEvent, None, GenerationResult]:
-        """`generate`, step by step (its arguments but `streamer`): the first event brings each row's first token.
+        """Generate step by step, with the options of `generate`; the first event brings each row's first token.
 
         The generator's return value (`result = yield from decoder.stream(...)`) is what `generate` returns.
         """
-        request = Request.build(self.target.model, input_ids, attention_mask, **kwargs)
+        request = Request.build(self.target.model, input_ids, attention_mask, options)
+        self._warn_of_uncalibrated(request)
         return self._events(request, self._begin(request))
 
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, taps_streamer: Any = None, **kwargs: Any) -> Any:
-        """transformers' door: `target.generate(**inputs, custom_generate=decoder, ...)`.
+        """Serve transformers' `target.generate(**inputs, custom_generate=decoder, ...)`.
 
         transformers drops `streamer` and `tokenizer` for callables: pass `taps_streamer=...`, and stop strings as
         `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [...])])`.
         """
         if model is not self.target.model:
             raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one that generates")
-        request = transformers_door.request_from_generate(model, input_ids, **kwargs)
+        request = Request.from_generate(model, input_ids, **kwargs)
+        self._warn_of_uncalibrated(request)
         result = self._run(request, taps_streamer)
-        return transformers_door.output(result.sequences, result.stats, kwargs["generation_config"])
+        return generate_output(result.sequences, result.stats, kwargs["generation_config"])
+
+    def _is_coupled(self, request: Request) -> bool:
+        return self.drafting == "coupled" and request.sampling.is_sampled
+
+    def _warn_of_uncalibrated(self, request: Request) -> None:
+        """Warn of drafters that cannot use the noise, and name the command that calibrates them."""
+        names = [name for name, drafter in self.drafters.items() if drafter.calibration is None]
+        if names and self._is_coupled(request):
+            warnings.warn(
+                f"not calibrated, and drafted as with drafting='topk': {', '.join(names)}; to accept more at "
+                "temperatures above 0, run: taps-ext calibrate DRAFTER --target TARGET --data FILE",
+                stacklevel=3,  # whoever called generate or stream
+            )
 
     def _run(self, request: Request, streamer: Any) -> GenerationResult:
         if streamer is not None and len(request.input_ids) > 1:
@@ -179,108 +172,41 @@ class SpeculativeDecoder:
         return _result(request, state)
 
     def _begin(self, request: Request) -> DecodeState:
-        """A call's own state; the last checks before any work."""
+        """Return the call's own state, after the last checks before any work."""
         batch_size, device = len(request.input_ids), self.target.device
         longest = [a + b for a, b in zip(request.prompt_lengths, request.rules.max_new_tokens, strict=True)]
         self.target.refuse_longer_than_exact(max(longest))
         if self.joint_budget is not None and self.joint_budget < batch_size:
             raise ValueError(f"joint_budget {self.joint_budget} is less than a node for each of the {batch_size} rows")
         sampling = request.sampling.rows(batch_size, device)
-        looks = self.drafting == "coupled" and request.sampling.is_sampled
-        if looks:
-            warn_of_uncalibrated(self.drafters)
         return DecodeState(
             kv=self.target.new_cache(batch_size),
-            drafter_states=self.grouped_drafters.reset(batch_size, sampling if looks else None, self.composition.decay),
+            drafter_states=self._device_half.reset(batch_size, sampling if self._is_coupled(request) else None),
             sampling=sampling,
             rules=request.rules,
             rows=[RowText(prompt) for prompt in request.input_ids.tolist()],
             stats=DecodeStats(tuple(self.drafters), batch_size),
-            prefix_lengths=torch.zeros(batch_size, dtype=torch.int64, device=device),
             last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
             active=torch.ones(batch_size, dtype=torch.bool, device=device),
         )
 
-    @torch.inference_mode()
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
-        """Commit the prompts, draw each row's first token, and show both to the drafters."""
-        tokens = request.packed(self.target.device)
-        scored = self.target.prefill(tokens, request.prompt_lengths, state.kv)
-        lengths = torch.tensor(request.prompt_lengths, device=tokens.device)
-        last = lengths[:, None] - 1
-        root = DraftTree.of_roots(tokens.gather(1, last)[:, 0])
-        acceptance, log_probs = self._verify(request, state, root, scored.logits, positions=lengths)
-        event = state.advance(StepRecord.fetch(root, acceptance, lengths, log_probs=log_probs, is_prefill=True))
-        state.prefix_lengths = lengths
-        state.root_tokens = acceptance.bonus_tokens.clamp_min(0)
-        next_tokens = tokens.roll(-1, dims=1).scatter(1, last, state.root_tokens[:, None])
-        self._observe(state, scored.features, next_tokens, lengths, request.prompt_lengths)
+        """Commit the prompts and draw each row's first token."""
+        output = self._device_half.prefill(request, state)
+        event = state.advance(StepRecord.fetch(output))
+        self._device_half.observe(output, state.running(state.kv.lengths), state)
         return event
 
-    @torch.inference_mode()
     def _step(self, request: Request, state: DecodeState) -> StepEvent:
-        """One decode step of every row that still decodes; the others ride along as padding."""
-        composed = self._propose(state)
-        scored = self.target.score(composed.tree, state.prefix_lengths, state.kv, state.last_positions)
-        positions = state.prefix_lengths + 1
-        acceptance, log_probs = self._verify(request, state, composed.tree, scored.logits, positions)
-        num_committed = torch.where(state.active, acceptance.num_accepted + 1, 0)
-        lengths = state.prefix_lengths + num_committed
-        record = StepRecord.fetch(composed.tree, acceptance, lengths, composed.choice, log_probs)
-        self.target.commit(acceptance.path, num_committed - 1, state.prefix_lengths, state.kv, record.lengths)
-        state.prefix_lengths = lengths
-        state.root_tokens = torch.where(state.active, acceptance.bonus_tokens.clamp_min(0), state.root_tokens)
-        event = replace(state.advance(record), tree=composed.tree, path=acceptance.path)
-        path = acceptance.path[:, : max(record.num_accepted) + 1].clamp_min(0)
-        features = scored.features.gather(1, path[:, :, None].expand(-1, -1, scored.features.shape[-1]))
-        tokens = acceptance.tokens[:, : path.shape[1]].clamp_min(0)
-        self._observe(state, features, tokens, num_committed, [count + 1 for count in record.num_accepted])
-        return event
-
-    def _propose(self, state: DecodeState) -> Composed:
-        """The tree to verify. Where one drafter is chosen before any drafts, the host waits to know which."""
-        drafters, evidence = self.grouped_drafters, None
-        if self.composition.decay is not None:
-            evidence = drafters.evidence(state.drafter_states).to(state.root_tokens.device)
-        choice = self.composition.choose(evidence)
-        chosen = None
-        if choice is not None:  # nobody drafts for a row that has ended
-            ended = [row.finish_reason is not None for row in state.rows]
-            chosen = [-1 if over else drafter for over, drafter in zip(ended, choice.tolist(), strict=True)]
-        trees = drafters.propose(state.drafter_states, state.root_tokens, self.shape, state.active, chosen)
-        composed = self.composition.compose(trees, evidence)
-        if self.joint_budget is not None:
-            composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
-        if composed.tree.tokens.device.type != "cpu":
-            return composed  # there the static capacity saves a host synchronisation
-        return replace(composed, tree=composed.tree.trimmed(int(composed.tree.num_nodes.max())))
-
-    def _verify(
-        self, request: Request, state: DecodeState, tree: DraftTree, logits: Tensor, positions: Tensor
-    ) -> tuple[Acceptance, Tensor | None]:
-        """The acceptance, and on request the raw log-probabilities [B, most accepted + 1] of its tokens."""
-        processed = logits
-        if request.processors:
-            prefixes = [row.prompt + row.new_tokens for row in state.rows]
-            processed = processors.process(request.processors, logits, tree, prefixes)
-        acceptance = verify(processed, tree, state.sampling, positions)
-        if not request.return_log_probs:
-            return acceptance, None
-        width = min(self.shape.depth + 1, tree.capacity)  # the longest path there can be: the host knows no more yet
-        rows = torch.arange(len(logits), device=logits.device)[:, None]
-        log_probs = logits[rows, acceptance.path[:, :width].clamp_min(0)].float().log_softmax(dim=-1)
-        return acceptance, log_probs.gather(2, acceptance.tokens[:, :width].clamp_min(0)[:, :, None])[:, :, 0]
-
-    def _observe(
-        self, state: DecodeState, features: Tensor, next_tokens: Tensor, num_tokens: Tensor, counts: Sequence[int]
-    ) -> None:
-        """Show the drafters what was committed; `counts` is `num_tokens` on the host. Finished rows see no more."""
-        if state.is_finished:
-            return
-        num_tokens = torch.where(state.active, num_tokens, 0)
-        counts = [0 if row.finish_reason else count for row, count in zip(state.rows, counts, strict=True)]
-        self.grouped_drafters.observe(state.drafter_states, features, next_tokens, num_tokens, counts)
+        """Run one decode step of every row that still decodes."""
+        output = self._device_half.run(request, state)
+        record = StepRecord.fetch(output)
+        committed = state.committed(output, record)
+        self._device_half.commit(output, committed, state)
+        event = state.advance(record)
+        self._device_half.observe(output, state.running(committed), state)
+        return replace(event, tree=output.tree, path=output.acceptance.path)
 
 
 def _result(request: Request, state: DecodeState) -> GenerationResult:
@@ -294,7 +220,7 @@ def _result(request: Request, state: DecodeState) -> GenerationResult:
 
 
 def check_drafting(drafting: str) -> str:
-    """`drafting`; ValueError unless it is one of the two."""
+    """Return `drafting`; raise ValueError unless it is coupled or topk."""
     if drafting not in ("coupled", "topk"):
         raise ValueError(f"drafting must be coupled or topk, got {drafting!r}")
     return drafting
@@ -304,3 +230,35 @@ def _check_joint_budget(joint_budget: int | None) -> int | None:
     if joint_budget is None or (isinstance(joint_budget, int) and joint_budget is not True and joint_budget >= 1):
         return joint_budget
     raise ValueError(f"joint_budget must be an integer of at least 1, got {joint_budget!r}")
+
+
+def _select_drafters(drafters: Mapping[str, Drafter], composition: str, name: str | None) -> dict[str, Drafter]:
+    """Return the drafters that the composition uses, by name."""
+    if not isinstance(drafters, Mapping):
+        raise ValueError(f"drafters must be a dict from name to drafter, got {type(drafters).__name__}")
+    if not 1 <= len(drafters) <= 63:
+        raise ValueError(f"give 1 to 63 drafters, got {len(drafters)}")
+    if composition != "single":
+        if name is not None:
+            raise ValueError(f'drafter={name!r} goes with composition="single", got {composition!r}')
+        return dict(drafters)
+    if name is None and len(drafters) > 1:
+        raise ValueError(f'composition="single" needs drafter=..., one of {", ".join(drafters)}')
+    name = next(iter(drafters)) if name is None else name
+    if name not in drafters:
+        raise ValueError(f"drafter must be one of {', '.join(drafters)}, got {name!r}")
+    return {name: drafters[name]}
+
+
+def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> None:
+    if drafter.vocab_size != target.vocab_size:
+        raise ValueError(
+            f"drafter {name!r} has vocabulary {drafter.vocab_size}, the target {target.vocab_size}; "
+            "use a drafter trained on this target's tokenizer"
+        )
+    if drafter.hidden_size != target.config.hidden_size:
+        raise ValueError(
+            f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
+            f"{target.config.hidden_size}; use a drafter trained for this target"
+        )
+

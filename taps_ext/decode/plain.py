@@ -1,27 +1,27 @@
-"""Plain decoding, one token a forward, with the decoder's own noise: the oracle that speculation must equal."""
+"""Plain decoding, one token per forward, with the decoder's own noise: the text that speculation must equal."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..sampling import SamplingParams, SamplingRows
+from ..sampling import SamplingRows
 from ..target.kv_cache import cache_keyword
 from ..target.model import TargetModel
 from ..tree import DraftTree
-from .request import Request
+from .request import GenerateOptions, Request
 from .state import RowText
-from .verification import verify
+from .step import verify
 
 
 @dataclass(frozen=True)
 class PlainResult:
-    """The texts of a plain run."""
+    """Hold the texts of a plain run."""
 
     sequences: Tensor  # int64 [B, P + longest], the prompts as given, the new tokens, padding
     new_tokens: list[list[int]]
@@ -33,30 +33,17 @@ def plain_generate(
     target: PreTrainedModel | TargetModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    *,
-    sampling: SamplingParams | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
-    eos_token_id: int | Collection[int] | None = None,
-    stop_strings: str | Sequence[str] | None = None,
-    tokenizer: Any = None,
-    logits_processor: Any = None,
+    **options: Unpack[GenerateOptions],
 ) -> PlainResult:
-    """The target's own text: stock forwards with transformers' cache, each token drawn as `ops.verify_tree` draws.
+    """Generate the target's own text: stock forwards with transformers' cache, tokens drawn as `ops.verify_tree` draws.
 
-    Takes left-padded prompts [B, P] and the arguments of `SpeculativeDecoder.generate`, and returns the same text.
+    Takes left-padded prompts int64 [B, P] and the options of `SpeculativeDecoder.generate` (see `GenerateOptions`),
+    except `return_log_probs`, and returns the same text.
     """
+    if options.get("return_log_probs"):
+        raise ValueError("plain_generate returns no log-probabilities; leave return_log_probs out")
     model: Any = target.model if isinstance(target, TargetModel) else target
-    request = Request.build(
-        model,
-        input_ids,
-        attention_mask,
-        sampling,
-        max_new_tokens,
-        eos_token_id,
-        stop_strings,
-        tokenizer,
-        logits_processor,
-    )
+    request = Request.build(model, input_ids, attention_mask, options)
     if bool((request.attention_mask.diff(dim=1) < 0).any()):
         raise ValueError("plain_generate takes left-padded prompts, got padding behind a prompt; pad on the left")
     rows = [RowText(prompt) for prompt in input_ids.tolist()]
@@ -73,7 +60,7 @@ def plain_generate(
 
 @torch.inference_mode()
 def _draws(model: Any, request: Request) -> Iterator[Tensor]:
-    """The tokens [B] that one forward after the other draws, without end; -1 where the logits were invalid."""
+    """Yield the tokens [B] that each forward draws, without end; -1 where the logits were invalid."""
     device = model.get_input_embeddings().weight.device
     text, mask = request.input_ids.to(device), request.attention_mask.to(device)
     tokens, cache = text, DynamicCache(config=model.config)

@@ -1,25 +1,24 @@
-"""What one call owns. Models, drafters and the decoder are shared and never change; all that changes is here."""
+"""What one call owns. Models, drafters and the decoder are shared and never change; everything that changes is here."""
 
 from __future__ import annotations
 
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..drafters.base import DrafterState
+from ..drafters import DrafterState
 from ..sampling import SamplingRows
 from ..target.kv_cache import TreeKVCache
-from ..tree import DraftTree
+from ..tree import DraftTree, Lengths
 from .stats import DecodeStats
-from .verification import Acceptance
 
 
 @dataclass(frozen=True)
 class StopRules:
-    """When a row ends: its own length, an EOS token, or a criterion asked token by token."""
+    """Say when a row ends: at its own length, at an EOS token, or when a criterion, asked after each token, says so."""
 
     max_new_tokens: tuple[int, ...]  # per row
     eos_tokens: frozenset[int]
@@ -28,15 +27,15 @@ class StopRules:
 
 @dataclass
 class RowText:
-    """The text of one row so far."""
+    """Hold the text of one row so far."""
 
-    prompt: list[int]  # as given, padding included: what transformers' processors and criteria are shown
+    prompt: list[int]  # as given, padding included, like transformers' processors and criteria are shown it
     new_tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
 
     def extend(self, tokens: list[int], row: int, rules: StopRules) -> list[int]:
-        """Append tokens up to the first that ends the row; returns those that were kept."""
+        """Append tokens up to the first one that ends the row; return the appended ones."""
         kept: list[int] = []
         for token in tokens:
             if self.finish_reason is not None:
@@ -58,102 +57,140 @@ class RowText:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """A verified step on the host: the one synchronisation of a step."""
+class Acceptance:
+    """Hold what the target keeps of each tree, and the token that it adds."""
 
-    tokens: list[list[int]]  # accepted tokens, then the bonus token (left out where the logits were invalid)
+    path: Tensor  # int64 [B, N], the root and the accepted nodes, then -1
+    num_accepted: Tensor  # int64 [B], accepted draft tokens
+    tokens: Tensor  # int64 [B, N], the accepted tokens, the bonus token behind them, then -1
+    bonus_tokens: Tensor  # int64 [B], -1 where a visited row of logits was invalid
+    is_invalid: Tensor  # bool [B], a visited row held NaN or no finite maximum
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Hold a verified step on the device."""
+
+    tree: DraftTree  # with `proposers`, except the roots of a prefill
+    acceptance: Acceptance
+    features: Tensor  # [B, N, H], the target's, of every node; in a prefill [B, P, H], of the prompts
+    next_tokens: Tensor  # int64 [B, N], the token behind each node of the accepted path; in a prefill [B, P]
+    num_committed: Tensor  # int64 [B], tokens that join the prefix, 0 for a row that had ended
+    choice: Tensor | None = None  # int64 [B], the drafter chosen; None: all took part
+    log_probs: Tensor | None = None  # float32 [B, path_length], if asked for
+    path_length: int = 1  # nodes on the longest path there can be, root included
+
+    @property
+    def is_prefill(self) -> bool:
+        """Whether the step committed prompts; it is then no decode step."""
+        return self.tree.proposers is None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Hold a verified step on the host."""
+
+    tokens: list[list[int]]  # accepted tokens, then the bonus token (missing where the logits were invalid)
     num_accepted: list[int]
     is_invalid: list[bool]
     num_nodes: list[int]
-    lengths: list[int]  # committed tokens of each row behind this step
-    proposers: list[list[int]]  # the bit mask of each accepted node
-    choice: list[int | None]  # the drafter chosen, None when all took part
+    proposers: list[list[int]] | None  # the bit mask of each accepted node; None: a prefill
+    choice: list[int] | None  # the drafter chosen; None: all took part
     log_probs: list[list[float]] | None
-    is_prefill: bool
 
     @classmethod
-    def fetch(
-        cls,
-        tree: DraftTree,
-        acceptance: Acceptance,
-        lengths: Tensor,
-        choice: Tensor | None = None,
-        log_probs: Tensor | None = None,
-        is_prefill: bool = False,
-    ) -> StepRecord:
-        """Copy what the host needs, in one transfer. A tree without `proposers` is the prefill's root."""
-        no_choice = torch.full_like(lengths, -1)
-        scalars = [acceptance.num_accepted, acceptance.is_invalid, tree.num_nodes, lengths]
-        scalars.append(no_choice if choice is None else choice)
-        masks = torch.zeros_like(tree.tokens) if tree.proposers is None else tree.proposers
-        parts = [torch.stack(scalars, dim=1), acceptance.tokens, masks.gather(1, acceptance.path.clamp_min(0))[:, 1:]]
-        if log_probs is not None:
-            parts.append(log_probs.view(torch.int32).to(torch.int64))
-        rows = torch.cat(parts, dim=1).tolist()
-        columns = zip(*(row[:5] for row in rows), strict=True)
-        counts, invalid, num_nodes, host_lengths, choices = (list(column) for column in columns)
-        first_mask = 5 + tree.capacity
-        first_bits = first_mask + tree.capacity - 1
-        ends = [5 + count + (not bad) for count, bad in zip(counts, invalid, strict=True)]
+    def fetch(cls, output: StepOutput) -> StepRecord:
+        """Copy to the host what it needs: the one wait of a step."""
+        acceptance, tree = output.acceptance, output.tree
+        wanted: dict[str, Tensor] = {
+            "num_accepted": acceptance.num_accepted,
+            "is_invalid": acceptance.is_invalid,
+            "num_nodes": tree.num_nodes,
+            "tokens": acceptance.tokens[:, : output.path_length],
+        }
+        if tree.proposers is not None:
+            accepted = acceptance.path[:, 1 : output.path_length].clamp_min(0)
+            wanted["proposers"] = tree.proposers.gather(1, accepted)
+        if output.choice is not None:
+            wanted["choice"] = output.choice
+        if output.log_probs is not None:
+            wanted["log_probs"] = output.log_probs
+        host = to_host(wanted)
+        counts, invalid = host["num_accepted"], host["is_invalid"]
+        ends = [count + (not bad) for count, bad in zip(counts, invalid, strict=True)]
+        masks = host.get("proposers")
         return cls(
-            tokens=[row[5:end] for row, end in zip(rows, ends, strict=True)],
+            tokens=[row[:end] for row, end in zip(host["tokens"], ends, strict=True)],
             num_accepted=counts,
-            is_invalid=[bool(bad) for bad in invalid],
-            num_nodes=num_nodes,
-            lengths=host_lengths,
-            proposers=[row[first_mask : first_mask + count] for row, count in zip(rows, counts, strict=True)],
-            choice=[None if index < 0 else index for index in choices],
-            log_probs=None if log_probs is None else [_floats(row[first_bits:]) for row in rows],
-            is_prefill=is_prefill,
+            is_invalid=invalid,
+            num_nodes=host["num_nodes"],
+            proposers=None if masks is None else [row[:count] for row, count in zip(masks, counts, strict=True)],
+            choice=host.get("choice"),
+            log_probs=host.get("log_probs"),
         )
 
 
-def _floats(bits: list[int]) -> list[float]:
-    """The float32 values of these bits."""
-    return list(struct.unpack(f"{len(bits)}f", struct.pack(f"{len(bits)}i", *bits)))
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors as lists: copies that do not block, then one wait for the device."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    device = next(iter(tensors.values())).device
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    return {name: copy.tolist() for name, copy in copies.items()}
 
 
 @dataclass(frozen=True)
 class StepEvent:
-    """What one step brought, per row: nothing for a row that had already finished."""
+    """Report what one step brought, per row: nothing for a row that had already finished."""
 
     new_tokens: list[list[int]]  # after the cuts by EOS, stop rules and length
     num_accepted: list[int | None]  # None: no decode step (the prefill's event, or a finished row)
     choices: list[str | tuple[str, ...] | None]
     accepted_proposers: list[tuple[tuple[str, ...], ...]]  # of each accepted draft token
     tree: DraftTree | None = None  # what the target verified; None: the prefill's event
-    path: Tensor | None = None  # int64 [B, N], its accepted nodes in order from the root on, -1 behind
+    path: Tensor | None = None  # int64 [B, N], the accepted nodes in order, the root first, then -1
 
 
 @dataclass
 class DecodeState:
-    """One call's caches, lengths, seeds and text: two calls on one decoder share nothing that changes."""
+    """Hold one call's caches, lengths, seeds and text: two calls on one decoder share nothing that changes."""
 
-    kv: TreeKVCache
-    drafter_states: list[DrafterState]  # a group of drafters
+    kv: TreeKVCache  # with the one `lengths` of the committed tokens
+    drafter_states: list[DrafterState]  # one per drafter
     sampling: SamplingRows
     rules: StopRules
     rows: list[RowText]
     stats: DecodeStats
-    prefix_lengths: Tensor  # int64 [B], tokens of each row whose keys and values are committed
-    last_positions: Tensor  # int64 [B], the last position whose logits can matter: the text is full behind it
+    last_positions: Tensor  # int64 [B], the last position whose logits can matter: behind it the text is full
     root_tokens: Tensor  # int64 [B], the last committed token, not yet in the cache
     active: Tensor  # bool [B], rows that still decode
 
     @property
     def is_finished(self) -> bool:
+        """Whether all rows have ended."""
         return all(row.finish_reason is not None for row in self.rows)
 
+    def running(self, lengths: Lengths) -> Lengths:
+        """Return `lengths` with 0 for rows that have ended."""
+        host = tuple(0 if row.finish_reason else count for row, count in zip(self.rows, lengths.host, strict=True))
+        return Lengths(torch.where(self.active, lengths.tensor, 0), host)
+
+    def committed(self, output: StepOutput, record: StepRecord) -> Lengths:
+        """Return the tokens that a decode step adds to each row's prefix; call it before `advance`."""
+        pairs = zip(self.rows, record.num_accepted, strict=True)
+        return Lengths(output.num_committed, tuple(0 if row.finish_reason else count + 1 for row, count in pairs))
+
     def advance(self, record: StepRecord) -> StepEvent:
-        """Hand a step's tokens to the rows that still decode, count it, and end the rows that are done."""
+        """Give a step's tokens to the rows that still decode, count the step, and end the rows that are done."""
         count = len(self.rows)
         event = StepEvent([[] for _ in self.rows], [None] * count, [None] * count, [()] * count)
         for b, row in enumerate(self.rows):
             if row.finish_reason is not None:
                 continue
             event.new_tokens[b] = self._extend(b, row, record)
-            if not record.is_prefill:
-                self.stats.record(b, record.num_nodes[b], record.choice[b], record.proposers[b])
+            if record.proposers is not None:
+                choice = None if record.choice is None else record.choice[b]
+                self.stats.record(b, record.num_nodes[b], choice, record.proposers[b])
                 event.num_accepted[b] = self.stats.num_accepted[b][-1]
                 event.choices[b] = self.stats.choices[b][-1]
                 event.accepted_proposers[b] = self.stats.accepted_proposers[b][-1]
@@ -168,5 +205,5 @@ class DecodeState:
             row.log_probs += record.log_probs[b][: len(kept)]
         self.stats.num_tokens[b] += len(kept)
         if row.finish_reason is not None:
-            self.active[b].fill_(False)  # where it lies: a new tensor would be copied there, and the host would wait
+            self.active[b].fill_(False)  # in place: a new tensor would have to be copied there, and the host would wait
         return kept

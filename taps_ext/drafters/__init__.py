@@ -2,17 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Drafter, DrafterGroup, DrafterState
+from .base import Drafter, DrafterState
 from .eagle import EagleConfig, EagleDrafter, EagleNetwork, EagleState
-from .grouping import GroupedDrafters
 
-__all__ = [
-    "Drafter",
-    "DrafterGroup",
-    "DrafterState",
-    "EagleConfig",
-    "EagleDrafter",
-    "EagleNetwork",
-    "EagleState",
-    "GroupedDrafters",
-]
+__all__ = ["Drafter", "DrafterState", "EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState"]

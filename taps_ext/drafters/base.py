@@ -1,113 +1,129 @@
-"""What a drafter is to the rest of the library: it observes committed tokens and proposes draft trees."""
+"""The drafter protocol: a drafter observes committed tokens and proposes draft trees. Public as `taps.Drafter`."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..sampling import SamplingRows
-from ..tree import DraftTree, TreeShape
+from ..tree import DraftTree, Lengths, TreeShape
 from .coupling import Calibration
 
 
 class DrafterState:
-    """What a drafter remembers of one call (KV, lengths, last output): opaque, made by `reset`, owned by the call.
+    """What a drafter remembers during one call, such as its KV cache: made by `reset`, owned by the call.
 
-    `evidence`, where `reset` was asked for it: float32 [D, B], for each of the state's drafters and each row the
-    discounted log-probability (nats, temperature 1) that it gave to the tokens observed, as `evidence.py` defines it.
+    `evidence`, if `reset` was given a decay: float32 [B], the discounted log-probability (nats, temperature 1) that
+    the drafter gave to the observed tokens of each row, as `evidence.py` defines it.
     """
 
     evidence: Tensor | None = None
 
 
-class Drafter(Protocol):
-    """A drafter is immutable: threads share it, each call with its own state. Dims: B rows, T slots, H hidden."""
+State = TypeVar("State", bound=DrafterState)
 
-    @property
-    def name(self) -> str:
-        """The name that stats and compositions report."""
 
-    @property
-    def vocab_size(self) -> int:
-        """V, the tokens it can propose: the target's."""
+class Drafter(ABC):
+    """Propose draft trees for a target. Subclass it to bring your own drafter.
 
-    @property
-    def hidden_size(self) -> int:
-        """H, the size of the target's features that it takes."""
+    A drafter is immutable, so that threads can share it: everything that changes is in the call's `DrafterState`. It
+    never sees the target: it is fed with committed tokens and with the target's features (the hidden states behind the
+    final norm). Dims: B rows, T slots, H hidden, V vocabulary.
 
-    @property
-    def calibration(self) -> Calibration | None:
-        """How it weighs the noise in coupled drafting; None: it drafts without a look at it."""
+    Any proposal is allowed: a bad tree costs speed and never changes the text.
 
+    >>> class Repeat(Drafter):  # propose the last token once more: one node below the root
+    ...     def __init__(self, vocab_size, hidden_size):
+    ...         self.name, self.vocab_size, self.hidden_size = "repeat", vocab_size, hidden_size
+    ...     def reset(self, batch_size, sampling=None, decay=None):
+    ...         return DrafterState()
+    ...     def observe(self, state, features, next_tokens, num_tokens):
+    ...         pass
+    ...     def propose(self, state, root_tokens, shape, active):
+    ...         tokens = root_tokens[:, None].repeat(1, 2)
+    ...         parents = torch.tensor([-1, 0], device=tokens.device).expand_as(tokens)
+    ...         score = torch.where(active, -0.7, -torch.inf)  # prune_tree drops nodes of score -inf
+    ...         scores = torch.stack([torch.zeros_like(score), score], dim=1)
+    ...         nodes = DraftTree(tokens, parents, scores, torch.full_like(root_tokens, 2))
+    ...         return ops.prune_tree(nodes, shape.max_nodes).padded(shape.capacity(self.vocab_size))
+    >>> drafter, roots = Repeat(vocab_size=10, hidden_size=4), torch.tensor([7])
+    >>> drafter.propose(drafter.reset(1), roots, TreeShape(2, 1, 3), torch.tensor([True])).tokens
+    tensor([[7, 7, 0]])
+    """
+
+    name: str  # reported by stats and compositions
+    vocab_size: int  # V, the target's
+    hidden_size: int  # H, the size of the target's features
+    calibration: Calibration | None = None  # how coupled drafting weighs the noise; None: drafts without it
+
+    @abstractmethod
     def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> DrafterState:
-        """A fresh state for `batch_size` rows that have observed nothing.
+        """Return a fresh state for `batch_size` rows that have observed nothing.
 
         Args:
-            sampling: how the target will draw. A calibrated drafter then looks at the same noise (coupled drafting);
-                one that is not drafts as without. Rows of temperature 0 are drafted as without, too.
-            decay: keep evidence in the state, discounted by this a token; a drafter that cannot raises ValueError.
+            sampling: how the target will draw. A calibrated drafter then uses the same noise (coupled drafting); one
+                without calibration drafts as if it were None. So do rows of temperature 0.
+            decay: keep `evidence` in the state, discounted by this factor per token; None: keep none. A drafter that
+                cannot keep evidence leaves it None, and is refused by compositions that need it.
         """
 
-    def observe(
-        self,
-        state: DrafterState,
-        features: Tensor,
-        next_tokens: Tensor,
-        num_tokens: Tensor,
-        counts: Sequence[int] | None = None,
-    ) -> None:
-        """Take in committed tokens with the target's true features; `state` is updated in place.
+    @abstractmethod
+    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Lengths) -> None:
+        """Take in committed tokens with the target's features; update `state` in place.
 
         Args:
-            features: [B, T, H]; slot t of row b is the target's final hidden state of a position.
-            next_tokens: int64 [B, T], the token after that position (for the last slot: the new root).
-            num_tokens: int64 [B], how many leading slots of the row count; the rest is padding of any content.
-                0: nothing happens to that row.
-            counts: `num_tokens` on the host, which the caller has from its one fetch of the step: a drafter takes its
-                sizes from here and reads nothing from the device. None: it may read `num_tokens`.
+            features: [B, T, H]; slot t of row b is the target's final hidden state at one position.
+            next_tokens: int64 [B, T], the token behind that position (in the last slot: the new root).
+            num_tokens: how many leading slots of each row count; the other slots are padding with any content, NaN
+                included. A row of 0 tokens stays as it is.
         """
 
+    @abstractmethod
     def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> DraftTree:
-        """A draft tree a row, grown from the last observed slot; the committed part of `state` stays as it is.
+        """Return a draft tree per row, grown from the last observed slot; the committed part of `state` stays as it is.
 
         Args:
-            root_tokens: int64 [B], the last token observed, node 0 of each tree; the trees lie on its device.
-            shape: depth, branching and node budget. The capacity is min(max_nodes, 1 + K + (depth - 1) * K * K)
-                with K = min(branching, V).
+            root_tokens: int64 [B], the last observed token, node 0 of each tree; the tree lies on its device.
+            shape: depth, branching and node budget. The tree has `shape.capacity(vocab_size)` slots. No node lies
+                deeper than `shape.depth`, none scores below `shape.min_score`.
             active: bool [B]; other rows get a tree that is only its root.
 
-        No node lies deeper than `shape.depth`, none scores below `shape.min_score`. A drafter reads nothing from the
-        device here.
+        On a device a drafter must not read values here: the host would wait for them.
         """
 
+    def propose_rows(
+        self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor, rows: Sequence[int]
+    ) -> DraftTree:
+        """Return what `propose` returns, with only the root in all rows but `rows`.
 
-class DrafterGroup(Protocol):
-    """Drafters that do together what each would do alone, in fewer calls: one state, and a tree each."""
+        Override it if leaving rows out saves work.
+        """
+        is_drafted = torch.zeros_like(active).index_fill_(0, torch.tensor(rows, device=active.device), True)
+        return self.propose(state, root_tokens, shape, active & is_drafted)
 
-    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> DrafterState:
-        """See `Drafter.reset`."""
+    def drafts_with(self, other: Drafter) -> bool:
+        """Return whether `propose_together` does for both drafters what `propose` does for each, in fewer calls."""
+        return False
 
-    def observe(
+    def propose_together(
         self,
-        state: DrafterState,
-        features: Tensor,
-        next_tokens: Tensor,
-        num_tokens: Tensor,
-        counts: Sequence[int] | None = None,
-    ) -> None:
-        """See `Drafter.observe`: every drafter observes the same."""
-
-    def propose(
-        self,
-        state: DrafterState,
+        others: Sequence[Drafter],
+        states: Sequence[DrafterState],
         root_tokens: Tensor,
         shape: TreeShape,
         active: Tensor,
-        chosen: Sequence[Sequence[int]] | None = None,
     ) -> list[DraftTree]:
-        """The trees that the drafters would propose one by one, in their order.
+        """Return the trees of this drafter and of `others`, which it `drafts_with`; `states` are in the same order."""
+        drafters = (self, *others)
+        return [one.propose(state, root_tokens, shape, active) for one, state in zip(drafters, states, strict=True)]
 
-        `chosen` names the rows that each of them drafts for (None: all); its other rows get only their root.
-        """
+
+def own_state(state: DrafterState, kind: type[State]) -> State:
+    """Return `state`; raise TypeError unless it is of the class that this drafter's `reset` makes."""
+    if not isinstance(state, kind):
+        raise TypeError(f"this drafter needs the state that its reset() made, got {type(state).__name__}")
+    return state

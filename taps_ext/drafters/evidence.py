@@ -1,11 +1,11 @@
-"""Running evidence: how probable each drafter found what was emitted. It takes no further forward of a drafter.
+"""Running evidence: how probable a drafter found the committed text. It needs no additional forward of the drafter.
 
-Evidence of drafter k is `sum_i w_i decay^(t - i) log q_k(x_i)` over the tokens x_i of a row up to x_t, at temperature
-1: what remains of the log-likelihood of the text. It begins at the prompt's last `MOST_SLOTS` tokens, and w_i is
-`PROMPT_WEIGHT` for a prompt's tokens and 1 for the others. Its softmax over drafters is the probability that each is
-the one to ask. It depends on the past alone, so that whatever is decided by it leaves the text as it is.
+The evidence for a drafter is `sum_i w_i decay^(t - i) log q(x_i)` over the tokens x_i of a row up to x_t, at
+temperature 1: the discounted log-likelihood of the text. It begins at the prompt's last `MAX_SLOTS` tokens; w_i is
+`PROMPT_WEIGHT` for the prompt's tokens and 1 for the others. Its softmax over drafters is the probability that each is
+the best one to ask. It depends on the past alone, so decisions based on it leave the text as it is.
 
-Dims: D drafters, B rows, T slots, V vocabulary.
+Dims: B rows, T slots, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-LEAST = -100.0  # nats of a token: nothing rules a drafter out for good, not even logits that overflowed
-PROMPT_WEIGHT = 0.3  # of a prompt's token: drafters learn from answers, and know less of what users say
-MOST_SLOTS = 64  # of one observation: a prompt's last ones; 0.95 ** 64 is a 27th
-MOST_ELEMENTS = 1 << 25  # logits at a time, a prompt's
+LEAST = -100.0  # nats of a token: no token rules a drafter out for good, not even one whose logits overflowed
+PROMPT_WEIGHT = 0.3  # drafters learn from answers, and know less of what users write
+MAX_SLOTS = 64  # of one observation, the last ones of a prompt; 0.95 ** 64 is a 27th
+MAX_ELEMENTS = 1 << 25  # logits in memory at a time while a prompt is observed
 
 
-def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
-    """float32 [...], of tokens int64 [...] under the softmax of logits [..., V]; at least `LEAST`, also for NaN."""
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability, float32 [...], of tokens int64 [...] under logits [..., V]; at least `LEAST`."""
     logits = logits.float()
     exact = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
     return exact.nan_to_num(nan=LEAST).clamp(min=LEAST)
 
 
-def observed(
-    out: Tensor,
+def of_observation(
+    outputs: Tensor,
     next_tokens: Tensor,
     num_tokens: Tensor,
     is_prompt: Tensor,
@@ -37,28 +37,28 @@ def observed(
     logits_of: Callable[[Tensor], Tensor],
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """What an observation says of all its tokens but the first, float32 [D, B], and the last slots' logits [D, B, V].
+    """Return the evidence of all observed tokens but the first, float32 [B], and the last slots' logits [B, V].
 
     Args:
-        out: [D, B, T, H], the drafters' outputs; slot t predicts the token of slot t + 1.
-        next_tokens, num_tokens: int64 [B, T] and [B], as observed. Of a row without tokens the logits mean nothing.
-        is_prompt: bool [B], whether all tokens but the last one are a prompt's.
-        logits_of: the logits [R, t, V] of outputs [R, t, H].
+        outputs: [B, T, H], the drafter's; slot t predicts the token of slot t + 1.
+        next_tokens, num_tokens: int64 [B, T] and [B], as observed. The logits of a row without tokens are meaningless.
+        is_prompt: bool [B], whether all tokens but the last one belong to a prompt.
+        logits_of: computes the logits [B, t, V] of outputs [B, t, H].
     """
-    num_drafters, batch, num_slots, hidden = out.shape
-    window = min(num_slots, MOST_SLOTS)
-    slots = num_tokens[:, None] - window + torch.arange(window, device=out.device)  # [B, W], up to the row's last one
+    batch_size, num_slots, hidden_size = outputs.shape
+    window = min(num_slots, MAX_SLOTS)
+    slots = num_tokens[:, None] - window + torch.arange(window, device=outputs.device)  # [B, W], up to the last one
     is_predicting = (slots >= 0) & (slots + 1 < num_tokens[:, None])
     weights = decay ** (num_tokens[:, None] - 2 - slots).clamp(min=0).float()
     weights = torch.where(is_prompt[:, None] & (slots + 2 < num_tokens[:, None]), PROMPT_WEIGHT * weights, weights)
-    places = slots.clamp(min=0)
-    tokens = next_tokens.gather(1, (places + 1).clamp(max=num_slots - 1)).expand(num_drafters, -1, -1)
-    outputs = out.gather(2, places[None, :, :, None].expand(num_drafters, -1, -1, hidden)).flatten(0, 1)
-    evidence = torch.zeros(num_drafters, batch, device=out.device)
-    size = max(1, MOST_ELEMENTS // (num_drafters * batch * vocab_size))
+    slots = slots.clamp(min=0)
+    tokens = next_tokens.gather(1, (slots + 1).clamp(max=num_slots - 1))
+    outputs = outputs.gather(1, slots[:, :, None].expand(-1, -1, hidden_size))
+    evidence = torch.zeros(batch_size, device=outputs.device)
+    size = max(1, MAX_ELEMENTS // (batch_size * vocab_size))
     for first in range(0, window, size):
         part = slice(first, first + size)
-        logits = logits_of(outputs[:, part]).unflatten(0, (num_drafters, batch))
-        found = weights[:, part] * log_probability(logits, tokens[:, :, part])
-        evidence += torch.where(is_predicting[:, part], found, 0).sum(dim=-1)
-    return evidence, logits[:, :, -1].clone()  # not a view that keeps all of a prompt's alive
+        logits = logits_of(outputs[:, part])
+        log_probs = weights[:, part] * token_log_probs(logits, tokens[:, part])
+        evidence += torch.where(is_predicting[:, part], log_probs, 0).sum(dim=-1)
+    return evidence, logits[:, -1].clone()  # not a view that keeps all logits of a prompt alive

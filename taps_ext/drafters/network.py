@@ -1,7 +1,7 @@
-"""The EAGLE-2 drafter (the HASS network is the same one, trained otherwise): one Llama layer over target features.
+"""The EAGLE-2 network: one Llama layer over target features. HASS trains the same network with another objective.
 
-Slot i of the drafter carries the target's feature of position i and the embedding of token i + 1; its output is a
-guess of the feature of position i + 1, and the target's own lm_head turns that guess into logits for token i + 2.
+Slot i of the drafter carries the target's feature of position i and the embedding of token i + 1. Its output predicts
+the feature of position i + 1, and the target's own lm_head turns that prediction into logits for token i + 2.
 
 Source: EAGLE-2 (arXiv 2406.16858); HASS (arXiv 2408.15766). Dims: B batch, T slots, S keys, H hidden.
 """
@@ -17,13 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 
-# Rope types whose frequencies do not depend on the length of the text: the others rewrite a buffer in the forward
+# Rope types whose frequencies do not depend on the length of the text. The other types rewrite a buffer in the forward
 # pass, which reads the device and is not safe when two threads share a drafter.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
-    """(theta, scaling) of a config, each None where it names none.
+    """Return (theta, scaling) of a config, each None if the config does not name it.
 
     `config` is a dict or a transformers config, in either spelling: rope_theta with rope_scaling (4.x, `type` or
     `rope_type`), or rope_parameters (5.x, by layer type where a model has several).
@@ -71,7 +71,7 @@ class EagleConfig:
 
     @classmethod
     def for_target(cls, target_config: Any, **overrides: Any) -> EagleConfig:
-        """A drafter of the target's own widths, heads and rope, as the published ones are; `overrides` are fields."""
+        """Return the config of the published drafters: the target's widths, heads and rope; `overrides` are fields."""
         theta, scaling = rope_of(target_config)
         heads = target_config.num_attention_heads
         fields: dict[str, Any] = {
@@ -89,7 +89,7 @@ class EagleConfig:
         return cls(**{**fields, **overrides})
 
     def as_llama(self) -> LlamaConfig:
-        """The same shape for transformers' Llama blocks; 4.57 and 5.x both understand these spellings."""
+        """Return the same shape for transformers' Llama blocks; 4.57 and 5.x both accept these names."""
         fields: dict[str, Any] = {
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -108,7 +108,7 @@ class EagleConfig:
 
 
 class RotaryAngles(nn.Module):
-    """cos and sin of the rotary positions; the frequencies stay float32 when the network is cast to bfloat16."""
+    """Compute cos and sin of rotary positions; the frequencies stay float32 when the network is cast to bfloat16."""
 
     inv_freq: Tensor
 
@@ -125,14 +125,14 @@ class RotaryAngles(nn.Module):
         return self
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [B, T, head_dim] in `dtype`, of int64 positions [B, T]."""
+        """Return cos and sin, each [B, T, head_dim] in `dtype`, of int64 positions [B, T]."""
         angles = position_ids[..., None].float() * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scaling).to(dtype), (angles.sin() * self.scaling).to(dtype)
 
 
 class EagleAttention(nn.Module):
-    """The four projections of the layer's attention; `EagleNetwork` composes them."""
+    """Hold the four projections of the layer's attention; `EagleNetwork` composes them."""
 
     def __init__(self, config: EagleConfig) -> None:
         super().__init__()
@@ -155,11 +155,11 @@ class EagleLayer(nn.Module):
 
 
 class EagleNetwork(nn.Module):
-    """The trained part of an EAGLE-2 drafter: its parameters carry the published names, the embedding left out.
+    """Hold the trained part of an EAGLE-2 drafter; parameters carry the published names, the embedding is not included.
 
-    `forward` is the training entry; its four stages `project`, `qkv`, `attend` and `finish` are public because HASS
-    composes them over several streams (concatenate keys and values on dim 2, pass a bool mask), and the drafter over
-    its KV cache.
+    Training calls `forward`, the drafter `extend` (over its KV cache). The four stages `project`, `qkv`, `attend` and
+    `finish` are public because HASS composes them over several streams: it concatenates keys and values on dim 2 and
+    passes a bool mask.
     """
 
     def __init__(self, config: EagleConfig) -> None:
@@ -172,17 +172,17 @@ class EagleNetwork(nn.Module):
 
     @property
     def layer(self) -> EagleLayer:
-        """The one decoder layer."""
+        """Return the only decoder layer."""
         layer: EagleLayer = self.layers[0]  # type: ignore[assignment]
         return layer
 
     def project(self, embeddings: Tensor, features: Tensor) -> Tensor:
-        """The layer's input [B, T, H], of embeddings [B, T, H] (token i + 1) and features [B, T, H] (position i)."""
+        """Return the layer's input [B, T, H], of embeddings (token i + 1) and features (position i), both [B, T, H]."""
         projected: Tensor = self.fc(torch.cat((embeddings, features), dim=-1))
         return projected
 
     def qkv(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries [B, heads, T, head_dim], rotated keys and plain values [B, kv_heads, T, head_dim]."""
+        """Return rotated queries [B, heads, T, head_dim], rotated keys and plain values [B, kv_heads, T, head_dim]."""
         attention = self.layer.self_attn
         split = (*x.shape[:-1], -1, self.config.head_dim)
         query, key, value = (
@@ -193,7 +193,7 @@ class EagleNetwork(nn.Module):
         return query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin, value
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """What each query reads, [B, T, heads * head_dim].
+        """Return what each query reads, [B, T, heads * head_dim].
 
         `mask` is bool [T, S] or [B, 1, T, S] (True: attend); None is causal over T = S slots. Every query must see at
         least one key.
@@ -202,29 +202,61 @@ class EagleNetwork(nn.Module):
         if mask is None:
             out = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
             return out.transpose(1, 2).flatten(2)
-        # Masked attention of grouped heads has no fused kernel: the heads that share a key become rows of one head.
+        # No fused kernel does masked attention of grouped heads: the heads that share a key become rows of one head.
         batch_size, _, num_slots, head_dim = query.shape
         rows = query.view(batch_size, -1, groups, num_slots, head_dim).transpose(2, 3).flatten(2, 3)
         out = scaled_dot_product_attention(rows, key, value, attn_mask=mask.repeat_interleave(groups, dim=-2))
         return out.view(batch_size, -1, num_slots, groups, head_dim).transpose(1, 2).flatten(2)
 
     def finish(self, x: Tensor, attention_out: Tensor) -> Tensor:
-        """The layer's output [B, T, H]: both residual branches, no final norm."""
+        """Return the layer's output [B, T, H]: both residual branches, no final norm."""
         hidden = x + self.layer.self_attn.o_proj(attention_out)
         finished: Tensor = hidden + self.layer.mlp(self.layer.post_attention_layernorm(hidden))
         return finished
 
     def forward(self, embeddings: Tensor, features: Tensor, position_ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The guessed next features [B, T, H], of embeddings and features [B, T, H] at int64 positions [B, T].
+        """Return the predicted next features [B, T, H], of embeddings and features [B, T, H] at positions [B, T].
 
-        `mask` as in `attend`; position_ids may be [1, T] for all rows.
+        `mask` as in `attend`; position_ids, int64, may be [1, T] for all rows.
         """
         x = self.project(embeddings, features)
         query, key, value = self.qkv(x, position_ids)
         return self.finish(x, self.attend(query, key, value, mask))
 
+    def extend(
+        self,
+        embeddings: Tensor,
+        features: Tensor,
+        position_ids: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        columns: Tensor | slice,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Return `forward`'s outputs [B, T, H] of new slots behind cached ones, and write the new keys and values.
+
+        Args:
+            keys, values: the caches, [B, kv_heads, S, head_dim].
+            columns: where the new slots go in the caches, a slice or int64 [B, T].
+            mask: bool [B, 1, T, S]; None: causal, for T = S.
+        """
+        x = self.project(embeddings, features)
+        query, key, value = self.qkv(x, position_ids)
+        _write(keys, columns, key)
+        _write(values, columns, value)
+        return self.finish(x, self.attend(query, keys, values, mask))
+
 
 def rotate_half(x: Tensor) -> Tensor:
-    """The two halves of the last axis, swapped, the new first one negated."""
+    """Return x with the halves of its last axis swapped and the new first half negated."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
+
+
+def _write(cache: Tensor, columns: Tensor | slice, states: Tensor) -> None:
+    """Write states [B, heads, T, head_dim] into columns of the cache [B, heads, S, head_dim]."""
+    if isinstance(columns, slice):
+        cache[:, :, columns] = states
+    else:
+        rows = torch.arange(len(cache), device=cache.device)[:, None]
+        cache[rows, :, columns] = states.transpose(1, 2)

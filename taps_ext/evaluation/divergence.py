@@ -22,7 +22,7 @@ from ..decode.decoder import SpeculativeDecoder
 from ..decode.plain import plain_generate
 from ..decode.state import StepEvent
 from ..decode.stats import DecodeStats
-from ..decode.verification import verify
+from ..decode.step import verify
 from ..sampling import SamplingParams
 from ..target.model import ScoredTree, TargetModel
 from ..tree import DraftTree

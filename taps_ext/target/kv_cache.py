@@ -16,79 +16,80 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
+from ..tree import Lengths
 
 FIRST_CAPACITY = 256  # token slots; doubles whenever prompt, text and tree no longer fit
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """What one layer writes for one token: the shape and place of its keys (or values)."""
+    """Describe what one layer writes for one token: the shape and place of its keys (or values)."""
 
     device: torch.device
     dtype: torch.dtype
     num_heads: int
     head_dim: int
 
+    @classmethod
+    def of(cls, states: Tensor) -> KVSpec:
+        """Return the description of keys or values [B, heads, T, head_dim]."""
+        return cls(states.device, states.dtype, states.shape[1], states.shape[3])
+
 
 class TreeKVCache:
-    """The keys and values of one call: `kv_length` committed columns, then room for the next tree.
+    """Hold the keys and values of one call: the committed columns, then room for the next tree.
 
-    Row b owns columns 0..prefix_lengths[b]-1; columns up to `kv_length`, the longest row's, are padding for it. What
-    the host knows of the lengths is here, so that nobody asks the device: the longest, and whether any row is shorter.
+    Row b owns columns 0..lengths[b]-1; columns up to the longest row's length are padding for it. The next tree begins
+    at the longest row's length.
     """
 
-    def __init__(self, specs: Sequence[tuple[KVSpec, KVSpec]], batch_size: int) -> None:
-        self.kv_length = 0
-        self.is_ragged = False
+    def __init__(self, specs: Sequence[tuple[KVSpec, KVSpec]], lengths: Lengths) -> None:
+        self.lengths = lengths  # committed columns per row
         self.capacity = 0
-        self._batch_size = batch_size
-        self._places: list[tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = []
+        self._slots: list[tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = []
         self._counts: dict[KVSpec, int] = {}
         for keys, values in specs:
-            self._places.append((self._place(keys), self._place(values)))
-        self.buffers: dict[KVSpec, Tensor] = {}  # [places, B, heads, capacity, head_dim]
-        self.cache: Cache = Cache(layers=[_TreeKVLayer(self, layer) for layer in range(len(self._places))])
+            self._slots.append((self._slot(keys), self._slot(values)))
+        self.buffers: dict[KVSpec, Tensor] = {}  # [keys and values of all layers, B, heads, capacity, head_dim]
+        self.cache: Cache = Cache(layers=[_TreeKVLayer(self, layer) for layer in range(len(self._slots))])
 
-    def _place(self, spec: KVSpec) -> tuple[KVSpec, int]:
+    def _slot(self, spec: KVSpec) -> tuple[KVSpec, int]:
         self._counts[spec] = self._counts.get(spec, 0) + 1
         return spec, self._counts[spec] - 1
 
     @torch.inference_mode(False)  # ordinary tensors, so that every mode may write to them later
     @torch.no_grad()
     def reserve(self, num_tokens: int) -> None:
-        """Make room for `num_tokens` columns behind the committed ones; at least doubles when it grows."""
-        needed = self.kv_length + num_tokens
+        """Make room for `num_tokens` columns behind the committed ones; the capacity at least doubles if it grows."""
+        committed = self.lengths.longest
+        needed = committed + num_tokens
         if needed <= self.capacity:
             return
         capacity = max(needed, 2 * self.capacity, FIRST_CAPACITY)
-        for spec, places in self._counts.items():
-            shape = (places, self._batch_size, spec.num_heads, capacity, spec.head_dim)
+        for spec, count in self._counts.items():
+            shape = (count, len(self.lengths.host), spec.num_heads, capacity, spec.head_dim)
             grown = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
             if spec in self.buffers:
-                grown[:, :, :, : self.kv_length] = self.buffers[spec][:, :, :, : self.kv_length]
+                grown[:, :, :, :committed] = self.buffers[spec][:, :, :, :committed]
             self.buffers[spec] = grown
         self.capacity = capacity
 
-    def hold(self, lengths: Sequence[int]) -> None:
-        """Row b now owns `lengths[b]` columns, at least 1; what lies behind them is free."""
-        self.kv_length, self.is_ragged = max(lengths), min(lengths) < max(lengths)
-
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """The layer's key and value buffers, [B, heads, capacity, head_dim], as views."""
-        (key_spec, key_place), (value_spec, value_place) = self._places[index]
-        return self.buffers[key_spec][key_place], self.buffers[value_spec][value_place]
+        """Return the layer's key and value buffers, [B, heads, capacity, head_dim], as views."""
+        (key_spec, key_slot), (value_spec, value_slot) = self._slots[index]
+        return self.buffers[key_spec][key_slot], self.buffers[value_spec][value_slot]
 
-    def compact(self, path: Tensor, num_accepted: Tensor, prefix_lengths: Tensor) -> None:
+    def compact(self, path: Tensor, num_accepted: Tensor) -> None:
         """Move each row's accepted path (num_accepted -1: nothing) behind its prefix, in every layer."""
         for spec, buffer in self.buffers.items():
-            rows = (path.to(spec.device), num_accepted.to(spec.device), prefix_lengths.to(spec.device))
-            ops.compact_kv(buffer, *rows, self.kv_length)
+            rows = (path.to(spec.device), num_accepted.to(spec.device), self.lengths.tensor.to(spec.device))
+            ops.compact_kv(buffer, *rows, self.lengths.longest)
 
 
 class _TreeKVLayer(CacheLayerMixin):
-    """One layer's window on a `TreeKVCache`, in the form that transformers' models write to.
+    """Give transformers' models one layer of a `TreeKVCache` to write to.
 
-    `get_max_cache_shape` is transformers 4's name of `get_max_length`; `get_mask_sizes` takes the query's length, or
+    `get_max_cache_shape` is the name of `get_max_length` in transformers 4; `get_mask_sizes` takes the query's length,
     in transformers 4 its positions.
     """
 
@@ -101,14 +102,14 @@ class _TreeKVLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the owner allocates."""
+        """Do nothing: the owner allocates."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start = self._owner.kv_length
+        start = self._owner.lengths.longest
         stop = start + key_states.shape[-2]
         keys, values = (buffer[:, :, :stop] for buffer in self._owner.layer(self._index))
-        # A tree stands behind a prefix: a node that overflows must not reach, through its masked column, those that it
-        # is no part of. A prompt's row is its own affair.
+        # A tree stands behind a prefix: an overflow in one node must not reach other nodes through its masked column.
+        # In a prefill, a row's overflow stays in that row.
         write = _write_finite if start > 0 else Tensor.copy_
         write(keys[:, :, start:], key_states)
         write(values[:, :, start:], value_states)
@@ -116,10 +117,10 @@ class _TreeKVLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         query_length = query if isinstance(query, int) else query.shape[0]
-        return self._owner.kv_length + query_length, 0
+        return self._owner.lengths.longest + query_length, 0
 
     def get_seq_length(self, *args: Any) -> int:
-        return self._owner.kv_length
+        return self._owner.lengths.longest
 
     def get_max_length(self) -> int:
         return -1
@@ -128,8 +129,11 @@ class _TreeKVLayer(CacheLayerMixin):
 
 
 def cache_keyword(module: torch.nn.Module) -> str:
-    """Return the name under which `module.forward` takes its cache: `cache` since transformers 5.24, before that
-    `past_key_values`. Models whose code lies in their checkpoint may still use the older name."""
+    """Return the name under which `module.forward` takes its cache.
+
+    It is `cache` since transformers 5.24 and `past_key_values` before; models whose code is part of their checkpoint
+    may still use the older name.
+    """
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 

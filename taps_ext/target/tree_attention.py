@@ -1,7 +1,7 @@
-"""Attention of tree nodes: over the prefix that all nodes of a row see, over the tree by ancestry, and both merged.
+"""Tree attention: over the prefix, which all nodes of a row see; over the tree, by ancestry; and both merged.
 
-What a node reads from prefix and tree together is the mean of what it reads from each, weighted by the two sums of
-exponentials. So the prefix needs no mask a node, and fused kernels that return the log of that sum (log-sum-exp) do
+The attention output over prefix and tree together is the mean of the two outputs, weighted by their sums of
+exponentials. So the prefix needs no mask per node, and fused kernels that return the log of that sum (log-sum-exp) do
 the work. Query heads that share a key-value head become rows of one matrix: keys and values are never repeated.
 
 Source: the merge of partial softmaxes is that of split-KV attention (FlashAttention, arXiv 2205.14135).
@@ -18,12 +18,12 @@ from torch import Tensor
 BIAS_ALIGNMENT = 8  # columns: the fused kernels of CUDA want bias rows of a multiple of 16 bytes
 
 aten = torch.ops.aten
-_Partial = tuple[Tensor, Tensor]  # what was read [B, H, M, D], and its log-sum-exp float32 [B, H, M]
+_Partial = tuple[Tensor, Tensor]  # attention output [B, H, M, D] and its log-sum-exp, float32 [B, H, M]
 
 
 @dataclass
 class TreeView:
-    """What the nodes of one scoring call see. Every layer attends through it, and it keeps what they share."""
+    """Hold what the nodes of one scoring call may see. Every layer attends through it and shares its masks."""
 
     ancestors: Tensor  # bool [B, 1, N, N], True: node j is node i or its ancestor
     kv_length: int  # L, the committed columns of the longest row
@@ -32,7 +32,7 @@ class TreeView:
     _biases: dict[tuple[torch.device, torch.dtype, int], tuple[Tensor | None, Tensor]] = field(default_factory=dict)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """What each node reads, [B, N, heads, D], contiguous.
+        """Return the attention output of each node, [B, N, heads, D], contiguous.
 
         `query` is [B, heads, N, D]; `key` and `value` are [B, kv_heads, L + N, D], the tree's own behind the prefix.
         """
@@ -41,16 +41,17 @@ class TreeView:
         groups = num_heads // key.shape[1]
         prefix_bias, tree_bias = self._bias_of(query, groups)
         rows, length = _fold(query, key.shape[1]), self.kv_length
-        read = attend(rows, key[:, :, length:], value[:, :, length:], tree_bias, scale)
+        tree = partial_attention(rows, key[:, :, length:], value[:, :, length:], tree_bias, scale)
         if length > 0:
-            out = merge(attend(rows, key[:, :, :length], value[:, :, :length], prefix_bias, scale), read)
+            prefix = partial_attention(rows, key[:, :, :length], value[:, :, :length], prefix_bias, scale)
+            out = merge_partial(prefix, tree)
         else:
-            out = read[0]
+            out = tree[0]
         unfolded = out.view(batch_size, -1, num_nodes, groups, out.shape[-1]).transpose(1, 2)
         return query.new_empty(unfolded.shape).copy_(unfolded).view(batch_size, num_nodes, num_heads, -1)
 
     def _bias_of(self, query: Tensor, groups: int) -> tuple[Tensor | None, Tensor]:
-        """The additive masks of the prefix and of the tree, made by the first layer of a device, dtype and grouping."""
+        """Return the additive masks of prefix and tree; the first layer of a device, dtype and grouping makes them."""
         kind = (query.device, query.dtype, groups)
         if kind not in self._biases:
             self._biases[kind] = self._prefix_bias(query), self._tree_bias(query, groups)
@@ -70,8 +71,8 @@ class TreeView:
         return _additive(hidden, query.dtype)[..., :num_nodes]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> _Partial:
-    """What each row reads and its log-sum-exp, by the fused kernel that takes these tensors, or by plain products.
+def partial_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float | None) -> _Partial:
+    """Return attention output and log-sum-exp, by the fused kernel that takes these tensors, or by matrix products.
 
     Args:
         query: [B, H, M, D]. key: [B, H, S, D]. value: [B, H, S, D'].
@@ -96,8 +97,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
     return _plain_attention(query, key, value, bias, scale)
 
 
-def merge(first: _Partial, second: _Partial) -> Tensor:
-    """What is read from the columns of both, float32."""
+def merge_partial(first: _Partial, second: _Partial) -> Tensor:
+    """Return the attention output over the columns of both, float32."""
     share = torch.sigmoid(first[1] - second[1])[..., None]  # of the first in the sum of exponentials
     return torch.lerp(second[0].float(), first[0].float(), share)
 
@@ -111,14 +112,14 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | N
 
 
 def _fold(query: Tensor, num_kv_heads: int) -> Tensor:
-    """[B, heads, N, D] as [B, kv_heads, N * groups, D]: node by node the query heads of a key-value head."""
+    """Return [B, heads, N, D] as [B, kv_heads, N * groups, D]: per node the query heads of each key-value head."""
     batch_size, num_heads, num_nodes, head_dim = query.shape
     grouped = query.view(batch_size, num_kv_heads, num_heads // num_kv_heads, num_nodes, head_dim)
     return grouped.transpose(2, 3).reshape(batch_size, num_kv_heads, -1, head_dim)
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where a column is seen, -inf where it is hidden."""
+    """Return 0 where a column is visible, -inf where it is hidden."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
 
 

@@ -1,0 +1,231 @@
+"""One decode step on the device: propose, score, verify, commit, observe.
+
+This half takes and returns tensors; the host half is `decoder.py`. It reads no value of a device, with one exception:
+a composition that chooses one drafter before any drafts (`evidence`) makes the host wait for the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import ops
+from ..composition import Composed, Composition, share_budget
+from ..drafters import Drafter, DrafterState
+from ..sampling import SamplingRows
+from ..target.model import TargetModel
+from ..tree import DraftTree, Lengths, TreeShape
+from .request import Request, process_logits
+from .state import Acceptance, DecodeState, StepOutput
+
+
+class DecodeStep:
+    """Run decode steps with a target, drafters and a composition. Immutable: what changes is in the `DecodeState`."""
+
+    def __init__(
+        self,
+        target: TargetModel,
+        drafters: Sequence[Drafter],
+        composition: Composition,
+        shape: TreeShape,
+        joint_budget: int | None,
+    ) -> None:
+        self.target = target
+        self.drafters = tuple(drafters)
+        self.composition = composition
+        self.shape = shape
+        self.joint_budget = joint_budget
+        self.groups = group_drafters(self.drafters)
+
+    def reset(self, batch_size: int, sampling: SamplingRows | None) -> list[DrafterState]:
+        """Return a fresh state per drafter; `sampling` is for coupled drafting, None for drafting without the noise."""
+        return [drafter.reset(batch_size, sampling, self.composition.decay) for drafter in self.drafters]
+
+    @torch.inference_mode()
+    def prefill(self, request: Request, state: DecodeState) -> StepOutput:
+        """Commit the prompts and draw each row's first token."""
+        tokens = request.packed(self.target.device)
+        lengths = Lengths.of(request.prompt_lengths, tokens.device)
+        scored = self.target.prefill(tokens, lengths, state.kv)
+        last = lengths.tensor[:, None] - 1
+        roots = DraftTree.of_roots(tokens.gather(1, last)[:, 0])
+        acceptance, log_probs = self.verify(request, state, roots, scored.logits, lengths.tensor)
+        state.root_tokens = acceptance.bonus_tokens.clamp_min(0)
+        next_tokens = tokens.roll(-1, dims=1).scatter(1, last, state.root_tokens[:, None])
+        return StepOutput(roots, acceptance, scored.features, next_tokens, lengths.tensor, log_probs=log_probs)
+
+    @torch.inference_mode()
+    def run(self, request: Request, state: DecodeState) -> StepOutput:
+        """Propose, score and verify one tree per row; finished rows take part as padding."""
+        composed = self.propose(state)
+        scored = self.target.score(composed.tree, state.kv, state.last_positions)
+        positions = state.kv.lengths.tensor + 1
+        acceptance, log_probs = self.verify(request, state, composed.tree, scored.logits, positions)
+        return StepOutput(
+            tree=composed.tree,
+            acceptance=acceptance,
+            features=scored.features,
+            next_tokens=acceptance.tokens.clamp_min(0),
+            num_committed=torch.where(state.active, acceptance.num_accepted + 1, 0),
+            choice=composed.choice,
+            log_probs=log_probs,
+            path_length=self._path_length(composed.tree),
+        )
+
+    def propose(self, state: DecodeState) -> Composed:
+        """Return the tree to verify, from the trees of all drafters, or of the ones that the composition chooses."""
+        evidence = None
+        if self.composition.decay is not None:
+            evidence = self._evidence(state.drafter_states).to(state.root_tokens.device)
+        choice = self.composition.choose(evidence)
+        rows = state.root_tokens, self.shape, state.active
+        if choice is None:
+            trees = draft(self.drafters, self.groups, state.drafter_states, *rows)
+        else:  # nobody drafts for a row that has ended
+            is_over = [row.finish_reason is not None for row in state.rows]
+            chosen = [-1 if over else index for over, index in zip(is_over, choice.tolist(), strict=True)]
+            trees = draft_chosen(self.drafters, chosen, state.drafter_states, *rows)
+        composed = self.composition.compose(trees, evidence)
+        if self.joint_budget is not None:
+            composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
+        if composed.tree.tokens.device.type != "cpu":
+            return composed  # with its full capacity: to trim it, the host would have to wait
+        return replace(composed, tree=composed.tree.trimmed(int(composed.tree.num_nodes.max())))
+
+    def verify(
+        self, request: Request, state: DecodeState, tree: DraftTree, logits: Tensor, positions: Tensor
+    ) -> tuple[Acceptance, Tensor | None]:
+        """Return the acceptance and, if asked for, the raw log-probabilities [B, path length] of its tokens.
+
+        `positions`, int64 [B], are those of the tokens drawn at the roots.
+        """
+        processed = logits
+        if request.processors:
+            prefixes = [row.prompt + row.new_tokens for row in state.rows]
+            processed = process_logits(request.processors, logits, tree, prefixes)
+        acceptance = verify(processed, tree, state.sampling, positions)
+        if not request.return_log_probs:
+            return acceptance, None
+        length = self._path_length(tree)
+        rows = torch.arange(len(logits), device=logits.device)[:, None]
+        log_probs = logits[rows, acceptance.path[:, :length].clamp_min(0)].float().log_softmax(dim=-1)
+        return acceptance, log_probs.gather(2, acceptance.tokens[:, :length].clamp_min(0)[:, :, None])[:, :, 0]
+
+    @torch.inference_mode()
+    def commit(self, output: StepOutput, committed: Lengths, state: DecodeState) -> None:
+        """Keep the accepted paths in the target's cache; the bonus tokens become the new roots.
+
+        `committed` are `output.num_committed`, with their copy on the host.
+        """
+        lengths = state.kv.lengths.plus(committed)
+        self.target.commit(output.acceptance.path, output.num_committed - 1, lengths, state.kv)
+        bonus_tokens = output.acceptance.bonus_tokens.clamp_min(0)
+        state.root_tokens = torch.where(state.active, bonus_tokens, state.root_tokens)
+
+    @torch.inference_mode()
+    def observe(self, output: StepOutput, num_tokens: Lengths, state: DecodeState) -> None:
+        """Show the drafters the committed tokens with the target's features, `num_tokens` of each row."""
+        num_slots = num_tokens.longest
+        if num_slots == 0:
+            return
+        features, next_tokens = output.features, output.next_tokens[:, :num_slots]
+        if output.is_prefill:
+            features = features[:, :num_slots]
+        else:
+            path = output.acceptance.path[:, :num_slots].clamp_min(0)
+            features = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
+        for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
+            drafter.observe(drafter_state, features, next_tokens, num_tokens)
+
+    def _evidence(self, states: Sequence[DrafterState]) -> Tensor:
+        """Return the evidence for every drafter, float32 [D, B]."""
+        parts = []
+        for drafter, state in zip(self.drafters, states, strict=True):
+            if state.evidence is None:
+                raise ValueError(
+                    f"drafter {drafter.name!r} keeps no evidence; use another composition, or evidence_decay=0 with "
+                    "merged"
+                )
+            parts.append(state.evidence)
+        return torch.stack([part.to(parts[0].device) for part in parts])
+
+    def _path_length(self, tree: DraftTree) -> int:
+        """Return the number of nodes on the longest path there can be, root included."""
+        return min(self.shape.depth + 1, tree.capacity)
+
+
+def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: Tensor) -> Acceptance:
+    """Walk each tree with the target's own draws: sample, then match.
+
+    `positions`, int64 [B], are those of the tokens drawn at the roots.
+    """
+    walk = ops.verify_tree(
+        logits,
+        tree,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.seeds,
+        positions,
+    )
+    followers = pad(walk.path[:, 1:], (0, 1), value=-1)
+    tokens = torch.where(followers >= 0, tree.tokens.gather(1, followers.clamp_min(0)), -1)
+    tokens = tokens.scatter(1, walk.num_accepted[:, None], walk.bonus_tokens[:, None])
+    return Acceptance(walk.path, walk.num_accepted, tokens, walk.bonus_tokens, walk.status != 0)
+
+
+def group_drafters(drafters: Sequence[Drafter]) -> list[list[int]]:
+    """Return groups of indices: drafters that draft together share a group, in their order."""
+    groups: list[list[int]] = []
+    for index, drafter in enumerate(drafters):
+        for group in groups:
+            if drafters[group[0]].drafts_with(drafter):
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def draft(
+    drafters: Sequence[Drafter],
+    groups: Sequence[Sequence[int]],
+    states: Sequence[DrafterState],
+    root_tokens: Tensor,
+    shape: TreeShape,
+    active: Tensor,
+) -> list[DraftTree]:
+    """Return a tree per drafter, group by group (`group_drafters`)."""
+    trees: dict[int, DraftTree] = {}
+    for group in groups:
+        first, *others = (drafters[index] for index in group)
+        own_states = [states[index] for index in group]
+        together = first.propose_together(others, own_states, root_tokens, shape, active)
+        trees |= zip(group, together, strict=True)
+    return [trees[index] for index in sorted(trees)]
+
+
+def draft_chosen(
+    drafters: Sequence[Drafter],
+    chosen: Sequence[int],
+    states: Sequence[DrafterState],
+    root_tokens: Tensor,
+    shape: TreeShape,
+    active: Tensor,
+) -> list[DraftTree]:
+    """Return a tree per drafter, where row b is drafted by drafter `chosen[b]` only (-1: by none)."""
+    trees = []
+    for index, (drafter, state) in enumerate(zip(drafters, states, strict=True)):
+        rows = [row for row, drafting in enumerate(chosen) if drafting == index]
+        if not rows:
+            trees.append(DraftTree.of_roots(root_tokens).padded(shape.capacity(drafter.vocab_size)))
+        elif len(rows) == len(chosen):
+            trees.append(drafter.propose(state, root_tokens, shape, active))
+        else:
+            trees.append(drafter.propose_rows(state, root_tokens, shape, active, rows))
+    return trees
