@@ -30,8 +30,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import taps_ext
 from taps_ext import ops
+from taps_ext.decode.step import DecodeStep
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
-from taps_ext.drafters.grouping import GroupedDrafters
 from taps_ext.target.model import TargetModel
 
 PARTS = {"target": "#4878a8", "drafter": "#6ba368", "tree work": "#d1603d", "rest": "#bbbbbb"}
@@ -91,14 +91,14 @@ class SectionClock:
 
 @contextmanager
 def instrumented(clock: SectionClock) -> Iterator[None]:
-    """Every op, the target's forward and the drafters' methods charged to the clock inside the block."""
+    """Charge every op, the target's forward and the drafting half of a step to the clock inside the block."""
     with ExitStack() as patches:
         for name in OPS:
             patches.enter_context(mock.patch.object(ops, name, clock.timed(name, getattr(ops, name))))
         for owner, method, section in (
             (TargetModel, "score", "target"),
-            (GroupedDrafters, "propose", "drafter"),
-            (GroupedDrafters, "observe", "drafter"),
+            (DecodeStep, "propose", "drafter"),
+            (DecodeStep, "observe", "drafter"),
         ):
             timed = clock.timed(section, getattr(owner, method))
             patches.enter_context(mock.patch.object(owner, method, timed))

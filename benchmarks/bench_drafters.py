@@ -2,10 +2,9 @@
 
     python benchmarks/bench_drafters.py --output results.json     also draws results.png beside it
 
-*Stacked* is the library: drafters of one shape run as one. *In turn* is what it did before: the same group, the same
-single lm_head product, but one network after the other; kept here to compare with, on the same prompts, turn by turn.
-*Evidence* lets one drafter a row draft; the others only observe what was committed. Merged trees have the node budget
-of one drafter's, so that the target verifies as much in every composition.
+Drafters of one target share the lm_head product of a level; their networks run one after the other. *Evidence* lets
+one drafter per row draft; the others only observe what was committed. Merged trees have the node budget of one
+drafter's, so that the target verifies as much in every composition.
 
 A forward is one pass of one network, over all frontier nodes of a level (drafting) or all slots of a step (observing).
 The script prints a table for people and, as its last line, one line of JSON for programs.
@@ -19,7 +18,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,7 @@ from timing import CLOCKS, no_garbage_collection, spread
 from torch import Tensor
 
 import taps_ext
-from taps_ext.drafters.eagle import EagleDrafter
-from taps_ext.drafters.eagle import EagleGroup
-from taps_ext.drafters.eagle_state import EagleState, write
+from taps_ext.drafters import EagleDrafter, eagle
 
 COMPOSITIONS = {"confidence": "#d1603d", "evidence": "#6ba368", "merged": "#4878a8"}
 MIB = 2**20
@@ -66,45 +63,21 @@ def random_crowd(num_prompts: int) -> Crowd:
     return Crowd(world, lambda place: EagleDrafter(random_network(LARGE), embedding, lm_head, f"drafter {place}"))
 
 
-def in_turn(
-    self: EagleGroup,
-    state: EagleState,
-    embeddings: Tensor,
-    features: Tensor,
-    positions: Tensor,
-    columns: Tensor | slice,
-    end: int,
-    mask: Tensor | None,
-) -> Tensor:
-    """In place of `EagleGroup._forward`: one network after the other."""
-    outs = []
-    for d, network in enumerate(self.networks):
-        x = network.project(embeddings[d], features[d])
-        query, key, value = network.qkv(x, positions)
-        write(state.keys[d : d + 1], columns, key[None])
-        write(state.values[d : d + 1], columns, value[None])
-        keys, values = state.keys[d][:, :, :end], state.values[d][:, :, :end]
-        outs.append(network.finish(x, network.attend(query, keys, values, None if mask is None else mask[d])))
-    return torch.stack(outs)
-
-
-WAYS = {"stacked": nullcontext, "in turn": lambda: mock.patch.object(EagleGroup, "_forward", in_turn)}
-
-
 @contextmanager
 def counted(forwards: Counter[str]) -> Iterator[None]:
     """The networks' forwards inside the block, by what they are for."""
 
-    def counting(method: str, purpose: str) -> Any:
-        original = getattr(EagleGroup, method)
+    def counting(owner: Any, method: str, purpose: str, num_networks: Callable[[Any], int]) -> Any:
+        original = getattr(owner, method)
 
-        def wrapper(self: EagleGroup, *arguments: Any, **kwargs: Any) -> Any:
-            forwards[purpose] += len(self.networks)
+        def wrapper(self: Any, *arguments: Any, **kwargs: Any) -> Any:
+            forwards[purpose] += num_networks(self)
             return original(self, *arguments, **kwargs)
 
-        return mock.patch.object(EagleGroup, method, wrapper)
+        return mock.patch.object(owner, method, wrapper)
 
-    with counting("_forward_frontier", "drafting"), counting("_forward_committed", "observing"):
+    drafting = counting(eagle._Frontier, "forward", "drafting", lambda frontier: len(frontier.drafters))
+    with drafting, counting(EagleDrafter, "_extend_committed", "observing", lambda drafter: 1):
         yield
 
 
@@ -127,25 +100,23 @@ def measure(crowd: Crowd, num_drafters: int, composition: str, clock: str) -> di
     budget = {"max_nodes": shape.max_nodes} if composition == "merged" else {}
     decoder = taps_ext.SpeculativeDecoder(world.target, drafters, composition, shape=shape, **budget)
     weights = live_bytes() - before
-    steps: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    steps: list[dict[str, float]] = []
     forwards: Counter[str] = Counter()
     with no_garbage_collection():
         decode_steps(decoder, world.prompts[0], 3, clock)  # warm-up
-        for prompt in world.prompts:
-            for way, patched in WAYS.items():
-                with patched(), counted(forwards):
-                    steps[way] += decode_steps(decoder, prompt, world.max_new_tokens, clock)
-    num_steps, num_decodes = len(steps["stacked"]), len(WAYS) * len(world.prompts)
-    forwards["observing"] -= num_drafters * num_decodes  # of the prompts, which are no step
+        with counted(forwards):
+            for prompt in world.prompts:
+                steps += decode_steps(decoder, prompt, world.max_new_tokens, clock)
+    forwards["observing"] -= num_drafters * len(world.prompts)  # of the prompts, which are no step
     return {
         "world": world.name,
         "composition": composition,
         "num_drafters": num_drafters,
-        "num_steps": num_steps,
-        "drafting_forwards": _short(forwards["drafting"] / (len(WAYS) * num_steps)),
-        "observing_forwards": _short(forwards["observing"] / (len(WAYS) * num_steps)),
+        "num_steps": len(steps),
+        "drafting_forwards": _short(forwards["drafting"] / len(steps)),
+        "observing_forwards": _short(forwards["observing"] / len(steps)),
         "weights_mib": _short(weights / MIB),
-        **{way.replace(" ", "_"): _timed(found) for way, found in steps.items()},
+        **_timed(steps),
     }
 
 
@@ -160,15 +131,13 @@ def _timed(steps: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'':66}{'stacked, ms a step':>46}{'in turn, ms a step':>20}")
+    print(f"{'':66}{'ms a step':>46}")
     print(
         f"{'':20}{'drafters':>9} {'composition':12}{'drafting':>9}{'observing':>10}{'MiB':>7}"
-        + "".join(f"{name:>10}" for name in ("step", *PARTS, "step", "drafter"))
+        + "".join(f"{name:>10}" for name in ("step", *PARTS))
     )
     for row in rows:
-        stacked, in_turn = row["stacked"], row["in_turn"]
-        times = [stacked["step_ms"]["median"], *(stacked["median_ms"][part] for part in PARTS)]
-        times += [in_turn["step_ms"]["median"], in_turn["median_ms"]["drafter"]]
+        times = [row["step_ms"]["median"], *(row["median_ms"][part] for part in PARTS)]
         print(
             f"{row['world']:20}{row['num_drafters']:>9} {row['composition']:12}{row['drafting_forwards']:>9.1f}"
             f"{row['observing_forwards']:>10.1f}{row['weights_mib']:>7.1f}" + "".join(f"{ms:>10.2f}" for ms in times)
@@ -192,12 +161,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             numbers = [row["num_drafters"] for row in line]
             drafting = [row["drafting_forwards"] for row in line]
             forwards.plot(numbers, drafting, "o-", color=colour, label=composition)
-            for way, style in (("stacked", "o-"), ("in_turn", "o:")):
-                times.plot(numbers, [row[way]["median_ms"]["drafter"] for row in line], style, color=colour)
+            times.plot(numbers, [row["median_ms"]["drafter"] for row in line], "o-", color=colour)
         memory.plot(numbers, [row["weights_mib"] for row in line], "o-", color="#666666")
         for axes, title in (
             (forwards, f"{world}\ndrafting forwards a step"),
-            (times, "drafters, ms a step (dotted: in turn)"),
+            (times, "drafters, ms a step"),
             (memory, "weights of the drafters, MiB"),
         ):
             axes.set_title(title, fontsize=9)
@@ -238,10 +206,7 @@ def main() -> None:
     if options.output:
         write_json(options.output, {"provenance": provenance(), "rows": rows})
         draw(rows, options.output.with_suffix(".png"))
-    steps = {
-        f"{row['world']}, {row['num_drafters']} {row['composition']}": row["stacked"]["step_ms"]["median"]
-        for row in rows
-    }
+    steps = {f"{row['world']}, {row['num_drafters']} {row['composition']}": row["step_ms"]["median"] for row in rows}
     print(json.dumps(steps, separators=(",", ":")))
 
 

@@ -14,17 +14,16 @@ from timing import spread
 from torch import Tensor
 
 from taps_ext import ops
-from taps_ext.drafters import GroupedDrafters
-from taps_ext.drafters.eagle_stack import EagleStack
+from taps_ext.decode.step import DecodeStep
+from taps_ext.drafters import EagleNetwork
 from taps_ext.target.model import TargetModel
 
 
 @dataclass
 class Counts:
-    """What the drafters did so far. A call that runs D networks at once is D forwards."""
+    """What the drafters did so far."""
 
-    forwards: int = 0
-    calls: int = 0  # of one network or several at once
+    forwards: int = 0  # of one network each
     head_rows: int = 0
     levels: int = 0
     drafting_seconds: float = 0.0  # in propose and observe
@@ -39,9 +38,8 @@ def counting(target: TargetModel) -> Iterator[Counts]:
     """Counts of what the drafters of this target do inside the block."""
     counts = Counts()
 
-    def count_forward(inputs: tuple[Any, ...]) -> None:
-        counts.forwards += inputs[1].shape[0]  # embeddings [D, B, T, H]
-        counts.calls += 1
+    def count_forward(_: tuple[Any, ...]) -> None:
+        counts.forwards += 1
 
     def count_level(_: tuple[Any, ...]) -> None:
         counts.levels += 1
@@ -51,11 +49,11 @@ def counting(target: TargetModel) -> Iterator[Counts]:
             counts.head_rows += inputs[0].shape[:-1].numel()
 
     with ExitStack() as patches:
-        for owner, name, note in ((EagleStack, "project", count_forward), (ops, "expand_frontier", count_level)):
+        for owner, name, note in ((EagleNetwork, "extend", count_forward), (ops, "expand_frontier", count_level)):
             patches.enter_context(mock.patch.object(owner, name, _noted(getattr(owner, name), note)))
         for name in ("propose", "observe"):
-            timed = _timed(getattr(GroupedDrafters, name), counts)
-            patches.enter_context(mock.patch.object(GroupedDrafters, name, timed))
+            timed = _timed(getattr(DecodeStep, name), counts)
+            patches.enter_context(mock.patch.object(DecodeStep, name, timed))
         head: Any = target.lm_head
         patches.callback(head.register_forward_pre_hook(count_rows).remove)
         yield counts
@@ -96,7 +94,7 @@ def timed_steps(events: Iterator[Any], counts: Counts) -> list[dict[str, float]]
 
 
 def cost_a_step(steps: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    counts = ("forwards", "calls", "head_rows", "levels")
+    counts = ("forwards", "head_rows", "levels")
     return {
         "steps": len(steps),
         **{name: round(sum(step[name] for step in steps) / len(steps), 3) for name in counts},

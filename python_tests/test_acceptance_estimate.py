@@ -22,7 +22,7 @@ from taps_ext.training.config import ObjectiveConfig
 from taps_ext.training.dataset import Example, TokenBatch, collate
 from taps_ext.training.features import FrozenTarget
 from taps_ext.training.objectives import ObjectivePass, next_stream
-from taps_ext.tree import TreeShape
+from taps_ext.tree import Lengths, TreeShape
 
 DEPTH = 6
 CHAIN = TreeShape(depth=DEPTH, branching=1, max_nodes=DEPTH + 1)
@@ -108,7 +108,7 @@ def test_chains_from_any_slot_are_what_the_drafter_drafts() -> None:
     features = FrozenTarget(world.target).features(collate([example]))
     counts = []
     for slot in learned[0].nonzero()[:, 0].tolist():
-        state, length = world.drafter.reset(1), torch.tensor([slot + 1])
+        state, length = world.drafter.reset(1), Lengths.of([slot + 1])
         world.drafter.observe(state, features[:, : slot + 1], tokens[:, 1 : slot + 2], length)
         drafts = world.drafter.propose(state, tokens[:, slot + 1], CHAIN, torch.tensor([True])).tokens[0, 1:]
         text = tokens[0, slot + 2 :][:DEPTH]

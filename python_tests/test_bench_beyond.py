@@ -124,8 +124,8 @@ def test_a_cell_counts_what_the_decoder_counts(folder: Path) -> None:
 
 
 def test_counting_leaves_the_library_as_it_was(folder: Path) -> None:
-    owners = [(beyond_counts.EagleStack, "project"), (beyond_counts.ops, "expand_frontier")]
-    owners += [(beyond_counts.GroupedDrafters, name) for name in ("propose", "observe")]
+    owners = [(beyond_counts.EagleNetwork, "extend"), (beyond_counts.ops, "expand_frontier")]
+    owners += [(beyond_counts.DecodeStep, name) for name in ("propose", "observe")]
     before = [getattr(owner, name) for owner, name in owners]
     world = World("seeds", folder, Settings(1, 8))
     with beyond_counts.counting(world.target):
@@ -150,7 +150,7 @@ def test_every_forward_of_every_drafter_counts(folder: Path, way: str, forwards:
         stats = decoder.generate(tokens, mask, sampling=sampling, max_new_tokens=12, eos_token_id=()).stats
     assert stats.num_steps > 1
     assert counts.forwards == forwards * stats.num_steps
-    assert counts.calls == counts.levels == 6 * stats.num_steps
+    assert counts.levels == 6 * stats.num_steps
     if decay is None:  # the root's row and five levels of ten nodes
         assert counts.head_rows == 51 * len(drafters) * stats.num_steps
 

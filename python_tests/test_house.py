@@ -111,7 +111,7 @@ def test_nothing_in_the_library_imports_tests_benchmarks_or_the_command_line() -
 
 def test_the_reader_of_imports_sees_every_kind_of_import() -> None:
     """The table above is only as good as `imports`."""
-    eagle = imports(PACKAGE / "drafters" / "eagle_group.py")
+    eagle = imports(PACKAGE / "drafters" / "eagle.py")
     assert {
         "ops",
         "tree",

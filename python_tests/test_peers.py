@@ -29,7 +29,7 @@ from taps_ext.decode.stats import DecodeStats
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.reference import Filters, kept_tokens
 from taps_ext.target.model import TargetModel
-from taps_ext.tree import DraftTree, TreeShape
+from taps_ext.tree import DraftTree, Lengths, TreeShape
 
 # ---- a target of six tokens: every text of three tokens has a known probability
 
@@ -234,9 +234,10 @@ def test_a_static_tree_asks_the_drafter_what_the_library_asks_it() -> None:
     packed = torch.stack([row.roll(int(count)) for row, count in zip(ids, lengths, strict=True)])
     state, roots = drafter.reset(4), torch.arange(10, 14)
     with torch.inference_mode():
-        scored = target.prefill(packed, lengths.tolist(), target.new_cache(4))
+        known = Lengths(lengths, tuple(lengths.tolist()))
+        scored = target.prefill(packed, known, target.new_cache(4))
         next_tokens = packed.roll(-1, dims=1).scatter(1, lengths[:, None] - 1, roots[:, None])
-        drafter.observe(state, scored.features, next_tokens, lengths, lengths.tolist())
+        drafter.observe(state, scored.features, next_tokens, known)
         theirs = drafter.propose(state, roots, TreeShape(4, 10, 200), torch.ones(4, dtype=torch.bool))
         shape = best_tree(first_rates(4, 16), 40)
         mine = recursive_rejection.StaticRun(drafter, shape, Filters(0.0), 0).propose([state], roots, roots > 0)
@@ -322,7 +323,7 @@ def test_merged_trees_stand_side_by_side_and_repeat_what_both_propose() -> None:
     states = [drafter.reset(1) for drafter in drafters.values()]
     features = torch.randn(1, 3, small_models.HIDDEN, generator=torch.Generator().manual_seed(0))
     for drafter, state in zip(drafters.values(), states, strict=True):
-        drafter.observe(state, features, torch.tensor([[5, 6, 7]]), torch.tensor([3]), [3])
+        drafter.observe(state, features, torch.tensor([[5, 6, 7]]), Lengths.of([3]))
     tree = run.propose(states, torch.tensor([7]), torch.tensor([True])).tree
     own = [
         paths(drafter.propose(state, torch.tensor([7]), shape, torch.tensor([True])), 0)

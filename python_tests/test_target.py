@@ -281,7 +281,7 @@ class SinkAttention(torch.nn.Module):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"s_aux": torch.zeros(4)}, "LlamaAttention asks for attention sinks, which tree attention does not have"),
+        ({"s_aux": torch.zeros(4)}, "LlamaAttention asks for attention sinks, which tree attention does not support"),
         (
             {"softcap": 30.0},
             "does not support `softcap`|asks for soft-capped scores",

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from .decode.decoder import SpeculativeDecoder as SpeculativeDecoder
     from .decode.plain import plain_generate as plain_generate
     from .decode.stats import DecodeStats as DecodeStats
+    from .drafters import Drafter as Drafter
+    from .drafters import DrafterState as DrafterState
     from .sampling import SamplingParams as SamplingParams
     from .target.model import TargetModel as TargetModel
     from .tree import DraftTree as DraftTree
+    from .tree import Lengths as Lengths
     from .tree import TreeShape as TreeShape
 
 __version__ = "0.1.0"
@@ -28,7 +31,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "DecodeStats": "decode.stats",
     "DraftTree": "tree",
+    "Drafter": "drafters",
+    "DrafterState": "drafters",
     "GenerationResult": "decode.decoder",
+    "Lengths": "tree",
     "SamplingParams": "sampling",
     "SpeculativeDecoder": "decode.decoder",
     "TargetModel": "target.model",

@@ -14,7 +14,7 @@ from taps_ext.decode.stats import DecodeStats
 from taps_ext.drafters.base import Drafter, DrafterState
 from taps_ext.reference import Filters
 from taps_ext.target.model import TargetModel
-from taps_ext.tree import DraftTree
+from taps_ext.tree import DraftTree, Lengths
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,26 @@ def decode(
         packed[row, : lengths[row]] = prompt.flatten()
     packed, device = packed.to(target.device), target.device
     kv, states = target.new_cache(len(prompts)), [drafter.reset(len(prompts)) for drafter in drafters.values()]
-    scored = target.prefill(packed, lengths, kv)
+    scored = target.prefill(packed, Lengths.of(lengths, device), kv)
     roots = run.first_tokens(scored.logits[:, 0])
     for row, token in enumerate(roots):
         text.extend(row, [token])
     last_positions = torch.tensor(lengths, device=device) + max_new_tokens - 2
-    prefix, counts, features = torch.tensor(lengths, device=device), lengths, scored.features
+    counts, features = lengths, scored.features
     ends = torch.tensor(roots, device=device)[:, None]
-    next_tokens = packed.roll(-1, dims=1).scatter(1, prefix[:, None] - 1, ends)
+    next_tokens = packed.roll(-1, dims=1).scatter(1, kv.lengths.tensor[:, None] - 1, ends)
     while not text.is_finished:
-        num_tokens = torch.tensor(counts, device=device)
+        num_tokens = Lengths.of(counts, device)
         for drafter, state in zip(drafters.values(), states, strict=True):
-            drafter.observe(state, features, next_tokens, num_tokens, counts)
+            drafter.observe(state, features, next_tokens, num_tokens)
         active = torch.tensor(text.active, device=device)
         proposal = run.propose(states, torch.tensor(roots, device=device), active)
-        scored = target.score(proposal.tree, prefix, kv, last_positions)
+        scored = target.score(proposal.tree, kv, last_positions)
         verdicts = run.verify(proposal, scored.logits)
         counts = [len(one.path) if is_active else 0 for one, is_active in zip(verdicts, text.active, strict=True)]
         path = _padded([one.path for one in verdicts], proposal.tree.capacity).to(device)
-        lengths = [length + count for length, count in zip(lengths, counts, strict=True)]
-        target.commit(path, torch.tensor(counts, device=device) - 1, prefix, kv, lengths)
-        prefix = torch.tensor(lengths, device=device)
+        committed = Lengths.of(counts, device)
+        target.commit(path, committed.tensor - 1, kv.lengths.plus(committed), kv)
         kept = [_tokens(proposal.tree.tokens[row], one) for row, one in enumerate(verdicts)]
         text.record(proposal, verdicts, kept)
         roots = [tokens[-1] if count else root for tokens, count, root in zip(kept, counts, roots, strict=True)]

@@ -242,11 +242,11 @@ class _Growth:
     """The drafter's network over a static tree, level by level: its committed slots, then the inner nodes so far."""
 
     def __init__(self, drafter: EagleDrafter, state: EagleState) -> None:
-        self.drafter, self.lengths = drafter, state.lengths
-        longest = max(state.row_lengths)
-        self.keys, self.values = state.keys[0][:, :, :longest], state.values[0][:, :, :longest]
-        self.committed = torch.arange(longest) < state.lengths[:, None]  # [B, longest]
-        self.outputs = state.last_output[0][:, None]  # [B, inner nodes so far, H]
+        self.drafter, self.lengths = drafter, state.lengths.tensor
+        longest = state.lengths.longest
+        self.keys, self.values = state.keys[:, :, :longest], state.values[:, :, :longest]
+        self.committed = torch.arange(longest) < self.lengths[:, None]  # [B, longest]
+        self.outputs = state.last_output[:, None]  # [B, inner nodes so far, H]
 
     def logits(self, shape: StaticTree, depth: int, tokens: Tensor) -> Tensor:
         """The drafter's logits [B, nodes, V] behind a level's inner nodes, of the tree's tokens [B, N] above it."""

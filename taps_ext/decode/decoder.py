@@ -261,4 +261,3 @@ def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> Non
             f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
             f"{target.config.hidden_size}; use a drafter trained for this target"
         )
-
