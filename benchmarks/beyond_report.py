@@ -128,11 +128,11 @@ class Report(Figures):
     # ---- C, D, E
 
     def cost_table(self) -> list[str]:
-        header = ["rows", "drafters", "", "drafter forwards", "calls", "lm_head rows", "drafting ms", "step ms"]
+        header = ["rows", "drafters", "", "drafter forwards", "lm_head rows", "drafting ms", "step ms"]
         rows = []
         for cell in sorted(self.costs, key=lambda cell: cell.rows):
             for way, cost in self.done[cell.key].items():
-                counts = [f"{cost[name]:.1f}" for name in ("forwards", "calls", "head_rows")]
+                counts = [f"{cost[name]:.1f}" for name in ("forwards", "head_rows")]
                 times = [f"{cost[name]['median']:.1f}" for name in ("drafting_ms", "step_ms")]
                 rows.append([str(cell.rows), str(len(cell.drafters)), way, *counts, *times])
         return table(header, rows)
