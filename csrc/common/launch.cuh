@@ -1,5 +1,5 @@
 // Launches and shared arrays, the two things that a kernel file cannot spell the same way for nvcc and for the host
-// stand-in (csrc/simt, whose cuda_runtime.h brings its own); and what a launch asks of its device.
+// stand-in (python_tests/simt, whose cuda_runtime.h brings its own); and what a launch asks of its device.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,5 +1,5 @@
 // Where an op runs: its loop over rows on the CPU, or its kernel on the tensors' device and current stream. In the
-// module of the host stand-in (TAPS_SIMT, csrc/simt) the kernels run on CPU tensors.
+// module of the host stand-in (TAPS_SIMT, python_tests/simt) the kernels run on CPU tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
