@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from taps_ext import native, ops
+from taps_ext import ops
 from taps_ext.target import model as target
 
 # Not the first: whoever forgets the index is found out. (Where there is a GPU, torch wants the device to be there.)
@@ -53,7 +53,7 @@ def fake_cuda(answer: Callable[[list[int]], list[Any]]) -> Iterator[Traffic]:
         traffic.reads.append(list(tensor.shape))
         return answer(list(tensor.shape))
 
-    native.load_for_tracing()
+    ops.load_for_tracing()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "_ops", return_value=torch.ops.taps_ext))
         stack.enter_context(mock.patch.object(target, "refuse_without_ops"))

@@ -40,7 +40,6 @@ __all__ = [
     "prune_tree",
     "tree_attention_mask",
     "tree_depths",
-    "tree_paths",
     "verification_margin",
     "verify_tree",
 ]
@@ -73,27 +72,6 @@ def is_ancestor(parents: Tensor, num_nodes: Tensor) -> Tensor:
 def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
     """The depth of every node: how many ancestors it has besides itself."""
     return is_ancestor(parents, num_nodes).sum(-1) - 1
-
-
-def tree_paths(parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, max_depth: int | None = None) -> Tensor:
-    """The paths to every leaf, or to the given nodes: a path is a node's ancestors in ascending order."""
-    batch_size, capacity = parents.shape
-    max_depth = capacity - 1 if max_depth is None else max_depth
-    ancestor = is_ancestor(parents, num_nodes)
-    paths = torch.full((batch_size, capacity if nodes is None else nodes.shape[1], max_depth + 1), -1)
-    for b in range(batch_size):
-        wanted = _leaves(ancestor[b], int(num_nodes[b])) if nodes is None else nodes[b].tolist()
-        for i, node in enumerate(wanted):
-            path = ancestor[b, node].nonzero().flatten() if node >= 0 else paths.new_empty(0)
-            if len(path) > max_depth + 1:
-                raise ValueError(f"max_depth must be at least {len(path) - 1}, got {max_depth}")
-            paths[b, i, : len(path)] = path
-    return paths
-
-
-def _leaves(ancestor: Tensor, num_nodes: int) -> list[int]:
-    """The nodes that are nobody's ancestor but their own."""
-    return (ancestor[:num_nodes, :num_nodes].sum(0) == 1).nonzero().flatten().tolist()
 
 
 def ancestor_bits(parents: Tensor, num_nodes: Tensor) -> Tensor:

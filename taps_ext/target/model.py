@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .. import ops
-from ..device import refuse_without_ops
+from ..native import refuse_without_ops
 from ..tree import DraftTree
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
 from .tree_attention import TreeView
