@@ -19,7 +19,7 @@ constexpr bool kIsStandIn = true;
 constexpr bool kIsStandIn = false;
 #endif
 
-// Whether the values of a tensor can be read here and now. On a device that would wait for all work before.
+// Whether the host can read the values of a tensor now. On a device it would have to wait for all earlier work.
 inline bool can_read(const at::Tensor& tensor) {
   return tensor.is_cpu() && !kIsStandIn;
 }

@@ -15,8 +15,7 @@ TAPS_HD inline int64_t parent_of(const int64_t* parents, int64_t count, int64_t 
   return node < count ? parents[node] : 0;
 }
 
-// For kernels, whose input nobody has checked: the same values on a tree that holds what it must, and safe on any
-// other.
+// For kernels, whose input is unchecked: the same values on a valid tree, and safe on any other.
 TAPS_HD inline int64_t safe_count(int64_t count, int64_t nodes) {
   return count < 1 ? 1 : count < nodes ? count : nodes;
 }
