@@ -11,8 +11,8 @@ BUILT       := $(STAMPS)/built
 STAND_IN    := $(STAMPS)/stand-in
 CHECKED     := $(STAMPS)/checked-
 TOOLKIT     := tools/cuda_toolkit.py
-SIMT        := $(shell find csrc/simt -type f 2>/dev/null)
-NATIVE      := $(filter-out $(SIMT),$(shell find csrc -type f 2>/dev/null))
+SIMT        := $(shell find python_tests/simt -type f 2>/dev/null)
+NATIVE      := $(shell find csrc -type f 2>/dev/null)
 CXX_SOURCES := $(filter %.cpp %.h %.cu %.cuh,$(NATIVE) $(SIMT))
 PYTEST      := $(BIN)/python -m pytest python_tests
 LIBRARY      = $(shell $${CXX:-c++} -print-file-name=$(1))

@@ -1,4 +1,4 @@
-"""Builds the native module `taps_ext._C` against the torch that is installed; everything else is in pyproject.toml.
+"""Build the native module `taps_ext._C` against the torch that is installed; everything else is in pyproject.toml.
 
 TAPS_NO_EXT=1      pure Python, no native module
 TAPS_NO_CUDA=1     CPU ops only                    TAPS_FORCE_CUDA=1, FORCE_CUDA=1   CUDA ops, or fail
@@ -26,7 +26,7 @@ from cuda_toolkit import Toolkit, switched_on  # noqa: E402
 
 HINT = "taps_ext compiles against your installed torch: pip install torch, then pip install --no-build-isolation ."
 # Python's own flags define signed overflow, which would hide it. Of -fsanitize=thread the stand-in wants the calls that
-# it makes at every access (csrc/simt/races.h), not the library that answers them.
+# it makes at every access (python_tests/simt/races.h), not the library that answers them.
 MEMORY_CHECKS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
@@ -38,13 +38,12 @@ SANITIZERS = {"": ([], []), "memory": (MEMORY_CHECKS, MEMORY_CHECKS), "races": (
 
 
 def files(pattern: str) -> list[str]:
-    """The files of csrc/, so that a new op needs no edit here; csrc/simt/ is for the tests and is asked for by name."""
-    found = [path.relative_to(HERE) for path in (HERE / "csrc").glob(pattern)]
-    return sorted(str(path) for path in found if "simt" not in path.parts or pattern.startswith("simt/"))
+    """Return the source files that match, relative to this directory; a new op in csrc/ needs no edit here."""
+    return sorted(str(path.relative_to(HERE)) for path in HERE.glob(pattern))
 
 
 def write(path: Path, text: str) -> Path:
-    """A generated file; untouched when nothing changed, so that nothing is compiled again."""
+    """Write a generated file, unless it has this text already: then nothing is compiled again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -52,14 +51,14 @@ def write(path: Path, text: str) -> Path:
 
 
 def build_info_header(base: Path, fields: dict[str, str]) -> Path:
-    """The header that holds what `build_info()` returns."""
+    """Write the header that holds what `build_info()` returns."""
     lines = [f'    {{"{key}", R"taps({value})taps"}},' for key, value in fields.items()]
     text = "\n".join(["#define TAPS_BUILD_INFO \\", "  { \\", *(f"{line} \\" for line in lines), "  }", ""])
     return write(base / "include" / "taps_build_info.h", text)
 
 
 def native_module(torch: Any, cpp_extension: Any, base: Path, cuda: Toolkit | None, reason: str) -> Extension:
-    """`taps_ext._C`: every op for the CPU, and for CUDA where there is a toolkit to build it with."""
+    """Return `taps_ext._C`: every op for the CPU, and for CUDA where there is a toolkit to build it with."""
     debug = switched_on("TAPS_DEBUG")
     optimise = ["-O0", "-g"] if debug else ["-O3", "-g0"]
     flags = ["-std=c++20", *optimise, "-ffp-contract=off", "-fvisibility=hidden", "-fopenmp"]
@@ -70,7 +69,7 @@ def native_module(torch: Any, cpp_extension: Any, base: Path, cuda: Toolkit | No
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_toolkit.architecture_list(cuda, capabilities)
         build_info |= {"cuda": cuda.version, "cuda_architectures": os.environ["TORCH_CUDA_ARCH_LIST"]}
     header = build_info_header(base, {**build_info, "flags": " ".join(flags)})
-    cpp, cu = files("**/*.cpp"), files("*/*_cuda.cu")
+    cpp, cu = files("csrc/**/*.cpp"), files("csrc/*/*_cuda.cu")
     return (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "taps_ext._C",
         cpp + cu if cuda else cpp,
@@ -81,9 +80,9 @@ def native_module(torch: Any, cpp_extension: Any, base: Path, cuda: Toolkit | No
 
 
 def stand_in_module(torch: Any, cpp_extension: Any, base: Path) -> Extension:
-    """`taps_ext._simt`: the same ops, with their kernels compiled as C++ for the host stand-in for CUDA (csrc/simt)."""
+    """Return `taps_ext._simt`: the same ops, their kernels as C++ for the stand-in for CUDA (python_tests/simt)."""
     kernels = []
-    for kernel in map(Path, files("*/*_cuda.cu")):  # under names that mean C++
+    for kernel in map(Path, files("csrc/*/*_cuda.cu")):  # under names that mean C++
         source = write(base / "source" / f"{kernel.stem}.cpp", f'#include "{kernel.relative_to("csrc")}"\n')
         kernels.append(str(source.relative_to(HERE)))
     build_info = {"torch": torch.__version__, "cuda": "none", "cuda_reason": "the host stand-in for CUDA"}
@@ -93,15 +92,16 @@ def stand_in_module(torch: Any, cpp_extension: Any, base: Path) -> Extension:
     compiled, linked = SANITIZERS[os.environ.get("TAPS_SANITIZE", "")]
     return cpp_extension.CppExtension(
         "taps_ext._simt",
-        ["csrc/bindings.cpp", *files("*/*.cpp"), *files("simt/*.cpp"), *kernels],
-        include_dirs=[str(HERE / "csrc/simt/include"), str(HERE / "csrc"), str(header.parent)],
+        [*files("csrc/**/*.cpp"), *files("python_tests/simt/*.cpp"), *kernels],
+        include_dirs=[str(HERE / path) for path in ("python_tests/simt/include", "python_tests", "csrc")]
+        + [str(header.parent)],
         extra_compile_args={"cxx": flags + compiled},
         extra_link_args=linked,
     )
 
 
 def pinned_to(torch: Any, cuda: bool) -> type[Distribution]:
-    """The metadata of a wheel to hand on: a native module fits one minor version of torch, and one CUDA."""
+    """Return the metadata of a wheel to hand on: a native module fits one minor version of torch, and one CUDA."""
     minor = re.match(r"\d+\.\d+", torch.__version__)[0]  # type: ignore[index]
     label = f"cu{torch.version.cuda.replace('.', '')}" if cuda else "cpu"
 
@@ -118,7 +118,7 @@ def pinned_to(torch: Any, cuda: bool) -> type[Distribution]:
 
 
 def arguments() -> dict[str, Any]:
-    """What setup() is to know beside pyproject.toml; nothing with TAPS_NO_EXT=1."""
+    """Return what setup() needs beside pyproject.toml; nothing with TAPS_NO_EXT=1."""
     if switched_on("TAPS_NO_EXT"):
         return {}
     try:

@@ -64,7 +64,7 @@ GOALS = [
             _verify(64, "1"),
             EXPANSION,
             *(_op(op, nodes=60) for op in ("prune_tree", "merge_trees", "tree_attention_mask", "ancestor_bits")),
-            *(_op(op, nodes=60) for op in ("tree_depths", "tree_paths", "compact_kv")),
+            *(_op(op, nodes=60) for op in ("tree_depths", "compact_kv")),
         )
     ),
 ]

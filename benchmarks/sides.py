@@ -75,17 +75,6 @@ def tree_depths(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
     )
 
 
-def tree_paths(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
-    tree = pruned_tree(num_nodes, batch_size, device=device)
-    parents = tree.parents[0].tolist()
-    node_depths = ops.tree_depths(tree.parents, tree.num_nodes)[0].tolist()
-    return Sides(
-        lambda: ops.tree_paths(tree.parents, tree.num_nodes, max_depth=DEPTH),
-        lambda: [plain.leaf_paths(parents, node_depths).to(device) for _ in range(batch_size)],
-        batch_size * num_nodes * 8 * (DEPTH + 2),
-    )
-
-
 def merge_trees(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
     """Two drafters' trees of `num_nodes` nodes that share about half of their nodes."""
     first = pruned_tree(num_nodes, device=device)
@@ -131,7 +120,10 @@ def compact_kv(num_nodes: int, batch_size: int, device: str = "cpu") -> Sides:
 def tree_work(
     num_nodes: int, batch_size: int = 1, device: str = "cpu", *, method: Callable[..., object] = plain.tree_work
 ) -> Sides:
-    """From the candidate pool to all that the models need: prune, mask, depths, paths."""
+    """Compute from the candidate pool all that the models and verification need: prune, mask, depths.
+
+    The plain way computes the leaves' paths too, which its verification walks; ours walks the parent array.
+    """
     pool = grow_pool(SEED, branching_for(num_nodes)).to(device)
     candidates, prefix = as_tree(pool, batch_size), torch.full((batch_size,), PREFIX, device=device)
 
@@ -139,9 +131,9 @@ def tree_work(
         tree = ops.prune_tree(candidates, num_nodes)
         mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, prefix, PREFIX)
         depths = ops.tree_depths(tree.parents, tree.num_nodes)
-        return tree.tokens, mask, depths, ops.tree_paths(tree.parents, tree.num_nodes, max_depth=DEPTH)
+        return tree.tokens, mask, depths
 
-    parts = (prune_tree, tree_attention_mask, tree_depths, tree_paths)
+    parts = (prune_tree, tree_attention_mask, tree_depths)
     num_bytes = sum(make(num_nodes, batch_size).num_bytes for make in parts)
     return Sides(ours, lambda: [method(pool, num_nodes, PREFIX) for _ in range(batch_size)], num_bytes)
 
@@ -238,6 +230,5 @@ BY_NODES: dict[str, Callable[[int, int, str], Sides]] = {
     "tree_attention_mask": tree_attention_mask,
     "ancestor_bits": ancestor_bits,
     "tree_depths": tree_depths,
-    "tree_paths": tree_paths,
     "compact_kv": compact_kv,
 }

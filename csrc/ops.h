@@ -34,9 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_trees(const Ten
                                                                        std::optional<int64_t> max_nodes);
 
 // tree_attention/
-Tensor tree_depths(const Tensor& parents, const Tensor& num_nodes);  // -> [B, N]
-Tensor tree_paths(const Tensor& parents, const Tensor& num_nodes, const std::optional<Tensor>& nodes,
-                  int64_t max_depth);                                  // -> [B, M or N, max_depth + 1]
+Tensor tree_depths(const Tensor& parents, const Tensor& num_nodes);    // -> [B, N]
 Tensor ancestor_bits(const Tensor& parents, const Tensor& num_nodes);  // -> [B, N, ceil(N / 64)]
 Tensor tree_attention_mask(const Tensor& parents, const Tensor& num_nodes, const Tensor& prefix_lengths,
                            int64_t kv_length, at::ScalarType dtype);  // -> [B, 1, N, kv_length + N]

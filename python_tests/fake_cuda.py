@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from taps_ext import native, ops
+from taps_ext import ops
 from taps_ext.decode import state
 from taps_ext.target import support
 
@@ -72,7 +72,7 @@ def fake_cuda() -> Iterator[Traffic]:
         traffic.reads.append(list(tensor.shape))
         return [row % 2 for row in range(len(tensor))]
 
-    native.load_for_tracing()
+    ops.load_for_tracing()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(ops, "_ops", return_value=torch.ops.taps_ext))
         stack.enter_context(mock.patch.object(support, "refuse_without_ops"))

@@ -1,4 +1,4 @@
-"""Every op in one form: its name in the native module, and generated arguments a call, batch first."""
+"""Every op of the native module's table in one form: its name, and generated arguments for a call, batch first."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from test_tree_verification import random_case
 from torch import Tensor
 from tree_cases import random_tree
 
+from taps_ext import native
+from taps_ext.ops import Coupling
 from taps_ext.tree import DraftTree
 
 Arguments = dict[str, Any]  # by name, in the order of the native function
@@ -24,16 +26,6 @@ BATCH_AXIS = {"kv": 1}  # of every other tensor: 0
 
 def _trees(tree: DraftTree) -> Arguments:
     return {"parents": tree.parents, "num_nodes": tree.num_nodes}
-
-
-def _paths(seed: int) -> Arguments:
-    return {**_trees(random_tree(seed)), "nodes": None, "max_depth": random_tree(seed).capacity - 1}
-
-
-def _paths_of_nodes(seed: int) -> Arguments:
-    tree, rng = random_tree(seed), random.Random(seed)
-    nodes = torch.tensor([[rng.randint(-1, int(count) - 1) for _ in range(7)] for count in tree.num_nodes])
-    return {**_trees(tree), "nodes": nodes, "max_depth": tree.capacity - 1}
 
 
 def _mask(seed: int) -> Arguments:
@@ -48,7 +40,8 @@ def _mask(seed: int) -> Arguments:
 
 
 def _expansion(seed: int) -> Arguments:
-    return dict(zip(("logits", "scores", "branching"), expansion_case(seed), strict=True))
+    names = ("logits", "scores", "branching")
+    return {**dict(zip(names, expansion_case(seed), strict=True)), **dict.fromkeys(Coupling._fields)}
 
 
 def _coupled_expansion(seed: int) -> Arguments:
@@ -78,19 +71,18 @@ def _compaction(seed: int) -> Arguments:
     return random_compaction(seed)._asdict()
 
 
-CALLS: dict[str, tuple[str, Callable[[int], Arguments]]] = {
-    "tree_depths": ("tree_depths", lambda seed: _trees(random_tree(seed))),
-    "ancestor_bits": ("ancestor_bits", lambda seed: _trees(random_tree(seed))),
-    "tree_paths": ("tree_paths", _paths),
-    "tree_paths of nodes": ("tree_paths", _paths_of_nodes),
-    "tree_attention_mask": ("tree_attention_mask", _mask),
-    "expand_frontier": ("expand_frontier", _expansion),
-    "expand_frontier, coupled": ("expand_frontier", _coupled_expansion),
-    "prune_tree": ("prune_tree", _pruning),
-    "merge_trees": ("merge_trees", _merging),
-    "verify_tree": ("verify_tree", _verification),
-    "compact_kv": ("compact_kv", _compaction),
+# The kinds of cases of each op, by what their names add to the op's.
+CASES: dict[str, dict[str, Callable[[int], Arguments]]] = {
+    "expand_frontier": {"": _expansion, ", coupled": _coupled_expansion},
+    "prune_tree": {"": _pruning},
+    "merge_trees": {"": _merging},
+    "tree_depths": {"": lambda seed: _trees(random_tree(seed))},
+    "ancestor_bits": {"": lambda seed: _trees(random_tree(seed))},
+    "tree_attention_mask": {"": _mask},
+    "verify_tree": {"": _verification},
+    "compact_kv": {"": _compaction},
 }
+CALLS = {f"{op}{kind}": (op, build) for op in native.load().schemas for kind, build in CASES[op].items()}
 
 
 def batch_size(arguments: Arguments) -> int:

@@ -142,7 +142,7 @@ def test_cuda_ops_are_built_where_torch_and_a_toolkit_have_the_same_major_versio
     assert cuda_toolkit.decision("13.0", known) == (True, "torch has CUDA 13.0, and nvcc 13.2 was found")
     assert cuda_toolkit.decision(None, known) == (False, "this torch was built without CUDA")
     assert cuda_toolkit.decision("13.0", None)[0] is False
-    with pytest.raises(SystemExit, match=r"torch has CUDA 12\.6, but /cuda/bin/nvcc is of CUDA 13\.2: set CUDA_HOME"):
+    with pytest.raises(SystemExit, match=r"has CUDA 12\.6, but /cuda/bin/nvcc belongs to CUDA 13\.2: set CUDA_HOME"):
         cuda_toolkit.decision("12.6", known)
 
 

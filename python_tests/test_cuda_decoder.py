@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 import taps_ext as taps
-from taps_ext import device, tiny
+from taps_ext import native, tiny
 from taps_ext.checkpoints import save_drafter
 from taps_ext.composition import COMPOSITIONS
 from taps_ext.decode import plain as plain_generation
@@ -168,27 +168,27 @@ def test_the_fake_device_sees_what_a_real_one_would_suffer_from() -> None:
 
 def test_a_target_on_a_gpu_without_ops_for_it_is_refused_with_the_way_out() -> None:
     info = {"cuda": "none", "cuda_reason": "this torch was built without CUDA"}
-    with mock.patch.object(device.native, "load") as load:
+    with mock.patch.object(native, "load") as load:
         load.return_value.build_info.return_value = info
         with pytest.raises(ValueError, match=r"built without them \(this torch .* CUDA\); .*; or use the CPU"):
-            device.refuse_without_ops("target X on cuda:0")
+            native.refuse_without_ops("target X on cuda:0")
         load.return_value.build_info.return_value = {"cuda": "13.0", "cuda_reason": "-"}
-        device.refuse_without_ops("target X on cuda:0")
+        native.refuse_without_ops("target X on cuda:0")
 
 
 @pytest.mark.parametrize(
     "has_gpu, built, chosen", [(True, "13.0", "cuda"), (True, "none", "cpu"), (False, "13.0", "cpu")]
 )
 def test_the_device_is_a_gpu_where_there_is_one_and_ops_for_it(has_gpu: bool, built: str, chosen: str) -> None:
-    with mock.patch.object(device.native, "load") as load, mock.patch("torch.cuda.is_available", return_value=has_gpu):
+    with mock.patch.object(native, "load") as load, mock.patch("torch.cuda.is_available", return_value=has_gpu):
         load.return_value.build_info.return_value = {"cuda": built, "cuda_reason": "-"}
-        assert device.choose() == torch.device(chosen)
+        assert native.choose_device() == torch.device(chosen)
 
 
 # ---- a GPU
 
 on_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or device.reason_without_ops() is not None, reason="no GPU here, or no ops for it"
+    not torch.cuda.is_available() or native.reason_without_ops() is not None, reason="no GPU here, or no ops for it"
 )
 SAMPLINGS = {
     "greedy": taps.SamplingParams(),

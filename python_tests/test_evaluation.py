@@ -548,7 +548,7 @@ def test_two_evaluations_do_not_write_to_one_folder(folder: Path) -> None:
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("taps_ext.info.code_version", lambda: {"taps_ext": "9", "commit": "abc"})
+    monkeypatch.setattr("taps_ext.native.code_version", lambda: {"taps_ext": "9", "commit": "abc"})
     again(folder)
     again(folder)
     provenance = json.loads((folder / "run.json").read_text())["provenance"]

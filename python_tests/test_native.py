@@ -131,3 +131,19 @@ def test_the_native_module_says_what_it_was_built_with() -> None:
     assert {"torch", "compiler", "cuda"} <= set(info)
     assert all(isinstance(key, str) and isinstance(value, str) for key, value in info.items())
     assert native.unavailable_reason() is None
+
+
+@pytest.mark.parametrize(
+    "architecture, runs",
+    [("9.0", True), ("8.0", False), ("9.1", False), ("10.0", False), ("8.0+PTX", True), ("12.0+PTX", False)],
+)
+def test_a_gpu_runs_binaries_of_its_major_version_and_older_ptx(architecture: str, runs: bool) -> None:
+    assert native._runs_on(architecture, (9, 0)) is runs
+
+
+def test_what_results_say_of_their_origin_names_the_code_and_the_libraries() -> None:
+    facts = native.installation()
+    told = facts.provenance()
+    assert told.items() >= native.code_version().items()
+    assert told["versions"] == {"python": facts.python, **facts.versions}
+    assert facts.versions["torch"] == torch.__version__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,9 @@ from typing import Any
 import pytest
 import torch
 from test_ops_errors import (
-    Arguments,
+    OPS,
     compaction_arguments,
     coupled_arguments,
-    expansion_arguments,
-    mask_arguments,
-    merging_arguments,
-    path_arguments,
     pruning_arguments,
     tree_arguments,
     verification_arguments,
@@ -33,22 +30,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def loaded() -> None:
-    native.load()
+    ops.load_for_tracing()
 
 
-BUILDERS: dict[str, Callable[[], Arguments]] = {
-    "tree_depths": tree_arguments,
-    "tree_paths": path_arguments,
-    "ancestor_bits": tree_arguments,
-    "tree_attention_mask": mask_arguments,
-    "expand_frontier": expansion_arguments,
-    "prune_tree": pruning_arguments,
-    "merge_trees": merging_arguments,
-    "verify_tree": verification_arguments,
-    "compact_kv": compaction_arguments,
-}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "tree_paths": [{"nodes": None}],
     "tree_attention_mask": [{"dtype": torch.bfloat16}, {"kv_length": 7}],
     "expand_frontier": [
         {"logits": torch.randn(2, 3, 10).bfloat16()},
@@ -59,21 +44,34 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "merge_trees": [{"max_nodes": None}, {"max_nodes": 500}],
     "verify_tree": [{"logits": torch.randn(2, 4, 10).half()}],
 }
-CASES = [(op, change) for op in BUILDERS for change in [{}, *VARIANTS.get(op, [])]]
+SCHEMAS: dict[str, str] = native.load().schemas
+CASES = [(op, change) for op in SCHEMAS for change in [{}, *VARIANTS.get(op, [])]]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("op", "change"), CASES, ids=[f"{op}-{'-'.join(change)}" for op, change in CASES])
 def test_opcheck_finds_nothing(op: str, change: dict[str, Any], device: str) -> None:
     """Schema (what is mutated, what aliases), fake shapes and dtypes, and tracing with dynamic shapes."""
-    arguments = {**BUILDERS[op](), **change}
+    _, build = OPS[op]
+    called = getattr(torch.ops.taps_ext, op).default
+    arguments = {**dict.fromkeys(names_of(called)), **build(), **change}
     given = {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
-    torch.library.opcheck(getattr(torch.ops.taps_ext, op).default, (), given)
+    torch.library.opcheck(called, (), given)
 
 
-@pytest.mark.parametrize("op", BUILDERS)
-def test_every_op_has_the_same_name_in_the_dispatcher_in_pybind_and_in_python(op: str) -> None:
-    assert callable(getattr(native.load(), op))
+def names_of(op: Any) -> list[str]:
+    return [argument.name for argument in op._schema.arguments]
+
+
+@pytest.mark.parametrize("op", SCHEMAS)
+def test_both_ways_in_have_the_name_and_the_arguments_of_the_table_and_no_defaults(op: str) -> None:
+    """Only the typed function in `ops` has defaults, so that there is one place to read them."""
+    called, bound = getattr(torch.ops.taps_ext, op).default, getattr(native.load(), op)
+    assert str(called._schema) == f"taps_ext::{SCHEMAS[op]}"
+    assert not any(argument.has_default_value() for argument in called._schema.arguments)
+    signature = bound.__doc__.splitlines()[0]
+    assert re.findall(r"(\w+): ", signature) == names_of(called)
+    assert "=" not in signature
     assert callable(getattr(ops, op))
 
 
@@ -101,7 +99,6 @@ def attention(parents: Tensor, num_nodes: Tensor, prefix_lengths: Tensor) -> tup
     return (
         ops.tree_depths(parents, num_nodes),
         ops.ancestor_bits(parents, num_nodes),
-        ops.tree_paths(parents, num_nodes),
         ops.tree_attention_mask(parents, num_nodes, prefix_lengths, 5, torch.float32),
     )
 

@@ -15,7 +15,7 @@ KERNELS = ROOT / "python_tests" / "simt_kernels.cu"
 ORDERS = [("forward", "0"), ("reverse", "0"), *(("shuffled", str(seed)) for seed in range(4))]
 
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-WATCHED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]  # csrc/simt/races.h
+WATCHED = ["-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"]  # python_tests/simt/races.h
 
 Results = dict[str, str]
 
@@ -25,11 +25,11 @@ def compiled(folder: Path, *flags: str) -> Path:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
-    include = [f"-I{ROOT / 'csrc/simt/include'}", f"-I{ROOT / 'csrc'}"]
+    include = [f"-I{ROOT / folder}" for folder in ("python_tests/simt/include", "python_tests", "csrc")]
     command = [compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", *flags, *include]
     objects = [str(folder / "kernels.o"), str(folder / "simt.o")]
     subprocess.run([*command, "-x", "c++", "-c", str(KERNELS), "-o", objects[0]], check=True)
-    subprocess.run([*command, "-c", str(ROOT / "csrc/simt/simt.cpp"), "-o", objects[1]], check=True)
+    subprocess.run([*command, "-c", str(ROOT / "python_tests/simt/simt.cpp"), "-o", objects[1]], check=True)
     program = folder / "simt_kernels"
     for_linker = [flag for flag in flags if flag not in WATCHED]
     subprocess.run([compiler, *for_linker, *objects, "-o", str(program)], check=True)

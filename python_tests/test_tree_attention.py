@@ -1,4 +1,4 @@
-"""tree_depths, tree_paths, ancestor_bits, tree_attention_mask: one relation, written four ways.
+"""tree_depths, ancestor_bits, tree_attention_mask: one relation, written three ways.
 
 Bug checklist items are named in the docstrings ("checklist: ...").
 """
@@ -64,18 +64,6 @@ def test_masks_equal_the_reference(num_cases: int) -> None:
         assert_same(ops.tree_attention_mask(*arguments), reference.tree_attention_mask(*arguments), name)
 
 
-def test_paths_equal_the_reference(num_cases: int) -> None:
-    rng = random.Random(0)
-    for name, tree in random_trees(num_cases):
-        depth = int(reference.tree_depths(tree.parents, tree.num_nodes).max())
-        for max_depth in (None, depth, depth + 3):
-            expected = reference.tree_paths(tree.parents, tree.num_nodes, None, max_depth)
-            assert_same(ops.tree_paths(tree.parents, tree.num_nodes, None, max_depth), expected, name)
-        nodes = torch.tensor([[rng.randint(-1, int(n) - 1) for _ in range(5)] for n in tree.num_nodes])
-        expected = reference.tree_paths(tree.parents, tree.num_nodes, nodes)
-        assert_same(ops.tree_paths(tree.parents, tree.num_nodes, nodes), expected, name)
-
-
 def test_the_mask_is_the_ancestor_relation(num_cases: int) -> None:
     rng = random.Random(1)
     for name, tree in random_trees(num_cases // 3):
@@ -116,24 +104,11 @@ def test_additive_masks_are_zero_where_the_bool_mask_is_true_and_leave_no_row_em
             assert mask.dtype == dtype and (mask[visible] == 0).all() and (mask[~visible] == -torch.inf).all(), name
 
 
-def test_leaf_paths_are_all_the_leaves_in_order_and_then_nothing(num_cases: int) -> None:
-    for name, tree in random_trees(num_cases // 3):
-        paths = ops.tree_paths(tree.parents, tree.num_nodes)
-        for b in range(tree.batch_size):
-            count = int(tree.num_nodes[b])
-            inner = set(tree.parents[b, 1:count].tolist())
-            leaves = [node for node in range(count) if node not in inner]
-            ends = [int(path[path >= 0][-1]) for path in paths[b, : len(leaves)]]
-            assert ends == leaves, name
-            assert (paths[b, len(leaves) :] == -1).all(), name
-
-
 def test_the_parents_of_a_chain_of_1024_are_all_seen_by_its_last_node() -> None:
     """Checklist: depth = N - 1 chain at N = 1024."""
     tree = chain(1024)
     assert ops.tree_depths(tree.parents, tree.num_nodes)[0].tolist() == list(range(1024))
     assert (ops.ancestor_bits(tree.parents, tree.num_nodes)[0, -1] == -1).all()
-    assert ops.tree_paths(tree.parents, tree.num_nodes)[0, 0].tolist() == list(range(1024))
 
 
 def test_the_leaves_of_a_star_see_the_root_and_themselves() -> None:
@@ -168,7 +143,6 @@ def test_masks_of_more_than_2_to_the_31_elements_are_right_at_their_end() -> Non
 def test_an_empty_batch_gives_empty_results() -> None:
     parents, num_nodes = torch.empty(0, 5, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
     assert ops.tree_depths(parents, num_nodes).shape == (0, 5)
-    assert ops.tree_paths(parents, num_nodes).shape == (0, 5, 5)
     assert ops.ancestor_bits(parents, num_nodes).shape == (0, 5, 1)
     assert ops.tree_attention_mask(parents, num_nodes, num_nodes, 2).shape == (0, 1, 5, 7)
 
@@ -191,10 +165,3 @@ def test_rows_do_not_see_each_others_prefix(dtype: torch.dtype) -> None:
     mask = ops.tree_attention_mask(tree.parents, tree.num_nodes, torch.tensor([0, 2, 4]), 4, dtype)
     visible = mask[:, 0, :, :4] if dtype == torch.bool else mask[:, 0, :, :4] == 0
     assert visible.sum(-1).tolist() == [[0] * 3, [2] * 3, [4] * 3]
-
-
-@pytest.mark.backends("cpu")
-def test_a_path_deeper_than_max_depth_is_refused() -> None:
-    tree = chain(5)
-    with pytest.raises(ValueError, match="max_depth"):
-        ops.tree_paths(tree.parents, tree.num_nodes, None, 3)

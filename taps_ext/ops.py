@@ -1,18 +1,21 @@
 """The operations of a decode step, in decode-step order: one typed function per op of `csrc/ops.h`.
 
-Every op is batch first and ragged by `num_nodes`. Integers are int64, scores float32, logits float32, bfloat16 or
-float16 (rows of any stride, the vocabulary contiguous). Bad input raises ValueError, one sentence, before any work.
-Eager calls go straight to the pybind11 functions; under `torch.compile` the same ops run through the dispatcher.
+The batch is the first axis of every tensor, and `num_nodes` says how many node slots each row uses. Integers are int64,
+scores float32, logits float32, bfloat16 or float16 (rows of any stride, the vocabulary contiguous). Bad input raises
+ValueError, one sentence, before any work. Eager calls go straight to the pybind11 functions; under `torch.compile` the
+same ops run through the dispatcher.
 
 On CUDA tensors an op launches its kernel on the current stream and returns; a CUDA graph may capture it. Dtypes and
-shapes are checked there as on the CPU, values are not, since reading them would wait for the device: on input that the
-CPU would refuse, results are unspecified (indices stay in range, and other rows of the batch are not affected).
-`DraftTree.validate()` checks a tree on any device. Results are the same bits from run to run, in any batch, and the
-CPU's, but for the sums of `expand_frontier`, which differ in the last digits.
+shapes are checked there as on the CPU. Values are not checked, since reading them would wait for the device: on input
+that the CPU would refuse, results are unspecified (indices stay in range, and other rows of the batch are not
+affected). `DraftTree.validate()` checks a tree on any device. Results have the same bits in every run, in any batch and
+on any device, except the sums of `expand_frontier`, whose last digits differ between devices.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +36,6 @@ __all__ = [
     "prune_tree",
     "tree_attention_mask",
     "tree_depths",
-    "tree_paths",
     "verify_tree",
 ]
 
@@ -41,11 +43,11 @@ INVALID_LOGITS = 1  # status bit of verify_tree
 
 
 class Coupling(NamedTuple):
-    """Which noise the target's draws will use, by request, and what it weighs in a drafter's ranking."""
+    """Which noise the target's draws will use, per row, and the weight of that noise in a drafter's ranking."""
 
     seeds: Tensor  # int64 [B]
-    positions: Tensor  # int64 [B], the absolute position where the children would stand
-    temperature: Tensor  # float32 [B]; 0: this request is not coupled
+    positions: Tensor  # int64 [B], the absolute position of the children
+    temperature: Tensor  # float32 [B]; 0: this row is not coupled
     alpha: Tensor  # float32 [B], weight of logits / temperature, above 0
     beta: Tensor  # float32 [B], weight of the noise, at least 0
 
@@ -69,10 +71,13 @@ class VerifiedPaths(NamedTuple):
     status: Tensor  # int64 [B], 0, or INVALID_LOGITS: a visited row held NaN or no finite maximum
 
 
+_NOT_COUPLED = (None,) * len(Coupling._fields)
+
+
 def _ops() -> Any:
-    """pybind11 functions in eager mode (the shorter call), dispatcher ops under torch.compile (traceable)."""
+    """Return the pybind11 functions in eager mode (the shorter call), the dispatcher's ops under torch.compile."""
     if torch.compiler.is_compiling():
-        native.load_for_tracing()
+        load_for_tracing()
         return torch.ops.taps_ext
     return native.load()
 
@@ -80,19 +85,20 @@ def _ops() -> Any:
 def expand_frontier(
     logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None
 ) -> ExpandedFrontier:
-    """The best `branching` children of every frontier node, and the best `branching` of them all, in one pass.
+    """Expand every frontier node into its best `branching` children, and rank all these children, in one pass.
 
-    Per row: log-softmax in float32 or better, top K by logit (ties to the lowest token), entropy. NaN counts as
-    -inf; a row without a finite maximum gives children of score -inf and entropy 0. The next frontier is ordered by
-    (cumulative score descending, flat index ascending). Children of score -inf are "not there": prune_tree drops them.
+    Each row of logits gives a log-softmax in float32 or better, the top K by logit (ties to the lowest token) and the
+    entropy. NaN counts as -inf; a row without a finite maximum gives children of score -inf and entropy 0. The next
+    frontier is the best K children of all, ordered by (cumulative score descending, flat index ascending). A child of
+    score -inf does not exist: `prune_tree` drops it.
 
-    With a coupling, all of this goes by alpha / T * logits + beta * gumbel(seed, position, token) in the logits' place,
-    in float32: the noise of `verify_tree`, so that a drafter can follow draws that are still to come. All nodes of a
-    request share its position. A filtered token is one whose logit is -inf, and stays so. Where T = 0 nothing changes.
+    With a coupling, alpha / T * logits + beta * gumbel(seed, position, token), in float32, takes the place of the
+    logits: this is the noise of `verify_tree`, so that a drafter can propose the tokens that the target will draw. All
+    nodes of a row share its position. A token whose logit is -inf keeps it. Where T = 0 nothing changes.
 
     Args:
         logits: [B, F, V], of the drafter.
-        scores: float32 [B, F], cumulative log-probabilities of the frontier nodes, at most 0 (-inf: not there).
+        scores: float32 [B, F], cumulative log-probabilities of the frontier nodes, at most 0 (-inf: no such node).
         branching: K, at most V; on a CUDA device at most 256.
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.1; the coupling is ours.
@@ -106,15 +112,14 @@ def expand_frontier(
     >>> coupled.tokens, coupled.scores.exp()
     (tensor([[[2, 1]]]), tensor([[[0.7579, 0.1280]]]))
     """
-    columns = () if coupling is None else coupling
-    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *columns))
+    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *(coupling or _NOT_COUPLED)))
 
 
 def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
-    """The best `max_nodes` nodes of each tree, root included, closed under ancestors, renumbered in order.
+    """Prune each tree to its best `max_nodes` nodes, root included, closed under ancestors, renumbered in order.
 
-    Nodes are ranked by (score descending, index ascending), where a node counts at most its parent's score, so that
-    an ancestor always ranks before its descendants, exact ties included. Nodes of score -inf or NaN are dropped.
+    Nodes are ranked by (score descending, index ascending), where a node's score counts as at most its parent's, so
+    that an ancestor always ranks before its descendants, exact ties included. Nodes of score -inf or NaN are dropped.
     Kept nodes keep their order (parents before children), their entropies and their proposers; the capacity is
     min(max_nodes, N).
 
@@ -143,11 +148,11 @@ def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
 def merge_trees(
     tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: Tensor, max_nodes: int | None = None
 ) -> MergedTrees:
-    """The union of D trees under their shared root: equal (parent, token) becomes one node, at every depth.
+    """Merge D trees under their shared root: nodes of equal (parent, token) become one node, at every depth.
 
-    A merged node's score is the largest of its inputs', its proposers the bit mask of the drafters that hold it.
-    Merged nodes are ordered by (depth, first input d * N + n). With `max_nodes` only the best are kept, ranked as in
-    `prune_tree`, in the same order; the capacity is then min(max_nodes, D * (N - 1) + 1), else D * (N - 1) + 1.
+    The score of a merged node is the largest of its inputs, and its proposers are the bit mask of the drafters that
+    hold it. Merged nodes are ordered by (depth, first input d * N + n). With `max_nodes` only the best are kept, ranked
+    as in `prune_tree`, in the same order; the capacity is then min(max_nodes, D * (N - 1) + 1), else D * (N - 1) + 1.
 
     Args:
         tokens, parents, scores: [B, D, N], D from 1 to 63; on a CUDA device D * N is at most 65,536.
@@ -166,7 +171,7 @@ def merge_trees(
 
 
 def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
-    """The depth of every node, int64 [B, N]: 0 at the root; padding counts as a child of the root.
+    """Return the depth of every node, int64 [B, N]: 0 at the root; padding counts as a child of the root.
 
     >>> tree_depths(torch.tensor([[-1, 0, 1, 0]]), torch.tensor([4]))
     tensor([[0, 1, 2, 1]])
@@ -175,25 +180,8 @@ def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
     return result
 
 
-def tree_paths(parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, max_depth: int | None = None) -> Tensor:
-    """The root-to-leaf paths of each tree, or the paths to the given nodes, as node indices padded with -1.
-
-    Without `nodes`: int64 [B, N, max_depth + 1], one path a leaf in ascending leaf order, then rows of -1.
-    With `nodes` int64 [B, M] (-1 for none): [B, M, max_depth + 1]. `max_depth` defaults to N - 1; a deeper path raises
-    on the CPU and is cut on a device.
-
-    >>> tree_paths(torch.tensor([[-1, 0, 0, 1]]), torch.tensor([4]), max_depth=2)[0, :2]
-    tensor([[ 0,  2, -1],
-            [ 0,  1,  3]])
-    """
-    result: Tensor = _ops().tree_paths(
-        parents, num_nodes, nodes, parents.shape[-1] - 1 if max_depth is None else max_depth
-    )
-    return result
-
-
 def ancestor_bits(parents: Tensor, num_nodes: Tensor) -> Tensor:
-    """Which nodes each node may attend to: itself and its ancestors, int64 [B, N, ceil(N / 64)].
+    """Return which nodes each node may attend to, itself and its ancestors, as bits: int64 [B, N, ceil(N / 64)].
 
     Bit j % 64 of word j // 64 stands for node j. Padding sees itself and the root, so that no row is empty.
 
@@ -207,10 +195,11 @@ def ancestor_bits(parents: Tensor, num_nodes: Tensor) -> Tensor:
 def tree_attention_mask(
     parents: Tensor, num_nodes: Tensor, prefix_lengths: Tensor, kv_length: int, dtype: torch.dtype = torch.bool
 ) -> Tensor:
-    """The tree attention mask [B, 1, N, kv_length + N]: the row's own prefix columns, then the ancestor mask.
+    """Return the tree attention mask [B, 1, N, kv_length + N]: the prefix columns of each row, then the ancestors.
 
-    Column c < kv_length is visible to row b iff c < prefix_lengths[b]; column kv_length + j to node i iff j is i or
-    its ancestor. bool (True: attend), or additive in float32, bfloat16 or float16 (0: attend, -inf: not).
+    Row b sees column c < kv_length if and only if c < prefix_lengths[b]; node i sees column kv_length + j if and only
+    if j is i or its ancestor. The mask is bool (True: attend), or additive in float32, bfloat16 or float16 (0: attend,
+    -inf: do not).
 
     >>> tree_attention_mask(torch.tensor([[-1, 0, 0]]), torch.tensor([3]), torch.tensor([1]), 2)[0, 0].long()
     tensor([[1, 0, 1, 0, 0],
@@ -234,19 +223,20 @@ def verify_tree(
     """Walk each tree with the target's own draws: descend while a child carries the drawn token.
 
     The draw at a node of depth d is y = argmax over the kept tokens of logits / T + gumbel(seed, position + d, token),
-    T = 0: the argmax (ties to the lowest token). Kept are, in transformers' order and over the temperature-scaled
-    distribution: top-k (ties kept), top-p (a token is kept while the probability of all strictly likelier tokens is
-    below top_p, so equal tokens share their fate), min-p. The noise is Philox4x32-10 (see `csrc/common/philox.h`), so
-    the text depends on logits, seed and position alone, never on the tree. Reads only the rows that the walk visits.
+    T = 0: the argmax (ties to the lowest token). The filters apply in transformers' order to the temperature-scaled
+    distribution: top-k (ties are kept), top-p (a token is kept while the probability of all strictly likelier tokens
+    is below top_p, so equally likely tokens are kept or dropped together), min-p. The noise is Philox4x32-10 (see
+    `csrc/common/philox.h`), so the text depends on logits, seed and position alone, never on the tree. Only the rows
+    that the walk visits are read.
 
     Args:
-        logits: [B, N, V], of the target, a row a node.
+        logits: [B, N, V], of the target, one row per node.
         tree: B trees of N slots.
         temperature, top_p, min_p: float32 [B]; top_p = 1 and min_p = 0 switch these filters off.
         top_k: int64 [B]; 0 switches it off, more than V keeps all.
         seeds: int64 [B]. positions: int64 [B], the absolute position of the token drawn at the root.
 
-    Source: sample-then-match verification, equal to EAGLE's rule for deterministic candidates and optimal for them.
+    Source: sample-then-match verification, which equals EAGLE's rule for deterministic candidates and is optimal there.
 
     >>> tree = DraftTree(torch.tensor([[9, 1]]), torch.tensor([[-1, 0]]), torch.zeros(1, 2), torch.tensor([2]))
     >>> zero, one, off = torch.zeros(1), torch.ones(1), torch.zeros(1, dtype=torch.int64)
@@ -277,3 +267,70 @@ def compact_kv(kv: Tensor, path: Tensor, num_accepted: Tensor, prefix_lengths: T
     tensor([0., 1., 3., 3.])
     """
     _ops().compact_kv(kv, path, num_accepted, prefix_lengths, kv_length)
+
+
+# ---- tracing: each op as torch.compile and opcheck see it
+
+
+def _tree_shapes(rows: int, nodes: int, max_nodes: int | None, num_further: int) -> list[tuple[int, ...]]:
+    """Return the shapes of tokens, parents, scores, num_nodes and further fields of trees of at most `max_nodes`."""
+    slots = (rows, nodes if max_nodes is None else torch.sym_min(max_nodes, nodes))
+    return [slots, slots, slots, (rows,), *[slots] * num_further]
+
+
+def _merged_shapes(tokens: Tensor, max_nodes: int | None, **_: Any) -> list[tuple[int, ...]]:
+    rows, drafters, nodes = tokens.shape
+    return [*_tree_shapes(rows, drafters * (nodes - 1) + 1, max_nodes, 1), (rows, drafters, nodes)]
+
+
+# The shapes of an op's results, from its arguments by name: all that a fake needs beside the op's schema. Results are
+# int64, except those whose names are below and the mask, whose dtype is an argument.
+_DTYPES = {"scores": torch.float32, "entropies": torch.float32}
+_SHAPES: dict[str, Callable[..., Sequence[Sequence[int]]]] = {
+    "expand_frontier": lambda scores, branching, **_: [
+        *[(*scores.shape, branching)] * 2, (scores.shape[0], branching), scores.shape
+    ],
+    "prune_tree": lambda tokens, max_nodes, **_: _tree_shapes(tokens.shape[0], tokens.shape[1], max_nodes, 2),
+    "merge_trees": _merged_shapes,
+    "tree_depths": lambda parents, **_: [parents.shape],
+    "ancestor_bits": lambda parents, **_: [(*parents.shape, (parents.shape[1] + 63) // 64)],
+    "tree_attention_mask": lambda parents, kv_length, **_: [
+        (parents.shape[0], 1, parents.shape[1], kv_length + parents.shape[1])
+    ],
+    "verify_tree": lambda tokens, **_: [tokens.shape, *[tokens.shape[:1]] * 3],
+    "compact_kv": lambda **_: [],
+}  # fmt: skip
+_registered: set[str] = set()
+_REGISTRATION = threading.Lock()
+
+
+def load_for_tracing() -> bool:
+    """Load the native module, register the fake of each op of its table, once per process, and return True."""
+    module = native.load()
+    with _REGISTRATION:
+        for name in sorted(module.schemas.keys() - _registered):
+            torch.library.register_fake(f"taps_ext::{name}", _fake(name, _SHAPES[name]))
+            _registered.add(name)
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo (seconds): the compiler calls
+# the function while it traces instead of tracing into it, so that a compiled function may be the first caller.
+load_for_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _fake(name: str, shapes: Callable[..., Sequence[Sequence[int]]]) -> Callable[..., Any]:
+    """Return a function with the schema of the op whose results are empty tensors of the right shapes and dtypes."""
+    schema = getattr(torch.ops.taps_ext, name).default._schema
+    names = [argument.name for argument in schema.arguments]
+
+    def fake(*given: Any, **named: Any) -> Any:
+        arguments = {**dict(zip(names, given, strict=False)), **named}
+        like, default = arguments[names[0]], arguments.get("dtype", torch.int64)
+        results = tuple(
+            like.new_empty(shape, dtype=_DTYPES.get(result.name, default))
+            for result, shape in zip(schema.returns, shapes(**arguments), strict=True)
+        )
+        return results if len(results) > 1 else next(iter(results), None)
+
+    return fake

@@ -1,14 +1,14 @@
-"""The ops once more, in plain PyTorch and Python in float64: the specification, written to be read.
+"""The specification of the ops, in plain PyTorch and Python in float64, written to be read.
 
-Same signatures and results as `ops.py`, by other algorithms: ancestors by squaring the parent relation, merging by
-dictionaries of token paths, top-p by sorting, Philox in int64 tensors. Nothing here is fast and nothing calls the
-native module. Inputs are taken to be valid: `ops.py` is the door that refuses bad ones.
+The functions have the signatures and results of `ops.py`, but other algorithms: ancestors by squaring the parent
+relation, merging by dictionaries of token paths, top-p by sorting, Philox in int64 tensors. Nothing here is fast and
+nothing calls the native module. Inputs must be valid: only `ops.py` refuses bad ones.
 
-Scores and tokens are compared as the exact numbers they are. Only logarithms and exponentials can differ between two
-correct implementations, so the two ops that compute them come with a margin: how far the float64 decision was from
-being another one. An implementation must agree wherever the margin is not tiny.
+Tests compare scores and tokens exactly. Only logarithms and exponentials can differ between two correct
+implementations, so the two ops that compute them come with a margin: the smallest change that would have changed the
+float64 decision. An implementation must agree wherever the margin is not tiny.
 
-One file, longer than others, because a specification is read from end to end.
+This file is longer than others because a specification is read from end to end.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ __all__ = [
     "prune_tree",
     "tree_attention_mask",
     "tree_depths",
-    "tree_paths",
     "verification_margin",
     "verify_tree",
 ]
 
 
 class Filters(NamedTuple):
-    """How one row's logits become a distribution; the values are the exact float32 ones of the op's tensors."""
+    """How one row of logits becomes a distribution; the values are the exact float32 values of the op's tensors."""
 
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
@@ -59,7 +58,7 @@ class Filters(NamedTuple):
 
 
 def is_ancestor(parents: Tensor, num_nodes: Tensor) -> Tensor:
-    """bool [B, N, N]: entry (i, j) says that j is i or an ancestor of i; padding counts as a child of the root."""
+    """Return bool [B, N, N]: entry (i, j) says that j is i or an ancestor of i; padding is a child of the root."""
     batch_size, capacity = parents.shape
     slots = torch.arange(capacity)
     parents = torch.where(slots < num_nodes[:, None], parents, 0)
@@ -71,33 +70,12 @@ def is_ancestor(parents: Tensor, num_nodes: Tensor) -> Tensor:
 
 
 def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
-    """The depth of every node: how many ancestors it has besides itself."""
+    """Return the depth of every node: the number of its ancestors besides itself."""
     return is_ancestor(parents, num_nodes).sum(-1) - 1
 
 
-def tree_paths(parents: Tensor, num_nodes: Tensor, nodes: Tensor | None = None, max_depth: int | None = None) -> Tensor:
-    """The paths to every leaf, or to the given nodes: a path is a node's ancestors in ascending order."""
-    batch_size, capacity = parents.shape
-    max_depth = capacity - 1 if max_depth is None else max_depth
-    ancestor = is_ancestor(parents, num_nodes)
-    paths = torch.full((batch_size, capacity if nodes is None else nodes.shape[1], max_depth + 1), -1)
-    for b in range(batch_size):
-        wanted = _leaves(ancestor[b], int(num_nodes[b])) if nodes is None else nodes[b].tolist()
-        for i, node in enumerate(wanted):
-            path = ancestor[b, node].nonzero().flatten() if node >= 0 else paths.new_empty(0)
-            if len(path) > max_depth + 1:
-                raise ValueError(f"max_depth must be at least {len(path) - 1}, got {max_depth}")
-            paths[b, i, : len(path)] = path
-    return paths
-
-
-def _leaves(ancestor: Tensor, num_nodes: int) -> list[int]:
-    """The nodes that are nobody's ancestor but their own."""
-    return (ancestor[:num_nodes, :num_nodes].sum(0) == 1).nonzero().flatten().tolist()
-
-
 def ancestor_bits(parents: Tensor, num_nodes: Tensor) -> Tensor:
-    """The ancestor relation in words of 64 nodes, node 64 w + k in bit k of word w."""
+    """Return the ancestor relation in words of 64 nodes, node 64 w + k in bit k of word w."""
     ancestor = is_ancestor(parents, num_nodes).long()
     batch_size, capacity = parents.shape
     num_words = -(-capacity // 64)
@@ -109,7 +87,7 @@ def ancestor_bits(parents: Tensor, num_nodes: Tensor) -> Tensor:
 def tree_attention_mask(
     parents: Tensor, num_nodes: Tensor, prefix_lengths: Tensor, kv_length: int, dtype: torch.dtype = torch.bool
 ) -> Tensor:
-    """The row's prefix columns beside the ancestor relation, as bools or as 0 and -inf."""
+    """Return the prefix columns of each row beside the ancestor relation, as bools or as 0 and -inf."""
     ancestor = is_ancestor(parents, num_nodes)
     prefix = torch.arange(kv_length) < prefix_lengths[:, None]
     visible = torch.cat([prefix[:, None].expand(-1, parents.shape[1], -1), ancestor], dim=-1)[:, None]
@@ -122,7 +100,7 @@ def tree_attention_mask(
 def expand_frontier(
     logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None
 ) -> ExpandedFrontier:
-    """The best children of each frontier node, and the best of them all; ties to the lowest index throughout."""
+    """Expand each frontier node into its best children and rank them all; ties go to the lowest index throughout."""
     tokens, cumulative, entropies = _children(coupled_logits(logits, coupling), scores, branching)
     flat = cumulative.float().flatten(1)
     frontier = flat.sort(dim=-1, descending=True, stable=True).indices[:, :branching]
@@ -130,7 +108,7 @@ def expand_frontier(
 
 
 def coupled_logits(logits: Tensor, coupling: Coupling | None) -> Tensor:
-    """float64 [B, F, V]: the logits that rank children, NaN as -inf; a row of temperature 0 keeps its own."""
+    """Return the logits that rank children, float64 [B, F, V], NaN as -inf; a row of temperature 0 keeps its logits."""
     ranked = logits.double()
     ranked = ranked.masked_fill(ranked.isnan(), -math.inf)
     for b, temperature in enumerate([] if coupling is None else coupling.temperature.tolist()):
@@ -141,10 +119,10 @@ def coupled_logits(logits: Tensor, coupling: Coupling | None) -> Tensor:
 
 
 def expansion_margin(logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None) -> Tensor:
-    """float64 [B]: the smallest gap that decides the children of a coupled row, the frontier, or their order.
+    """Return the smallest gap that decides the frontier, its order, or a coupled row's children, float64 [B].
 
-    The logits of other rows are exact. Gaps of exactly 0 are no decision: equal numbers come from equal logits, and the
-    lowest index wins.
+    The logits of other rows are exact. A gap of exactly 0 decides nothing: equal numbers come from equal logits, and
+    the lowest index wins.
     """
     ranked = coupled_logits(logits, coupling)
     margin = _smallest_gap(_children(ranked, scores, branching)[1].flatten(1), branching)
@@ -155,7 +133,7 @@ def expansion_margin(logits: Tensor, scores: Tensor, branching: int, coupling: C
 
 
 def _smallest_gap(values: Tensor, branching: int) -> Tensor:
-    """Between neighbours among the largest branching + 1 of the last axis."""
+    """Return the smallest gap between neighbours among the largest branching + 1 values of the last axis."""
     best = values.sort(dim=-1, descending=True).values[..., : branching + 1]
     gaps = best[..., :-1] - best[..., 1:]
     decided = gaps > 0  # NaN (-inf minus -inf) is an exact tie as well
@@ -163,7 +141,7 @@ def _smallest_gap(values: Tensor, branching: int) -> Tensor:
 
 
 def _children(x: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens [B, F, K], cumulative float64 scores [B, F, K], entropies float64 [B, F]."""
+    """Return tokens [B, F, K], cumulative float64 scores [B, F, K] and entropies float64 [B, F]."""
     best, tokens = x.sort(dim=-1, descending=True, stable=True)
     has_maximum = best[..., :1].isfinite()
     normaliser = torch.where(has_maximum, x.logsumexp(-1, keepdim=True), 0)
@@ -174,7 +152,7 @@ def _children(x: Tensor, scores: Tensor, branching: int) -> tuple[Tensor, Tensor
 
 
 def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
-    """The best `max_nodes` nodes of each tree, in their old order."""
+    """Prune each tree to its best `max_nodes` nodes, in their old order."""
     rows = []
     for b in range(candidates.batch_size):
         count = int(candidates.num_nodes[b])
@@ -194,7 +172,10 @@ def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:
 
 
 def _best_nodes(parents: Sequence[int], scores: Sequence[float], max_nodes: int) -> list[int]:
-    """The root and the best other nodes, ascending. A node counts at most its parent's score; -inf and NaN drop out."""
+    """Return the root and the best other nodes, ascending.
+
+    A node's score counts as at most its parent's; nodes of score -inf and NaN are dropped.
+    """
     limited: list[float] = []
     for score, parent in zip(scores, parents, strict=True):
         own = -math.inf if math.isnan(score) else score
@@ -213,7 +194,7 @@ class _Row(NamedTuple):
 
 
 def _tree(rows: list[_Row], capacity: int, has_entropies: bool = False, has_proposers: bool = False) -> DraftTree:
-    """The rows side by side, each padded to `capacity`."""
+    """Return the rows as one batch, each padded to `capacity`."""
 
     def padded(values: list[list[int]] | list[list[float]], fill: float, dtype: torch.dtype) -> Tensor:
         full = [[*row, *[fill] * (capacity - len(row))] for row in values]
@@ -241,7 +222,7 @@ class _UnionNode(NamedTuple):
 def merge_trees(
     tokens: Tensor, parents: Tensor, scores: Tensor, num_nodes: Tensor, max_nodes: int | None = None
 ) -> MergedTrees:
-    """The union of D trees: two nodes are one when the tokens from the root down to them are the same."""
+    """Merge D trees: two nodes are one when the tokens from the root down to them are the same."""
     batch_size, num_drafters, capacity = tokens.shape
     node_map = torch.full((batch_size, num_drafters, capacity), -1)
     rows = []
@@ -270,7 +251,7 @@ def merge_trees(
 
 
 def _token_paths(tokens: Tensor, parents: Tensor, num_nodes: int) -> list[tuple[int, ...]]:
-    """Each node's tokens from the root down."""
+    """Return the tokens from the root down to each node."""
     paths: list[tuple[int, ...]] = []
     for token, parent in zip(tokens[:num_nodes].tolist(), parents[:num_nodes].tolist(), strict=True):
         paths.append((*(paths[parent] if parent >= 0 else ()), token))
@@ -293,7 +274,7 @@ _WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10: four random words of 32 bits (in int64) for four counter words and two key words.
+    """Compute Philox4x32-10: four random words of 32 bits (in int64) for four counter words and two key words.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
@@ -308,7 +289,7 @@ def philox4x32(counter: Sequence[Tensor | int], key: Sequence[int]) -> tuple[Ten
 
 
 def gumbel_noise(seed: int, position: int, vocabulary_size: int) -> Tensor:
-    """float64 [V]: the Gumbel noise of every token at this position; never infinite, since 0 < u < 1."""
+    """Return the Gumbel noise of every token at this position, float64 [V]; it is finite, since 0 < u < 1."""
     blocks = torch.arange(-(-vocabulary_size // 4))
     words = philox4x32((blocks, 0, position & _WORD, position >> 32), (seed & _WORD, seed >> 32 & _WORD))
     u = (torch.stack(words, dim=-1).flatten()[:vocabulary_size].double() + 0.5) * 2.0**-32
@@ -316,7 +297,7 @@ def gumbel_noise(seed: int, position: int, vocabulary_size: int) -> Tensor:
 
 
 def kept_tokens(row: Tensor, filters: Filters) -> Tensor:
-    """bool [V]: which tokens of a logits row may be drawn, temperature above 0, in transformers' order of filters."""
+    """Return which tokens of a row may be drawn at a temperature above 0, bool [V]; filters in transformers' order."""
     x = row.double()
     z = (x - x.max()) / filters.temperature
     kept = _top_k(x, filters.top_k)
@@ -334,7 +315,7 @@ def _top_k(x: Tensor, top_k: int) -> Tensor:
 
 
 def _mass_above(x: Tensor, z: Tensor, kept: Tensor) -> Tensor:
-    """float64 [V]: the share of the kept probability that lies on strictly likelier tokens.
+    """Return the share of the kept probability that lies on strictly likelier tokens, float64 [V].
 
     Probabilities are integers (units of 2^-44 of the likeliest token's), so that their sums have no order.
     """
@@ -349,7 +330,7 @@ def _mass_above(x: Tensor, z: Tensor, kept: Tensor) -> Tensor:
 
 
 def draw_token(row: Tensor, filters: Filters, seed: int, position: int) -> int | None:
-    """The token that the target draws from a logits row [V]; None when the row holds NaN or no finite maximum."""
+    """Return the token that the target draws from a logits row [V], or None for a row with NaN or no finite maximum."""
     if row.isnan().any() or not row.max().isfinite():
         return None
     x = row.double()
@@ -361,11 +342,11 @@ def draw_token(row: Tensor, filters: Filters, seed: int, position: int) -> int |
 
 
 def draw_margin(row: Tensor, filters: Filters, seed: int, position: int) -> float:
-    """How far the draw is from another one: the smallest change of a number behind it that changes the token.
+    """Return the smallest change of a number behind the draw that changes the drawn token.
 
-    Another token wins if it overcomes all that stands in its way (being less likely after noise, the top-p cut, the
-    min-p cut), so its distance is the largest of these; or if the drawn token falls to a cut. In nats, and in
-    probability at the top-p cut. Comparisons of logits (greedy, top-k) are exact and infinitely far away.
+    The token changes if another one overcomes every obstacle (its lower value after noise, the top-p cut, the min-p
+    cut), so that its distance is the largest of these, or if a cut removes the drawn token. Distances are in nats, and
+    in probability at the top-p cut. Comparisons of logits (greedy, top-k) are exact: their distance is infinite.
     """
     token = draw_token(row, filters, seed, position)
     if token is None or filters.temperature == 0:
@@ -424,7 +405,7 @@ def verification_margin(
     seeds: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """float64 [B]: the smallest margin of the draws at the visited nodes of each tree."""
+    """Return the smallest margin of the draws at the visited nodes of each tree, float64 [B]."""
     margins = torch.full((tree.batch_size,), math.inf, dtype=torch.float64)
     for b in range(tree.batch_size):
         filters = _filters(b, temperature, top_k, top_p, min_p)
@@ -441,7 +422,7 @@ def _filters(b: int, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: T
 def _walk(
     logits: Tensor, tree: DraftTree, b: int, filters: Filters, seed: int, position: int
 ) -> Iterator[tuple[int, int | None]]:
-    """The visited nodes of row b from the root down, each with the token drawn there."""
+    """Yield the visited nodes of row b from the root down, each with the token drawn there."""
     count = int(tree.num_nodes[b])
     tokens, parents = tree.tokens[b, :count].tolist(), tree.parents[b, :count].tolist()
     visited: int | None = 0

@@ -1,4 +1,4 @@
-"""The compile gate (make cuda-check): every kernel for every architecture, without spills, stack frames and warnings.
+"""The compile gate (make cuda-check): every kernel for every architecture, without spills, stack frames or warnings.
 
 Prints the registers a thread takes, by kernel and architecture, and the static shared memory of a block. A kernel must
 state its largest block (`__launch_bounds__`), because nothing else shows here that its registers let it be launched.
@@ -26,7 +26,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of one kernel on one architecture."""
+    """What ptxas reports about one kernel on one architecture."""
 
     kernel: str  # mangled
     architecture: str  # "sm_90"
@@ -45,7 +45,7 @@ class Compiled:
 
 
 def parse_usages(text: str) -> list[Usage]:
-    """What `ptxas -v` printed, kernel by kernel; the local memory of functions that it calls is the kernel's too."""
+    """Parse what `ptxas -v` printed, kernel by kernel, with the local memory of the functions that a kernel calls."""
     usages = []
     for part in re.split(r"^ptxas info\s*: Compiling entry function ", text, flags=re.MULTILINE)[1:]:
         name, architecture = re.match(r"'(\S+)' for '(\S+)'", part).groups()  # type: ignore[union-attr]
@@ -57,14 +57,14 @@ def parse_usages(text: str) -> list[Usage]:
 
 
 def parse_blocks(ptx: str) -> dict[str, int]:
-    """The largest block of each kernel that states one."""
+    """Parse the largest block of each kernel that states one."""
     entries = re.findall(r"\.entry (\S+?)\((.*?)\{", ptx, flags=re.DOTALL)
     bounds = {name: re.search(r"\.maxntid (\d+)", head) for name, head in entries}
     return {name: int(bound[1]) for name, bound in bounds.items() if bound}
 
 
 def compile_one(toolkit: Toolkit, source: Path, architectures: Sequence[str]) -> Compiled:
-    """An object file, which is thrown away, for these architectures and as PTX of the last."""
+    """Compile a file for these architectures and to PTX of the last, and throw the object file away."""
     numbers = [digits(architecture) for architecture in architectures]
     codes = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     codes.append(f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
@@ -86,7 +86,7 @@ def compile_one(toolkit: Toolkit, source: Path, architectures: Sequence[str]) ->
 
 @cache
 def short_name(mangled: str) -> str:
-    """`verify_kernel<256, float>` of its mangled name, where a demangler is on the machine."""
+    """Return `verify_kernel<256, float>` for its mangled name, where a demangler is installed."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None:
         return mangled
@@ -101,7 +101,7 @@ def short_name(mangled: str) -> str:
 
 
 def table(results: dict[Path, Compiled], architectures: Sequence[str]) -> str:
-    """A row a kernel: largest block, registers a thread by architecture, bytes of static shared memory a block."""
+    """Return a table, a row per kernel: largest block, registers per thread by architecture, static shared bytes."""
     columns = [f"sm_{digits(architecture)}" for architecture in architectures]
     rows = [["kernel", "block", *columns, "shared"]]
     for source, result in results.items():
@@ -117,7 +117,7 @@ def table(results: dict[Path, Compiled], architectures: Sequence[str]) -> str:
 
 
 def main() -> int:
-    """0 when all is well, and where there is no nvcc."""
+    """Check every kernel; return 0 when nothing is wrong, and where there is no nvcc."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sources", nargs="*", type=Path, help="by default every kernel file of csrc")
     parser.add_argument("--architectures", nargs="+", help="by default " + " ".join(cuda_toolkit.ARCHITECTURES))

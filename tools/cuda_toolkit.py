@@ -1,4 +1,4 @@
-"""The CUDA toolkit that compiles the kernels: where it is, what it knows, the flags; for setup.py and cuda_check.py."""
+"""The CUDA toolkit that compiles the kernels: directory, architectures and flags; for setup.py and cuda_check.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # of those, what the nvcc at hand knows
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # those of them that the installed nvcc knows
 
-# Device and host round alike: neither contracts to a fused multiply-add. The -U undo what torch's BuildExtension
-# defines, so that a kernel means the same wherever it is compiled.
+# Device and host round in the same way: neither contracts to a fused multiply-add. The -U undo what torch's
+# BuildExtension defines, so that a kernel means the same wherever it is compiled.
 NVCC_FLAGS = (
     *("-std=c++20", "-O3", "-fmad=false", "-Xcompiler", "-fvisibility=hidden,-ffp-contract=off"),
     *("-Xfatbin", "-compress-all"),  # a quarter of the size
@@ -40,7 +40,7 @@ class Toolkit:
 
 
 def find() -> Toolkit | None:
-    """The toolkit in CUDA_HOME (or CUDA_PATH), or the one whose nvcc is on PATH, or /usr/local/cuda."""
+    """Find the toolkit in CUDA_HOME (or CUDA_PATH), or the one whose nvcc is on PATH, or /usr/local/cuda."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")
     homes = [Path(on_path).resolve().parent.parent] if on_path else []
@@ -64,7 +64,7 @@ def _known(nvcc: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def decision(torch_cuda: str | None, toolkit: Toolkit | None) -> tuple[bool, str]:
-    """Whether to build the CUDA ops, and the reason; the machine's GPU plays no part."""
+    """Return whether to build the CUDA ops, and the reason; it does not depend on the GPU of the machine."""
     if switched_on("TAPS_NO_CUDA"):
         return False, "TAPS_NO_CUDA=1"
     if torch_cuda is None:
@@ -75,8 +75,9 @@ def decision(torch_cuda: str | None, toolkit: Toolkit | None) -> tuple[bool, str
         )
     elif toolkit.major != torch_cuda.split(".")[0]:
         raise SystemExit(
-            f"torch has CUDA {torch_cuda}, but {toolkit.nvcc} is of CUDA {toolkit.version}: set CUDA_HOME to a toolkit "
-            f"of CUDA {torch_cuda}, install a torch for CUDA {toolkit.major}, or set TAPS_NO_CUDA=1 for CPU ops only"
+            f"torch has CUDA {torch_cuda}, but {toolkit.nvcc} belongs to CUDA {toolkit.version}: set CUDA_HOME to a "
+            f"toolkit of CUDA {torch_cuda}, install a torch for CUDA {toolkit.major}, or set TAPS_NO_CUDA=1 for "
+            "CPU ops only"
         )
     else:
         return True, f"torch has CUDA {torch_cuda}, and nvcc {toolkit.version} was found"
@@ -86,7 +87,7 @@ def decision(torch_cuda: str | None, toolkit: Toolkit | None) -> tuple[bool, str
 
 
 def architecture_list(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]]) -> str:
-    """TORCH_CUDA_ARCH_LIST; when it is unset, what nvcc knows of ours, and not just the GPUs that are here."""
+    """Return TORCH_CUDA_ARCH_LIST, or if unset those of ARCHITECTURES that nvcc knows, not just of the GPUs here."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if asked == "native":
         asked = ";".join(f"{major}.{minor}" for major, minor in sorted(set(capabilities)))
@@ -99,17 +100,17 @@ def architecture_list(toolkit: Toolkit, capabilities: Iterable[tuple[int, int]])
 
 
 def digits(architecture: str) -> str:
-    """ "9.0" as nvcc writes it: "90"."""
+    """Return "9.0" as nvcc writes it: "90"."""
     return architecture.replace(".", "")
 
 
 def switched_on(*names: str) -> bool:
-    """Whether one of these variables is set, to anything but 0."""
+    """Return whether one of these variables is set to anything but 0."""
     return any(os.environ.get(name, "") not in ("", "0") for name in names)
 
 
 def max_jobs() -> int:
-    """MAX_JOBS, or as many compilers as there are cores and 2 GB of free memory for each."""
+    """Return MAX_JOBS, or as many compilers as there are cores and 2 GB of free memory for each."""
     asked = os.environ.get("MAX_JOBS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)

@@ -17,7 +17,7 @@ inline at::Tensor empty(at::IntArrayRef sizes, const at::Tensor& like, at::Scala
   if (like.is_cpu()) {
     at::Tensor tensor = at::detail::empty_cpu(sizes, dtype);
 #if defined(TAPS_SIMT)
-    simt::poison(tensor.mutable_data_ptr(), tensor.nbytes());  // what a kernel forgets to write shall show
+    simt::poison(tensor.mutable_data_ptr(), tensor.nbytes());  // shows what a kernel forgets to write
 #endif
     return tensor;
   }

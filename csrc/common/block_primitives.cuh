@@ -28,7 +28,7 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// combine must be associative and commutative but for rounding.
+// combine must be associative and commutative, except for rounding.
 template <int kThreads, typename T, typename Combine>
 __device__ T block_reduce(T value, Combine combine) {
   static_assert(kThreads % kWarp == 0);
@@ -132,8 +132,8 @@ __device__ uint64_t kth_smallest(int count, int k, Key key) {
   return prefix;
 }
 
-// Makes a ticket of uninitialised memory countable. One thread of each block that will call arrives_last calls this, at
-// the best long before: its two trips to memory then cost nothing. Where the exchange fails, another block was faster.
+// Makes a ticket of uninitialised memory countable. One thread of each block that will call arrives_last calls this,
+// best long before: its two trips to memory then cost nothing. If the exchange fails, another block was faster.
 __device__ __forceinline__ void ready_ticket(unsigned long long* ticket, uint64_t nonce) {
   const unsigned long long seen = __ldcg(ticket);
   if (seen >> kTicketCountBits != nonce) {
@@ -156,7 +156,7 @@ __device__ inline bool arrives_last(unsigned long long* ticket, uint64_t nonce, 
     is_last[0] = before + 1 == static_cast<unsigned long long>(total);
     if (is_last[0]) {
       __threadfence();
-      atomicExch(ticket, 0ull);  // for the next replay of a captured launch; behind the fence, nobody waits for it
+      atomicExch(ticket, 0ull);  // for the next replay of a captured launch; after the fence, so nothing waits for it
     }
   }
   __syncthreads();

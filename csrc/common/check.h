@@ -97,14 +97,14 @@ inline void check_values(const at::Tensor& tensor, const char* name, int64_t low
   }
 }
 
-// One value a row, contiguous.
+// One value per row, contiguous.
 inline at::Tensor checked_column(const at::Tensor& tensor, const char* name, at::ScalarType dtype, int64_t rows) {
   check_dtype(tensor, name, dtype);
   check_sizes(tensor, name, {rows}, "one a row");
   return tensor.contiguous();
 }
 
-// The same; `expected` says which values `is_allowed` lets pass.
+// The same, each value allowed by `is_allowed`; `expected` says in words which are.
 template <typename Value>
 at::Tensor checked_column(const at::Tensor& tensor, const char* name, int64_t rows, const char* expected,
                           bool (*is_allowed)(Value)) {
@@ -154,7 +154,7 @@ inline void check_parents(const at::Tensor& parents, const at::Tensor& num_nodes
   }
 }
 
-// The parent array that an op begins with, checked and contiguous: parents [B, N] and num_nodes [B], or as `dims` says.
+// The parent array that an op takes first, checked and contiguous: parents [B, N] and num_nodes [B], or as `dims` says.
 inline std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parents, const at::Tensor& num_nodes,
                                                       int64_t dim = 2, const char* dims = "[B, N]") {
   check_int64(parents, "parents");
@@ -166,7 +166,7 @@ inline std::pair<at::Tensor, at::Tensor> checked_tree(const at::Tensor& parents,
   return tree;
 }
 
-// A tensor with a value a node, contiguous.
+// A tensor with one value per node, contiguous.
 inline at::Tensor checked_like(const at::Tensor& tensor, const char* name, at::ScalarType dtype,
                                const at::Tensor& parents) {
   check_dtype(tensor, name, dtype);

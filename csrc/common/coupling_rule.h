@@ -4,7 +4,7 @@
 //   l(v) = (alpha / T) x(v) + beta gumbel(seed, position, v),   T > 0
 //
 // with the noise of common/sampling_rule.h, in float32 throughout: a drafter's logit is known less well than that. A
-// logit of -inf stays -inf, one of +inf stays +inf, and NaN comes of NaN alone. At T = 0 there is no noise: l = x.
+// logit of -inf stays -inf, one of +inf stays +inf, and only NaN gives NaN. At T = 0 there is no noise: l = x.
 #pragma once
 
 #include <cfloat>
@@ -33,7 +33,7 @@ TAPS_INLINE float log_of(float exponent, float r) {
 // not branches, so that loops vectorise.
 TAPS_INLINE float coupling_noise(uint32_t word) {
   constexpr uint32_t kSqrtHalf = 0x3F3504F3u;
-  // u or 1 - u, whichever is the smaller, is right to float32's last bit; so is the other one, where it counts.
+  // The smaller of u and 1 - u is right to float32's last bit; the other one is too, where it matters.
   const uint32_t is_upper = static_cast<uint32_t>(static_cast<int32_t>(word) >> 31);
   const float smaller = (static_cast<float>(static_cast<int32_t>(word ^ is_upper)) + 0.5f) * 0x1p-32f;
   const float larger = 1.0f - smaller;
@@ -48,7 +48,7 @@ TAPS_INLINE float coupling_noise(uint32_t word) {
                  float_from_bits((inner & 0x7FFFFFu) + kSqrtHalf) - 1.0f);
 }
 
-// Of a request: what takes a division, once.
+// The values of one request that take a division, computed once.
 struct Coupling {
   float scale;  // alpha / T
   float beta;
@@ -63,7 +63,7 @@ TAPS_HD inline Coupling coupling_of(float temperature, float alpha, float beta) 
   return {scale < FLT_MIN ? FLT_MIN : scale < FLT_MAX ? scale : FLT_MAX, beta < kMostBeta ? beta : kMostBeta};
 }
 
-// Values are unchecked on a device: a temperature that is no number above 0 counts as 0.
+// Values are unchecked on a device: a temperature that is not above 0, or NaN, counts as 0.
 TAPS_HD inline bool is_coupled(float temperature) {
   return temperature > 0 && temperature <= FLT_MAX;
 }

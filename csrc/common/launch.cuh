@@ -1,5 +1,5 @@
 // Launches and shared arrays, the two things that a kernel file cannot spell the same way for nvcc and for the host
-// stand-in (csrc/simt, whose cuda_runtime.h brings its own); and what a launch asks of its device.
+// stand-in (python_tests/simt, whose cuda_runtime.h brings its own); and what a launch needs to know of its device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,7 +32,7 @@
 
 namespace taps::cuda {
 
-// Of the current device, at least 1.
+// The multiprocessors of the current device, at least 1.
 inline int num_multiprocessors() {
   int device = 0;
   int count = 1;

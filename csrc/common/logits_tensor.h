@@ -1,4 +1,4 @@
-// A tensor of logits at the ops' door: checks, and the dtype in the terms of common/logits_type.h.
+// Checks of a tensor of logits, and its dtype in the terms of common/logits_type.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -41,7 +41,7 @@ TAPS_INLINE float float_from_half(uint16_t half) {
   return float_from_bits(bits_of(value) | static_cast<uint32_t>(half & 0x8000u) << 16);
 }
 
-// How one logit lies in memory.
+// The layout of one logit in memory.
 template <LogitsType kType>
 struct LogitsFormat;
 

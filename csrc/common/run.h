@@ -1,5 +1,5 @@
 // Where an op runs: its loop over rows on the CPU, or its kernel on the tensors' device and current stream. In the
-// module of the host stand-in (TAPS_SIMT, csrc/simt) the kernels run on CPU tensors.
+// module of the host stand-in (TAPS_SIMT, python_tests/simt) the kernels run on CPU tensors.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,7 +19,7 @@ constexpr bool kIsStandIn = true;
 constexpr bool kIsStandIn = false;
 #endif
 
-// Whether the values of a tensor can be read here and now. On a device that would wait for all work before.
+// Whether the host can read the values of a tensor now. On a device it would have to wait for all earlier work.
 inline bool can_read(const at::Tensor& tensor) {
   return tensor.is_cpu() && !kIsStandIn;
 }

@@ -1,16 +1,16 @@
 // The rule by which a row of logits becomes a token: what every implementation of the draw computes, to the bit.
 //
 // Over the row x[0..V), upcast exactly to float32. Invalid when it holds NaN or its maximum is not finite.
-//   T = 0: the lowest token of the maximum; the filters play no part.
-//   T > 0: z = (x - maximum) / T in float64, and kept are the tokens that pass, in this order,
+//   T = 0: the lowest token of the maximum; the filters are not applied.
+//   T > 0: z = (x - maximum) / T in float64, and the kept tokens are those that pass, in this order,
 //     top-k  (0 < k < V)  x >= the k-th largest x;
 //     top-p  (< 1)        the weights of the kept tokens of strictly larger x sum to less than top_p times all kept
-//                         weights, or x is the maximum. Weights are integers: the order of summation plays no part;
+//                         weights, or x is the maximum. Weights are integers: the order of summation changes nothing;
 //     min-p  (> 0)        z >= log(min_p), or x is the maximum.
 //   The token is the argmax of z + gumbel over the kept ones, ties to the lowest token.
 // Each filter keeps the tokens from some logit up, so an implementation may look for three thresholds and take the
 // largest; and it may discard a token on a float32 bound of z + gumbel, as long as float64 decides among the rest.
-// Only log and log1p are a library's own: those of a CPU and of a GPU may differ in the last bit, which decides a draw
+// Only log and log1p come from a library: a CPU's and a GPU's may differ in the last bit, which decides a draw only
 // where two sums agree to 16 digits.
 #pragma once
 

@@ -1,5 +1,5 @@
-// What a parent array means, once, for the CPU loops and the CUDA kernels: parents, depths, ancestors, paths, the
-// ranking of nodes under a budget. A node at or past `count` is padding: its parent entry is never read.
+// What a parent array means, once, for the CPU loops and the CUDA kernels: parents, depths, ancestors, the ranking of
+// nodes under a budget. A node at or past `count` is padding: its parent entry is never read.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +15,7 @@ TAPS_HD inline int64_t parent_of(const int64_t* parents, int64_t count, int64_t 
   return node < count ? parents[node] : 0;
 }
 
-// For kernels, whose input nobody has checked: the same values on a tree that holds what it must, and safe on any
-// other.
+// For kernels, whose input is unchecked: the same values on a valid tree, and safe on any other.
 TAPS_HD inline int64_t safe_count(int64_t count, int64_t nodes) {
   return count < 1 ? 1 : count < nodes ? count : nodes;
 }
@@ -66,15 +65,6 @@ TAPS_HD inline void for_each_ancestor(const int64_t* parents, int64_t count, int
   }
   while ((node = parents[node]) >= 0) {
     visit(node);
-  }
-}
-
-// Writes root..node into path[0..depth] and -1 behind it, up to `length`; a node of -1 gives -1 throughout.
-TAPS_HD inline void write_path(const int64_t* parents, int64_t node, int64_t depth, int64_t length, int64_t* path) {
-  for (int64_t d = length - 1; d >= 0; --d) {
-    const bool on_path = node >= 0 && d <= depth;
-    path[d] = on_path ? node : -1;
-    node = on_path ? parents[node] : node;
   }
 }
 

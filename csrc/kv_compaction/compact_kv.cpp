@@ -18,7 +18,7 @@ void check_kv(const Tensor& kv) {
                     text_of(kv.strides()));
 }
 
-// int64 [B, N], contiguous. The i-th node of a path is at least i: in-place moves rest on it.
+// int64 [B, N], contiguous. The i-th node of a path is at least i: in-place moves depend on it.
 Tensor checked_path(const Tensor& path_in, const Tensor& num_accepted, int64_t room) {
   check_int64(path_in, "path");
   check_dim(path_in, "path", 2, "[B, N]");

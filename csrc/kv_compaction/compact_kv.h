@@ -1,4 +1,4 @@
-// Keep the accepted path of the KV cache, every layer in one call.
+// Moves the accepted path in the KV cache behind the prefix, every layer in one call.
 #pragma once
 
 #include <cstdint>

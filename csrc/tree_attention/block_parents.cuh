@@ -24,7 +24,7 @@ struct BlockParents {
   }
 };
 
-// The parents of request b below node `end`. Every thread calls; a barrier is passed.
+// The parents of request b below node `end`. Every thread calls it, and it ends with a barrier.
 template <int kThreads>
 __device__ BlockParents block_parents(const int64_t* parents, const int64_t* num_nodes, int64_t nodes, int64_t b,
                                       int end, int32_t* shared) {

@@ -7,7 +7,7 @@ namespace taps::cuda {
 
 namespace {
 
-// How the rows of a request are shared out.
+// How the rows of a request are divided among blocks.
 struct Tiling {
   int tiles;      // blocks of a request
   int tile_rows;  // rows of a block
@@ -76,8 +76,8 @@ __device__ __forceinline__ void write_row(const TreeAttentionMaskParams& params,
   }
 }
 
-// A block per tile of a request's rows. A thread a row collects the row's ancestors as bits; then each group of `lanes`
-// threads writes a row, 16 bytes a thread: the writing is the cost.
+// A block per tile of a request's rows. One thread per row collects the row's ancestors as bits; then each group of
+// `lanes` threads writes a row, 16 bytes a thread: the writing is the cost.
 template <typename Element, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     tree_attention_mask_kernel(const TreeAttentionMaskParams params, Tiling tiling) {

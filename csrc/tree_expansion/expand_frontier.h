@@ -11,7 +11,7 @@ namespace taps {
 // Of each request, as common/coupling_rule.h has them; all null where no request is coupled.
 struct CouplingColumns {
   const int64_t* seeds;      // [B]
-  const int64_t* positions;  // [B], where the children would stand
+  const int64_t* positions;  // [B], the position of the children
   const float* temperature;  // [B]
   const float* alpha;        // [B]
   const float* beta;         // [B]
@@ -36,7 +36,7 @@ struct ExpandFrontierParams {
   uint64_t nonce;      // on a device launch_nonce()
 };
 
-// What the kernel is made for. The loop on the CPU has no limits.
+// The limits of the kernel. The loop on the CPU has none.
 constexpr int64_t kMostBranching = 256;
 constexpr int64_t kMostFrontierNodes = 65535;
 constexpr int64_t kMostVocabulary = int64_t{1} << 27;
@@ -55,7 +55,7 @@ constexpr ExpansionTiles expansion_tiles(int64_t vocabulary) {
   return {threads, static_cast<int>((vocabulary + tile_length - 1) / tile_length)};
 }
 
-// In int64. Of a row: the best K keys of each tile, its three statistics, a ticket. Then a ticket a request.
+// In int64. Per row: the best K keys of each tile, its three statistics, a ticket. Then one ticket per request.
 struct ExpansionWorkspace {
   int64_t statistics;
   int64_t ticket;
@@ -73,7 +73,7 @@ constexpr int64_t expansion_workspace_length(int64_t batch, int64_t frontier_len
 
 namespace cpu {
 
-// The noise of blocks begin..end of B * num_blocks(V), but for requests that are not coupled.
+// The noise of blocks begin..end of B * num_blocks(V), except for requests that are not coupled.
 void write_noise(const ExpandFrontierParams& params, int64_t begin, int64_t end);
 
 // The children and the entropies of frontier nodes begin..end of B * F.

@@ -215,7 +215,7 @@ void expand_node(const ExpandFrontierParams& p, int64_t index, Scratch& scratch)
   const Distribution distribution = distribution_of(row, scratch.block_maxima);
   find_children(row, p.branching, scratch);
   const bool is_valid = std::isfinite(distribution.maximum);
-  const double parent = p.parent_scores[index] > -kInfinity ? p.parent_scores[index] : -kInfinity;  // NaN: not there
+  const double parent = p.parent_scores[index] > -kInfinity ? p.parent_scores[index] : -kInfinity;  // NaN: no such node
   for (int64_t k = 0; k < p.branching; ++k) {
     const Child& child = scratch.children[k];
     const double log_probability = is_valid ? distribution.log_probability(child.logit) : -kInfinity;

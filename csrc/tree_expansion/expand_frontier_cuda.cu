@@ -46,7 +46,7 @@ __device__ __forceinline__ float2 sum_powers(const float* logits, float maximum)
   return sums;
 }
 
-// By the last warp of the block, while the others rank.
+// Called by the last warp of the block while the others rank.
 template <int kThreads>
 __device__ __forceinline__ void write_statistics(const float2* sums, float maximum, TileStatistics* statistics) {
   if (warp_index() != kThreads / kWarp - 1) {
@@ -170,7 +170,7 @@ __device__ void expand_tile(const NodeLogits<kType, kIsCoupled>& node, bool is_a
 
 // ---- One row ----
 
-// Every warp for itself: no barrier, and one order of the sums. `own` is the tile of the thread's lane.
+// Every warp does this for itself: no barrier, and one order of the sums. `own` is the tile of the thread's lane.
 __device__ __forceinline__ TileStatistics combine(const TileStatistics& own, const TileStatistics* tiles,
                                                   int num_tiles) {
   TileStatistics row{own.maximum, 0, 0};
@@ -198,8 +198,8 @@ __device__ void finish_row(const ExpandFrontierParams& p, int64_t row, int num_t
                            const uint64_t* keys, const TileStatistics* tiles) {
   constexpr double kNone = -static_cast<double>(kInfinity);
   const int k = static_cast<int>(p.branching);
-  const float parent = p.parent_scores[row] > -kInfinity ? p.parent_scores[row] : -kInfinity;  // NaN: not there
-  // Asked for here, so that they come together with the keys.
+  const float parent = p.parent_scores[row] > -kInfinity ? p.parent_scores[row] : -kInfinity;  // NaN: no such node
+  // Loaded here, so that they arrive together with the keys.
   const TileStatistics own = lane_index() < num_tiles ? tiles[lane_index()] : TileStatistics{kNone, 0, 0};
   TileStatistics statistics;
   double log_sum;
@@ -242,7 +242,7 @@ __device__ Row<kType> row_at(const ExpandFrontierParams& p, int64_t b, int64_t n
   return {logits + b * p.batch_stride + node * p.frontier_stride, static_cast<int>(p.vocabulary)};
 }
 
-// Blocks on a multiprocessor: as many as leave registers enough to spill none.
+// Blocks per multiprocessor: as many as leave enough registers to avoid spills.
 template <int kThreads, LogitsType kType, bool kIsCoupled>
 constexpr int kResidentBlocks = kThreads == 32                  ? 16
                                 : kType == LogitsType::kFloat32 ? (kIsCoupled ? 5 : 7)

@@ -9,7 +9,7 @@ namespace {
 
 constexpr int64_t kMostSharedNodes = 2048;  // 32 KB; larger trees work in the workspace
 
-// A word a node: the worst standing among it and the ancestors seen so far, and the next one to see.
+// One word per node: the worst standing among it and the ancestors seen so far, and the next one to see.
 __device__ __forceinline__ uint64_t word_of(uint32_t standing, int above) {
   return static_cast<uint64_t>(standing) << 32 | static_cast<uint32_t>(above);
 }
@@ -82,7 +82,7 @@ __device__ void write_nodes(const PruneTreeParams& params, int64_t b, int count,
 }
 
 // One block per request: ranks by pointer doubling, the worst kept key by selection, the new numbers by a scan. (Launch
-// bounds of one block a multiprocessor: left to itself, nvcc spills registers for the sake of occupancy.)
+// bounds of one block a multiprocessor: without them nvcc spills registers to raise occupancy.)
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) prune_tree_kernel(const PruneTreeParams params, bool is_shared) {
   TAPS_DYNAMIC_SHARED(uint64_t, shared_words);

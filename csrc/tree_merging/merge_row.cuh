@@ -1,4 +1,4 @@
-// What a block of merge_trees_cuda.cu knows of its row, and how its threads go over it.
+// The row of a block of merge_trees_cuda.cu, and how its threads iterate over it.
 #pragma once
 
 #include <cstdint>
@@ -75,8 +75,8 @@ __device__ __forceinline__ int scan(int length, Value value, Put put) {
   return scanned.total;
 }
 
-// The smallest key belongs to the score that a fold of merged_score over the nodes ends with: the largest, of equals
-// the first, -inf before NaN, and of nothing but NaN the last.
+// The smallest key belongs to the score that a fold of merged_score over the nodes ends with: the largest, the
+// first among equals, -inf before NaN, and the last one if all are NaN.
 __device__ __forceinline__ unsigned long long fold_key(float score, int node) {
   const unsigned rank = static_cast<unsigned>(score != score ? ~node : node);
   return static_cast<unsigned long long>(standing_of(score)) << 32 | rank;

@@ -13,7 +13,7 @@ namespace taps {
 
 namespace {
 
-// The D trees of a row continue the same token.
+// Checks that the D trees of a row continue the same token.
 void check_roots(const Tensor& tokens) {
   if (!can_read(tokens)) {
     return;
@@ -29,7 +29,7 @@ void check_roots(const Tensor& tokens) {
   }
 }
 
-// Of a row, in int64.
+// The workspace of a row, in int64.
 int64_t workspace_length(const Tensor& parents) {
   const int64_t drafters = parents.size(1);
   const int64_t nodes = parents.size(2);

@@ -1,5 +1,5 @@
-// The union, level by level. A node of the union is what its first input node is: the input nodes that it unites share
-// a slot of a hash table, and the lowest of them stands for all. Two nodes are one when their parents share a slot and
+// The union, level by level. The input nodes that become one node share a slot of a hash table, and the lowest of them
+// stands for all. Two nodes are one when their parents share a slot and
 // their tokens are equal; nothing else needs to be known of a parent, so one barrier a level is enough. Which slot it
 // is depends on the order of the threads; who shares it does not.
 #include "tree_merging/merge_row.cuh"
@@ -8,7 +8,7 @@ namespace taps::cuda {
 
 namespace {
 
-constexpr int kFree = 0x7FFFFFFF;  // in a slot: nobody's
+constexpr int kFree = 0x7FFFFFFF;  // marks a free slot
 constexpr int kIsPadding = -2;     // as parent, depth and first node
 constexpr int kLevels = kMergeLevels;
 

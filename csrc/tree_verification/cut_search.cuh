@@ -69,7 +69,7 @@ struct TokenRange {
   }
 };
 
-// The block's search, in shared memory: in registers it would crowd out all else.
+// The block's search, in shared memory: in registers it would leave no room for anything else.
 struct CutSearch {
   TokenWeight weight;
   TokenRange range;
@@ -241,7 +241,7 @@ __device__ Cut choose_listed(CutSearch& search, int count, uint32_t otherwise) {
     const uint32_t own = search.list.standings[i];
     uint64_t before = search.above;
     uint64_t upto = search.above;
-    bool is_first = true;  // of its equals: one thread shall write
+    bool is_first = true;  // among equal tokens: only one thread writes
 #pragma unroll 1
     for (int j = 0; j < count; ++j) {
       const uint32_t other = search.list.standings[j];

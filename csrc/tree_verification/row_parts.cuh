@@ -1,4 +1,4 @@
-// A row's draw out of those of its parts, which measure z from different maxima.
+// Combines the draws of a row's parts, which measure z from different maxima, into the row's draw.
 #pragma once
 
 #include <cstdint>

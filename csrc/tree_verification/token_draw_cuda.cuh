@@ -15,7 +15,7 @@
 
 namespace taps::cuda {
 
-// Of a request. What takes a division or a logarithm is here once, for code where it would take registers.
+// The settings of one request. What takes a division or a logarithm is computed once, where it takes no registers.
 struct DrawSettings {
   LogitScale scale;
   float scale_of_bound;
@@ -31,7 +31,7 @@ struct DrawSettings {
   }
 };
 
-// The values are unchecked, as all values on a device: draws are greedy but at a finite temperature above 0.
+// The values are unchecked, as all values on a device: draws are greedy except at a finite temperature above 0.
 __device__ inline DrawSettings draw_settings(double temperature, int64_t top_k, double top_p, double min_p,
                                              int64_t seed, int64_t root_position) {
   return {{temperature, 1 / temperature},
@@ -53,7 +53,7 @@ struct DrawTask {
   int64_t depth;
 };
 
-// What of a row takes part, chunks first..end-1, and what z is measured from.
+// The part of a row in the draw, chunks first..end-1, and the maximum from which z is measured.
 template <LogitsType kType>
 struct Contest {
   ChunkedRow<kType> row;

@@ -1,4 +1,4 @@
-// What a token weighs in the search for a filter's cut, and z as the draw has it, on the device.
+// The weight of a token in the search for a filter's cut, and z exactly as in the draw, on the device.
 #pragma once
 
 #include <cstdint>

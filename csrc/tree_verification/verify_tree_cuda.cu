@@ -123,7 +123,8 @@ __device__ inline int depth_of(const int32_t* parents, int node) {
   return depth;
 }
 
-// `parts` blocks per row (b, node) draw its token, whether the walk comes by or not; the last block of a request walks.
+// `parts` blocks per row (b, node) draw its token, whether or not the walk visits it; the last block of a request
+// walks.
 template <int kThreads, LogitsType kType>
 __global__ void __launch_bounds__(kThreads, 1) verify_all_rows_kernel(const VerifyTreeParams p, int parts) {
   TAPS_DYNAMIC_SHARED(uint32_t, chunk_best);
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1) verify_all_rows_kernel(const Veri
   unsigned long long* ticket = reinterpret_cast<unsigned long long*>(p.workspace) + b;
   if (threadIdx.x == 0) {
     settings[0] = settings_of(p, b);
-  } else if (threadIdx.x == kThreads - 1) {  // of another warp, so that neither waits for the other's loads
+  } else if (threadIdx.x == kThreads - 1) {  // in another warp, so that neither waits for the other's loads
     ready_ticket(ticket, p.nonce);
   }
 #pragma unroll 1

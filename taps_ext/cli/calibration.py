@@ -41,7 +41,7 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Fit how far a drafter is to be trusted against the target's noise, so that it can draft with it."""
-    from ..device import choose
+    from ..native import choose_device
     from ..training import calibrating
     from ..training.config import DataConfig, SourceConfig
     from ..training.data import prepare, with_chat_template
@@ -53,7 +53,7 @@ def calibrate(
     folder = calibrating.calibratable(drafter)
     if output is not None:
         _check_output(output, folder)
-    place = choose(device)
+    place = choose_device(device)
     keep_logs_clean()
     model, tokenizer = load_target(target, "auto", place)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import info, tiny
+from .. import native, tiny
 from ..checkpoints import average_drafters, load_drafter, load_drafters
 from ..decode.decoder import SpeculativeDecoder
 from ..decode.plain import plain_generate
@@ -162,7 +162,7 @@ def _run(settings: DemoSettings, report: Report) -> DemoResult:
         num_target_parameters=sum(parameter.numel() for parameter in model.parameters()),
         cells=cells,
         samples=[_sample(variants[MERGED], tokenizer, domain, settings) for domain in tiny.DOMAINS],
-        environment=info.collect().to_dict(),
+        environment=native.installation().to_dict(),
     )
 
 

@@ -67,17 +67,17 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Answer benchmark questions with every variant and keep what happened; a stopped run goes on. See docs."""
-    from ..device import choose
     from ..evaluation import contestants, results, runner
     from ..evaluation.plan import Plan, Settings
     from ..evaluation.summary import summarise
     from ..evaluation.variants import parse_variants
+    from ..native import choose_device
 
     temperatures = temperature or [0.0, 1.0]
     settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt)
     paths = drafter_folders(target, drafter or [])
     variants = parse_variants(variant or [], list(paths), temperatures, max_nodes)
-    place = choose(device or _own_gpu())
+    place = choose_device(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, questions)
     files = contestants.check_drafters(paths, target_config(target))
     facts = contestants.drafter_facts(files, paths)

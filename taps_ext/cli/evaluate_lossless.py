@@ -77,8 +77,8 @@ def check_lossless(
     """
     from ..checkpoints import load_drafters
     from ..decode.decoder import check_drafting
-    from ..device import choose
     from ..evaluation import contestants, lossless, lossless_report
+    from ..native import choose_device
     from ..target.model import TargetModel
     from ..tree import TreeShape
 
@@ -92,7 +92,7 @@ def check_lossless(
     )
     paths = drafter_folders(target, drafter or [])
     ways = lossless.make_ways(list(paths), composition or [], check_drafting(drafting), merged_nodes)
-    questions, place = _questions(target, prompts, limit), choose(device)
+    questions, place = _questions(target, prompts, limit), choose_device(device)
     contestants.check_drafters(paths, target_config(target))
     keep_logs_clean()
     with progress() as bars:

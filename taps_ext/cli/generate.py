@@ -34,12 +34,14 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Two specialist drafters and their compositions on the embedded models, beside plain decoding."""
-    from ..device import choose
+    from ..native import choose_device
     from . import demo as demonstration
     from . import demo_report, terminal
 
     keep_logs_clean()
-    settings = demonstration.DemoSettings(prompts, max_new_tokens, temperature, seed, str(choose(device)), drafting)
+    settings = demonstration.DemoSettings(
+        prompts, max_new_tokens, temperature, seed, str(choose_device(device)), drafting
+    )
     with progress() as bars:
         bar = bars.add_task("loading", total=demonstration.count_reports(settings))
         result = demonstration.run(settings, lambda done: bars.update(bar, advance=1, description=f"{done} prompts"))
@@ -96,11 +98,11 @@ def generate(
     from ..checkpoints import load_drafters
     from ..composition import make_composition
     from ..decode.decoder import SpeculativeDecoder, check_drafting
-    from ..device import choose
+    from ..native import choose_device
     from ..sampling import SamplingParams
     from ..tree import TreeShape
 
-    place = choose(device)
+    place = choose_device(device)
     make_composition(
         composition, merged_nodes, evidence_decay
     )  # a wrong name should not wait for a large target to load
@@ -132,10 +134,10 @@ def generate(
 
 def info(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
     """Versions, what was built and why, and what torch finds on this machine."""
-    from .. import info as installation
+    from ..native import installation
     from . import terminal
 
-    facts = installation.collect()
+    facts = installation()
     if as_json:
         print(json_text(facts.to_dict()))
     else:

@@ -13,7 +13,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from ..decode.stats import DecodeStats
-    from ..info import Gpu, Info
+    from ..native import Gpu, Installation
     from .demo import Cell, DemoResult
     from .transcript import Span
 
@@ -127,7 +127,7 @@ def _figures(cell: Cell) -> list[str]:
     ]
 
 
-def info_table(facts: Info) -> Table:
+def info_table(facts: Installation) -> Table:
     """What `taps-ext info` prints."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("taps_ext", facts.taps_ext)

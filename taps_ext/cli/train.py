@@ -115,12 +115,12 @@ def regenerate(
     device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
 ) -> None:
     """Let the target write the answers of conversations, for drafters to learn from; goes on where it was stopped."""
-    from ..device import choose
+    from ..native import choose_device
     from ..training import regeneration, survey
     from ..training.config import DataConfig, SourceConfig
     from ..training.data import with_chat_template
 
-    place = choose(device)
+    place = choose_device(device)
     regeneration.check_output(output)
     sources = tuple(SourceConfig(path, count=count) for path in data)
     surveyed = survey.survey(DataConfig(sources), keeps_questions=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import info
+from .. import native
 from ..target.model import TargetModel
 from ..training.target_ends import identify
 from ..tree import TreeShape
@@ -195,16 +194,12 @@ def _refuse_long_questions(plan: Plan, prompter: Prompter, target: TargetModel) 
 
 def _provenance(command: str, target: TargetModel, processes: Processes) -> dict[str, Any]:
     """How the results came about, as JSON values; none of it must be the same when a run goes on."""
-    here = info.collect()
     is_cuda = target.device.type == "cuda"
     return {
         "command": command,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **info.code_version(),
-        "versions": {"python": platform.python_version(), **here.versions},
-        "platform": f"{platform.system()} {platform.machine()}",
+        **native.installation().provenance(),
         "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
-        "num_threads": here.num_threads,
         "num_processes": processes.count,
     }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..device import refuse_without_ops
+from ..native import refuse_without_ops
 
 ATTENDING_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
 # Arguments that some models give their attention function and that tree attention does not support.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..drafters.network import EagleConfig
-from ..info import code_version
+from ..native import code_version
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
 from .target_ends import TargetIdentity

@@ -21,7 +21,7 @@ import torch
 from ..checkpoints.disk import written
 from ..checkpoints.load import save_drafter
 from ..drafters.network import EagleNetwork
-from ..info import code_version
+from ..native import code_version
 from .acceptance_estimate import estimate
 from .calibrating import calibrate_run
 from .checkpoints import Checkpoints, RunState, layout

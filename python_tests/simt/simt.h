@@ -1,7 +1,8 @@
 // A stand-in for the CUDA execution model, so that kernels written for nvcc run, and are tested, on a CPU.
 //
-// The very same .cu files are compiled by g++ (`-x c++ -Icsrc/simt/include -Icsrc`): include/cuda_runtime.h takes the
-// place of CUDA's, and common/launch.cuh leaves to it the two things that C++ cannot spell, launches and shared arrays.
+// The very same .cu files are compiled by g++ (`-x c++ -Ipython_tests/simt/include -Ipython_tests -Icsrc`):
+// include/cuda_runtime.h takes the place of CUDA's, and common/launch.cuh leaves to it the two things that C++ cannot
+// spell, launches and shared arrays.
 //
 // A launch runs its blocks one after the other in the calling host thread. A block is one fiber a thread, each on its
 // own stack (fiber.h). A thread runs until it waits, at a barrier or for the other lanes of a warp operation, and hands
