@@ -26,6 +26,7 @@ from peers.sum_merging import SumMerging
 from timing import no_garbage_collection
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import corpus
 
 import taps_ext
 from taps_ext.composition import EVIDENCE_DECAY
@@ -33,7 +34,6 @@ from taps_ext.decode.plain import plain_generate
 from taps_ext.drafters import evidence
 from taps_ext.drafters.evidence import PROMPT_WEIGHT
 from taps_ext.target.model import TargetModel
-from taps_ext.tiny import corpus
 
 ROWS = 10  # of a batch
 SWITCHING = "switching"  # prompts that change their domain half-way

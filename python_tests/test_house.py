@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training.target_ends",
         *BELOW_DECODE,
     },
-    "tiny": {"tiny", "checkpoints", "training", "decode", *BELOW_DECODE},
+    "tiny": set(),
 }
 OPS = (
     "expand_frontier",
