@@ -326,7 +326,8 @@ def code_digest() -> str:
     found = hashlib.sha256()
     here, package = Path(__file__).resolve().parent, Path(taps_ext.__file__).resolve().parent
     measuring = [here / f"{name}.py" for name in ("beyond_cells", "beyond_counts", "drafter_filters", "timing")]
-    for path in sorted([*measuring, *here.glob("peers/*.py"), *package.rglob("*.py"), *package.glob("_C*.so")]):
+    measuring += [*here.glob("peers/*.py"), *here.glob("worlds/*.py")]
+    for path in sorted([*measuring, *package.rglob("*.py"), *package.glob("_C*.so")]):
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return f"{found.hexdigest()[:16]}, {torch.get_num_threads()} threads of torch {torch.__version__}"
 
