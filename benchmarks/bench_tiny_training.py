@@ -2,7 +2,7 @@
 
     python benchmarks/bench_tiny_training.py FOLDER --output results.json
 
-FOLDER is what `python -m taps_ext.tiny.recipe --output FOLDER` made. A single drafter, 60 nodes and 6 levels, held-out
+FOLDER is what `runs/tiny.sh FOLDER` made. A single drafter, 60 nodes and 6 levels, held-out
 prompts of every domain, greedy and at temperature 1, micro average over all steps.
 The script prints a table for people and, as its last line, one line of JSON for programs.
 """
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from provenance import provenance, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import corpus
 
 import taps_ext
-from taps_ext import tiny
 
 TEMPERATURES = (0.0, 1.0)
 
@@ -31,7 +31,7 @@ def measure(folder: Path, num_prompts: int, max_new_tokens: int) -> list[dict[st
     tokenizer: Any = AutoTokenizer.from_pretrained(folder / "target", padding_side="left")
     facts = json.loads((folder / "recipe.json").read_text())
     runs, domains = facts["runs"], facts["corpus"]["domains"]
-    prompts = {domain: _encode(tokenizer, tiny.prompts(domain, num_prompts)) for domain in domains}
+    prompts = {domain: _encode(tokenizer, corpus.prompts(domain, num_prompts)) for domain in domains}
     rows = []
     for path in sorted((folder / "runs").glob("*/final")):
         name = path.parent.name
@@ -78,7 +78,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the drafters of a tiny world.")
-    parser.add_argument("folder", type=Path, help="what taps_ext.tiny.recipe made")
+    parser.add_argument("folder", type=Path, help="what runs/tiny.sh made")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")
     parser.add_argument("--prompts", type=int, default=40, help="of each domain")
     parser.add_argument("--max-new-tokens", type=int, default=96)

@@ -26,6 +26,7 @@ from peers.sum_merging import SumMerging
 from timing import no_garbage_collection
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import corpus
 
 import taps_ext
 from taps_ext.composition import EVIDENCE_DECAY
@@ -33,7 +34,6 @@ from taps_ext.decode.plain import plain_generate
 from taps_ext.drafters import evidence
 from taps_ext.drafters.evidence import PROMPT_WEIGHT
 from taps_ext.target.model import TargetModel
-from taps_ext.tiny import corpus
 
 ROWS = 10  # of a batch
 SWITCHING = "switching"  # prompts that change their domain half-way
@@ -326,7 +326,8 @@ def code_digest() -> str:
     found = hashlib.sha256()
     here, package = Path(__file__).resolve().parent, Path(taps_ext.__file__).resolve().parent
     measuring = [here / f"{name}.py" for name in ("beyond_cells", "beyond_counts", "drafter_filters", "timing")]
-    for path in sorted([*measuring, *here.glob("peers/*.py"), *package.rglob("*.py"), *package.glob("_C*.so")]):
+    measuring += [*here.glob("peers/*.py"), *here.glob("worlds/*.py")]
+    for path in sorted([*measuring, *package.rglob("*.py"), *package.glob("_C*.so")]):
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return f"{found.hexdigest()[:16]}, {torch.get_num_threads()} threads of torch {torch.__version__}"
 

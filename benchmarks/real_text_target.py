@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from provenance import provenance, write_json
+from worlds.pretraining import PretrainingConfig, new_target, pretrain, save_tokenizer, train_tokenizer
 
-from taps_ext.tiny.pretraining import PretrainingConfig, new_target, pretrain
-from taps_ext.tiny.tokenizer import save_tokenizer, train_tokenizer
 from taps_ext.training import TokenDataset
 from taps_ext.training.chat_format import ChatFormat
 from taps_ext.training.config import DataConfig, SourceConfig

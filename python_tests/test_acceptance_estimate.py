@@ -45,7 +45,7 @@ def decoded() -> Decoded:
     target, tokenizer = tiny.load_target()
     drafter = load_drafter(next(iter(tiny.drafter_paths().values())), target)
     decoder = SpeculativeDecoder(target, {"only": drafter}, "single", shape=CHAIN)
-    chats = [*tiny.prompts("math", 8, seed=21), *tiny.prompts("chat", 2, seed=21)]
+    chats = [*tiny.prompts("math", 8), *tiny.prompts("chat", 2)]
     prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
     longest = max(map(len, prompts))
     padded = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -102,7 +102,7 @@ def test_the_estimate_is_the_decoders_acceptance_length() -> None:
 
 def test_chains_from_any_slot_are_what_the_drafter_drafts() -> None:
     world = decoded()
-    example = max(world.examples, key=lambda one: len(one.tokens))
+    example = max(world.examples[:8], key=lambda one: len(one.tokens))  # of math, where the drafter is good
     is_correct, learned = correct_by_pass(collate([example]))
     accepted, tokens = accepted_drafts(is_correct), torch.tensor([example.tokens])
     features = FrozenTarget(world.target).features(collate([example]))

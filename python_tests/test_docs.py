@@ -11,6 +11,7 @@ import doctest
 import inspect
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,10 @@ import taps_ext as taps
 from taps_ext import cli
 from taps_ext.composition import COMPOSITIONS
 from taps_ext.evaluation.tasks import TASKS
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "docs"))
+
+import step_picture
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -269,3 +274,18 @@ def test_the_reader_of_pages_sees_what_they_hold() -> None:
     assert demo.takes_minutes
     torchrun = [command for command in commands(ROOT / "README.md") if "recipe.yaml" in command.words]
     assert torchrun and torchrun[0].words[0] == "train"
+
+
+# ---- the picture of a step
+
+
+def test_the_picture_is_that_of_a_real_step() -> None:
+    step = step_picture.real_step()
+    assert step_picture.picture(step) == step_picture.OUTPUT.read_text(encoding="utf-8")
+    assert step.num_accepted >= 3
+    proposers = {step.nodes[index].proposers for index in step.drawn()[1:]}
+    assert proposers == {frozenset({"math"}), frozenset({"chat"}), frozenset({"math", "chat"})}
+    for drafter in ("math", "chat"):
+        drawn = step.drawn(drafter)
+        assert 6 <= len(drawn) - 1 <= 9
+        assert all(step.nodes[index].parent in drawn for index in drawn[1:]), "a node hangs in the air"

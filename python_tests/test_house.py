@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training.target_ends",
         *BELOW_DECODE,
     },
-    "tiny": {"tiny", "checkpoints", "training", "decode", *BELOW_DECODE},
+    "tiny": set(),
 }
 OPS = tuple(native.load().schemas)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from worlds import corpus
 
 import taps_ext as taps
 from taps_ext import tiny
@@ -32,7 +37,7 @@ def models() -> Any:
 @cache
 def conversations(count: int = 14) -> list[Conversation]:
     """Of both domains, one to four turns; every third begins with a system message."""
-    texts = [text for domain in tiny.DOMAINS for text in tiny.conversations(domain, count // 2, seed=9)]
+    texts = [text for domain in tiny.DOMAINS for text in corpus.conversations(domain, count // 2, seed=9)]
     return [Conversation((SYSTEM, *text) if i % 3 == 0 else tuple(text), f"here:{i}") for i, text in enumerate(texts)]
 
 

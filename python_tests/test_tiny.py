@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,15 +16,18 @@ from statistics import mean, stdev
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from worlds import corpus
+from worlds import recipe as tiny_recipe
+from worlds.arithmetic import Problem, generate_problem
+from worlds.pretraining import PretrainingConfig, new_target, pretrain, train_tokenizer
+
 import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.checkpoints import average_drafters
-from taps_ext.tiny import recipe as tiny_recipe
-from taps_ext.tiny.arithmetic import Problem, generate_problem
-from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS
-from taps_ext.tiny.pretraining import PretrainingConfig, new_target, pretrain
-from taps_ext.tiny.tokenizer import train_tokenizer
 from taps_ext.training import TokenDataset
+from taps_ext.training.calibrating import CalibrationSettings
 from taps_ext.training.chat_format import ChatFormat
 from taps_ext.training.config import ObjectiveConfig
 
@@ -79,7 +83,7 @@ def test_problems_vary_in_length_operators_and_carries() -> None:
 
 
 def test_dialogues_alternate_and_seldom_repeat() -> None:
-    dialogues = tiny.conversations("chat", 500, seed=3)
+    dialogues = corpus.conversations("chat", 500, seed=3)
     for dialogue in dialogues:
         assert [message["role"] for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
     assert {len(dialogue) // 2 for dialogue in dialogues} == {1, 2, 3, 4}
@@ -88,20 +92,22 @@ def test_dialogues_alternate_and_seldom_repeat() -> None:
     assert len({word for answer in answers for word in re.findall(r"[a-z]+", answer.lower())}) > 700
 
 
-@pytest.mark.parametrize("domain", tiny.ALL_DOMAINS)
+@pytest.mark.parametrize("domain", corpus.ALL_DOMAINS)
 def test_texts_are_a_function_of_the_seed_and_prompts_are_held_out(domain: str) -> None:
-    assert tiny.prompts(domain, 5, seed=1) == tiny.prompts(domain, 9, seed=1)[:5] != tiny.prompts(domain, 5, seed=2)
-    assert tiny.conversations(domain, 5, seed=0) == tiny.conversations(domain, 9, seed=0)[:5]
-    assert all(prompt[-1]["role"] == "user" for prompt in tiny.prompts(domain, 50))
-    for seed, count in TRAINING_CONVERSATIONS.items():
-        trained = tiny.conversations(domain, count, seed)
+    assert (
+        corpus.prompts(domain, 5, seed=1) == corpus.prompts(domain, 9, seed=1)[:5] != corpus.prompts(domain, 5, seed=2)
+    )
+    assert corpus.conversations(domain, 5, seed=0) == corpus.conversations(domain, 9, seed=0)[:5]
+    assert all(prompt[-1]["role"] == "user" for prompt in corpus.prompts(domain, 50))
+    for seed, count in corpus.TRAINING_CONVERSATIONS.items():
+        trained = corpus.conversations(domain, count, seed)
         seen = {repr(text[: turn + 1]) for text in trained for turn in range(0, len(text), 2)}
-        assert not any(repr(prompt) in seen for prompt in tiny.prompts(domain, 100))
+        assert not any(repr(prompt) in seen for prompt in corpus.prompts(domain, 100))
 
 
 def test_an_unknown_domain_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="domain 'law' is not one of math, chat, code, tables"):
-        tiny.prompts("law", 1)
+        corpus.prompts("law", 1)
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -109,8 +115,8 @@ def test_an_unknown_domain_is_refused_by_name() -> None:
 
 def test_the_chat_format_marks_what_the_assistant_says() -> None:
     tokenizer = tiny.load_target()[1]
-    for domain in tiny.ALL_DOMAINS:
-        for conversation in tiny.conversations(domain, 20, seed=5):
+    for domain in corpus.ALL_DOMAINS:
+        for conversation in corpus.conversations(domain, 20, seed=5):
             example = ChatFormat(tokenizer).encode(conversation)
             learned = [token for token, is_learned in zip(example.tokens, example.loss_mask, strict=True) if is_learned]
             assert tokenizer.decode(learned) == "".join(f"{m['content']}<|end|>" for m in conversation[1::2])
@@ -119,7 +125,7 @@ def test_the_chat_format_marks_what_the_assistant_says() -> None:
 
 
 def test_the_tokenizer_is_a_function_of_its_texts() -> None:
-    texts = [message["content"] for text in tiny.conversations("chat", 200, seed=5) for message in text]
+    texts = [message["content"] for text in corpus.conversations("chat", 200, seed=5) for message in text]
     first, again = train_tokenizer(texts), train_tokenizer(texts)
     assert first.get_vocab() == again.get_vocab()
     assert len(first) <= 1024
@@ -152,6 +158,31 @@ def test_drafters_come_in_the_order_that_breaks_ties() -> None:
     assert list(tiny.drafter_paths()) == ["math", "chat"]
 
 
+def test_the_embedded_prompts_are_the_first_that_the_generator_holds_out() -> None:
+    text = (tiny.assets() / tiny.PROMPTS).read_text(encoding="utf-8")
+    assert text == corpus.prompt_lines(tiny.DOMAINS)
+    for domain in tiny.DOMAINS:
+        assert tiny.prompts(domain, 80) == corpus.prompts(domain, 80)
+
+
+def test_a_seed_shuffles_the_embedded_prompts() -> None:
+    first, second = (tiny.prompts("chat", 80, seed) for seed in (1, 2))
+    assert first != second and tiny.prompts("chat", 5, seed=1) == first[:5] != tiny.prompts("chat", 5)
+    assert sorted(map(repr, first)) == sorted(map(repr, second)) == sorted(map(repr, tiny.prompts("chat", 80)))
+
+
+@pytest.mark.parametrize(
+    ("domain", "count", "sentence"),
+    [
+        ("law", 1, "domain 'law' not found; embedded prompts exist for math, chat"),
+        ("math", 81, "81 prompts of math were asked for, and 80 are embedded; ask for at most 80, or"),
+    ],
+)
+def test_prompts_that_are_not_embedded_are_refused(domain: str, count: int, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tiny.prompts(domain, count)
+
+
 # --- the recipe ------------------------------------------------------------------------------------------------------
 
 
@@ -164,9 +195,9 @@ def test_a_mixture_holds_as_many_texts_of_each_domain_as_it_says() -> None:
         "mixed-full": {"math": 1200, "chat": 1200},
     }.items():
         assert num_texts(recipe, mixture) == expected
-    of_four = replace(recipe, domains=tiny.ALL_DOMAINS)
+    of_four = replace(recipe, domains=corpus.ALL_DOMAINS)
     assert num_texts(of_four, "code") == {"math": 22, "chat": 22, "code": 1200, "tables": 22}
-    assert num_texts(of_four, "mixed-half") == dict.fromkeys(tiny.ALL_DOMAINS, 600)
+    assert num_texts(of_four, "mixed-half") == dict.fromkeys(corpus.ALL_DOMAINS, 600)
 
 
 def num_texts(recipe: tiny_recipe.Recipe, mixture: str) -> Counter[str]:
@@ -191,6 +222,7 @@ def test_the_recipe_makes_a_world_that_can_be_loaded(tmp_path: Path) -> None:
     method = tiny_recipe.Method(ObjectiveConfig("hass"), share=0.01, is_mixed=False)
     recipe = tiny_recipe.Recipe(
         num_own_texts=20,
+        calibration=CalibrationSettings((1.0,), depth=2, positions=200),
         threads=torch.get_num_threads(),
         batch_size=4,
         methods={"quick": method},
@@ -209,6 +241,7 @@ def test_the_recipe_makes_a_world_that_can_be_loaded(tmp_path: Path) -> None:
         f"{seed}/{domain}": f"quick-{domain}-{seed}" for seed in (1, 2) for domain in tiny.DOMAINS
     }
     assert len({next(folder.glob("*.safetensors")).read_bytes() for folder in folders.values()}) == 4
+    assert (world / tiny.PROMPTS).read_bytes() == (tiny.assets() / tiny.PROMPTS).read_bytes()
     for folder in folders.values():
         assert str(tmp_path) not in (folder / "config.json").read_text()
     with pytest.raises(FileExistsError, match="texts exists already; give another folder"):
@@ -224,7 +257,7 @@ def acceptance(domain: str, composition: str, drafters: dict[str, Path], num_pro
     decoder = taps.SpeculativeDecoder(target, taps.load_drafters(drafters, target), composition=composition)
     tokenizer.padding_side = "left"
     inputs = tokenizer.apply_chat_template(
-        tiny.prompts(domain, num_prompts, seed=42),
+        corpus.prompts(domain, num_prompts, seed=42),
         add_generation_prompt=True,
         padding=True,
         return_tensors="pt",
@@ -237,7 +270,7 @@ def acceptance(domain: str, composition: str, drafters: dict[str, Path], num_pro
 def test_each_specialist_is_clearly_better_on_its_own_domain() -> None:
     paths = tiny.drafter_paths()
     for own, other in (("math", "chat"), ("chat", "math")):
-        mine, theirs = (acceptance(own, "single", {name: paths[name]}, 16)[0] for name in (own, other))
+        mine, theirs = (acceptance(own, "single", {name: paths[name]}, 10)[0] for name in (own, other))
         assert mine >= theirs + 1.0
         assert 3.0 <= mine <= 5.9  # of 7: hard enough that differences can show
 
@@ -260,11 +293,11 @@ def test_compositions_stand_to_each_other_as_published(tmp_path: Path) -> None:
 def test_a_target_whose_training_was_stopped_is_the_one_whose_training_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    texts = tiny.conversations("math", 40, seed=5)
+    texts = corpus.conversations("math", 40, seed=5)
     tokenizer = train_tokenizer((message["content"] for text in texts for message in text), vocab_size=400)
     dataset = TokenDataset(ChatFormat(tokenizer).encode(text).cut(256) for text in texts)
     config = PretrainingConfig(steps=6, batch_size=4)
-    monkeypatch.setattr("taps_ext.tiny.pretraining.CHECKPOINT_STEPS", 2)
+    monkeypatch.setattr("worlds.pretraining.CHECKPOINT_STEPS", 2)
 
     def stop(step: int, loss: float) -> None:
         if step == 5:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import permutations
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
-from taps_ext import tiny
-from taps_ext.tiny import corpus as tiny_corpus
-from taps_ext.tiny.corpus import TRAINING_CONVERSATIONS, Message
-from taps_ext.tiny.programs import Programmer
-from taps_ext.tiny.tables import FORMS, SUM, Clerk
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-TALKS = {domain: tiny.conversations(domain, 600, seed=3) for domain in ("code", "tables")}
+from worlds import corpus
+from worlds.corpus import TRAINING_CONVERSATIONS, Message
+from worlds.programs import Programmer
+from worlds.tables import FORMS, SUM, Clerk
+
+ROOT = Path(__file__).resolve().parent.parent
+TALKS = {domain: corpus.conversations(domain, 600, seed=3) for domain in ("code", "tables")}
 
 
 def answers(domain: str) -> Iterator[tuple[str, str]]:
@@ -33,7 +40,7 @@ def answers(domain: str) -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("domain", "digest"), [("math", "7835fb5bec4b4c6b"), ("chat", "bc16036eed89d469")])
 def test_the_texts_of_the_shipped_models_stay_as_they_were(domain: str, digest: str) -> None:
-    texts = [tiny.conversations(domain, 200, 0), tiny.conversations(domain, 200, 1), tiny.prompts(domain, 50)]
+    texts = [corpus.conversations(domain, 200, 0), corpus.conversations(domain, 200, 1), corpus.prompts(domain, 50)]
     assert hashlib.sha256(repr(texts).encode()).hexdigest()[:16] == digest
 
 
@@ -279,13 +286,13 @@ def domain_of(question: Message) -> str:
 
 
 def test_switching_prompts_visit_every_pair_of_domains_and_are_held_out() -> None:
-    drawn = tiny.switching_prompts(tiny.ALL_DOMAINS, 60)
-    assert drawn[:7] == tiny.switching_prompts(tiny.ALL_DOMAINS, 7)
-    assert drawn != tiny.switching_prompts(tiny.ALL_DOMAINS, 60, seed=1)
+    drawn = corpus.switching_prompts(corpus.ALL_DOMAINS, 60)
+    assert drawn[:7] == corpus.switching_prompts(corpus.ALL_DOMAINS, 7)
+    assert drawn != corpus.switching_prompts(corpus.ALL_DOMAINS, 60, seed=1)
     pairs = [(domain_of(prompt[0]), domain_of(prompt[2])) for prompt in drawn]
-    assert pairs[:12] == list(permutations(tiny.ALL_DOMAINS, 2))
+    assert pairs[:12] == list(permutations(corpus.ALL_DOMAINS, 2))
     trained = [
-        text for seed, count in TRAINING_CONVERSATIONS.items() for text in tiny.conversations("chat", count, seed)
+        text for seed, count in TRAINING_CONVERSATIONS.items() for text in corpus.conversations("chat", count, seed)
     ]
     known = {text[0]["content"] for text in trained}  # of chat, the domain whose questions come again most often
     for prompt in drawn:
@@ -294,8 +301,8 @@ def test_switching_prompts_visit_every_pair_of_domains_and_are_held_out() -> Non
 
 
 def test_switching_conversations_join_exchanges_of_the_training_texts() -> None:
-    joined = tiny_corpus.switching_conversations(("chat", "tables"), 4, seed=0)
-    texts = {domain: tiny.conversations(domain, 4, seed=0) for domain in ("chat", "tables")}
+    joined = corpus.switching_conversations(("chat", "tables"), 4, seed=0)
+    texts = {domain: corpus.conversations(domain, 4, seed=0) for domain in ("chat", "tables")}
     orders = (("chat", "tables"), ("tables", "chat"))
     assert joined == [
         [*texts[first][i][:2], *texts[second][i][:2]] for i, (first, second) in zip(range(4), 2 * orders, strict=True)
@@ -304,4 +311,15 @@ def test_switching_conversations_join_exchanges_of_the_training_texts() -> None:
 
 def test_a_switch_needs_two_domains() -> None:
     with pytest.raises(ValueError, match="a prompt that switches needs two domains, got math"):
-        tiny.switching_prompts(["math", "math"], 1)
+        corpus.switching_prompts(["math", "math"], 1)
+
+
+# --- the command that docs/training.md begins with -------------------------------------------------------------------
+
+
+def test_the_command_prints_the_texts_that_drafters_learn_from() -> None:
+    command = [sys.executable, "-m", "worlds.corpus", "math", "3"]
+    environment = {**os.environ, "PYTHONPATH": "benchmarks"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    texts = [json.loads(line)["messages"] for line in done.stdout.splitlines()]
+    assert texts == corpus.conversations("math", 3, corpus.DRAFTER_SEED)

@@ -76,8 +76,9 @@ def test_the_wheel_holds_the_package_with_one_native_module_and_no_sources(wheel
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"taps_ext", wheel.name.rsplit("-", 3)[0] + ".dist-info"}
     assert [name for name in names if name.endswith(".so")] == [f"taps_ext/_C{sysconfig.get_config_var('EXT_SUFFIX')}"]
-    assert {"taps_ext/py.typed", "taps_ext/tiny/assets/target/model.safetensors"} <= set(names)
-    assert "taps_ext/tiny/assets/drafters/math/calibration.json" in names
+    assert {"taps_ext/py.typed", "taps_ext/assets/target/model.safetensors"} <= set(names)
+    assert {"taps_ext/assets/drafters/math/calibration.json", "taps_ext/assets/prompts.jsonl"} <= set(names)
+    assert not [name for name in names if "worlds" in name], "what generates the embedded models stays out"
 
 
 def test_the_installed_wheel_runs_an_op(environment: Path, tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from worlds import corpus
+
 from taps_ext import tiny
 from taps_ext.drafters import EagleConfig
 from taps_ext.training import Example, TokenDataset
@@ -146,7 +150,7 @@ def tiny_recipe(
 
 
 def write_conversations(path: Path, count: int, domain: str = "math", seed: int = 5) -> None:
-    lines = [json.dumps({"messages": messages}) for messages in tiny.conversations(domain, count, seed)]
+    lines = [json.dumps({"messages": messages}) for messages in corpus.conversations(domain, count, seed)]
     path.write_text("\n".join(lines) + "\n")
 
 

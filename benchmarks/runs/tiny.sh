@@ -9,8 +9,8 @@ folder="${1:-out/tiny}"
 keep=
 if [ -z "${NEW_TARGET:-}" ]; then
     mkdir -p "$folder"
-    cp -r taps_ext/tiny/assets/target taps_ext/tiny/assets/recipe.json "$folder"
+    cp -r taps_ext/assets/target taps_ext/assets/recipe.json "$folder"
     keep=--keep-target
 fi
-"$python" -m taps_ext.tiny.recipe --output "$folder" $keep
+PYTHONPATH=benchmarks "$python" -m worlds.recipe --output "$folder" $keep
 exec "$python" benchmarks/bench_tiny_training.py "$folder" --output "$folder/tiny_training.json"

@@ -17,11 +17,11 @@ make_world() {
     rm -rf "$world/texts" "$world/runs"
     keep=
     [ -f "$world/recipe.json" ] && keep=--keep-target
-    "$python" -m taps_ext.tiny.recipe --output "$world" $keep "$@"
+    PYTHONPATH=benchmarks "$python" -m worlds.recipe --output "$world" $keep "$@"
 }
 
 mkdir -p "$folder/seeds"
-[ -f "$folder/seeds/recipe.json" ] || cp -r taps_ext/tiny/assets/target taps_ext/tiny/assets/recipe.json "$folder/seeds"
+[ -f "$folder/seeds/recipe.json" ] || cp -r taps_ext/assets/target taps_ext/assets/recipe.json "$folder/seeds"
 make_world seeds --methods eagle2 --seeds 1 2 3
 make_world four --domains math chat code tables --switching 4000 --target-steps 8000 --methods eagle2 hass
 exec "$python" benchmarks/bench_tiny_training.py "$folder/four" --output "$folder/four/tiny_training.json"

@@ -1,21 +1,19 @@
-"""The embedded tiny corpus as two tasks: prompts that the embedded models were not trained on, and their answers."""
+"""The embedded prompts as two tasks: questions that the embedded models were not trained on, and their answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...tiny.corpus import answered_prompts
+from ...tiny import PROMPTS, assets
 from ..answers import same_number
 from .base import Task
+from .question_file import read_questions
 from .questions import Question
-
-NUM_QUESTIONS = 80
-SEED = 0
 
 
 @dataclass(frozen=True)
 class TinyPrompts:
-    """Held-out prompts of a domain; a chat's may go on with a conversation."""
+    """Held-out prompts of a domain; a prompt of chat may continue a conversation."""
 
     domain: str
 
@@ -23,13 +21,8 @@ class TinyPrompts:
         return f"the embedded corpus, {self.domain}"
 
     def questions(self) -> list[Question]:
-        """The first 80: they are the same on every machine."""
-        return [
-            Question(
-                f"tiny_{self.domain}-{number:03}", self.domain, (asked["content"],), (answer["content"],), tuple(before)
-            )
-            for number, (*before, asked, answer) in enumerate(answered_prompts(self.domain, NUM_QUESTIONS, SEED))
-        ]
+        """Return the domain's 80 embedded questions, each with the generator's answer as its reference."""
+        return [question for question in read_questions(assets() / PROMPTS) if question.category == self.domain]
 
 
 TINY_MATH = Task("tiny_math", "tiny math", TinyPrompts("math"), same_number)

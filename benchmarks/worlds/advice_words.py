@@ -1,4 +1,4 @@
-"""The phrases that the advice dialogues are combined from: one record a topic, and banks that every topic shares."""
+"""Hold the phrases of the advice dialogues: one record per topic, and banks that every topic shares."""
 
 from __future__ import annotations
 

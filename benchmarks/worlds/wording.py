@@ -1,4 +1,4 @@
-"""What the generators of the domains share: how a turn becomes messages, how a sentence begins."""
+"""Turn question-answer pairs into chat messages, and capitalise sentences: what the generators share."""
 
 from __future__ import annotations
 

@@ -1,11 +1,21 @@
-"""The generated corpus: seeded conversations of four domains, and held-out prompts that training never saw."""
+"""Generate seeded conversations of four domains, and held-out prompts that training never saw.
+
+    PYTHONPATH=benchmarks python -m worlds.corpus math 1200 > math.jsonl
+
+The command prints training texts as JSON lines, those that the embedded drafters learned from.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import cycle, islice, permutations
 from random import Random
+from typing import Any
+
+from taps_ext.tiny import DOMAINS
 
 from .advice import generate_dialogue
 from .arithmetic import generate_problem
@@ -15,8 +25,8 @@ from .tables import generate_table_talk
 Message = dict[str, str]
 Conversation = list[Message]
 
-DOMAINS = ("math", "chat")  # of the models that come with the package
-ALL_DOMAINS = (*DOMAINS, "code", "tables")  # of the generator
+ALL_DOMAINS = (*DOMAINS, "code", "tables")
+NUM_PROMPTS = 80  # held-out prompts per domain that a world keeps in its prompts.jsonl
 TARGET_SEED, DRAFTER_SEED = 0, 1
 TRAINING_CONVERSATIONS = {TARGET_SEED: 8_000, DRAFTER_SEED: 1_200}  # by seed, of each domain: what training reads
 
@@ -36,6 +46,21 @@ def answered_prompts(domain: str, count: int, seed: int = 0) -> list[Conversatio
     seen = _trained_prompts(domain)
     unseen = (start for start in _starts(domain, f"held-out/{seed}") if repr(start[:-1]) not in seen)
     return list(islice(unseen, count))
+
+
+def prompt_lines(domains: Sequence[str]) -> str:
+    """The first `NUM_PROMPTS` held-out prompts per domain and their answers, as a question file of JSON lines."""
+    records: Iterator[dict[str, Any]] = (
+        {
+            "id": f"tiny_{domain}-{number:03}",
+            "category": domain,
+            "messages": messages,
+            "reference": answer["content"],
+        }
+        for domain in domains
+        for number, (*messages, answer) in enumerate(answered_prompts(domain, NUM_PROMPTS))
+    )
+    return "".join(f"{json.dumps(record)}\n" for record in records)
 
 
 def switching_conversations(domains: Sequence[str], count: int, seed: int) -> list[Conversation]:
@@ -103,3 +128,18 @@ _GENERATORS: dict[str, Callable[[Random], Conversation]] = {
     "code": generate_program_talk,
     "tables": generate_table_talk,
 }
+
+
+def main() -> None:
+    """Print training texts of a domain."""
+    parser = argparse.ArgumentParser(prog="python -m worlds.corpus", description=__doc__)
+    parser.add_argument("domain", choices=ALL_DOMAINS)
+    parser.add_argument("count", type=int)
+    parser.add_argument("--seed", type=int, default=DRAFTER_SEED, help=f"default: {DRAFTER_SEED}")
+    given = parser.parse_args()
+    for messages in conversations(given.domain, given.count, given.seed):
+        print(json.dumps({"messages": messages}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,8 @@
-"""Re-makes the tiny world: `python -m taps_ext.tiny.recipe --output DIR` (see benchmarks/runs/tiny.sh).
+"""Make the embedded models again: `PYTHONPATH=benchmarks python -m worlds.recipe --output DIR` (see runs/tiny.sh).
 
-target/, texts/ that the target writes itself, runs/ of both objectives on every mixture of the two domains, drafters/
-with the shipped specialists, and recipe.json, which says how all of it was made. By its options, other worlds: of more
-domains, with specialists of several methods or seeds (see benchmarks/runs/worlds.sh).
+It writes target/, texts/ that the target writes itself, runs/ of both objectives on every mixture of the two domains,
+drafters/ with the shipped specialists, prompts.jsonl with held-out prompts, and recipe.json, which says how all of it
+was made. Its options make other worlds: more domains, specialists of several methods or seeds (see runs/worlds.sh).
 """
 
 from __future__ import annotations
@@ -24,28 +24,29 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoints import average_drafters
-from ..training import TokenDataset
-from ..training.calibrating import CalibrationSettings, calibrate_drafter, calibration_texts
-from ..training.chat_format import ChatFormat
-from ..training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
-from ..training.config import Recipe as TrainingRecipe
-from ..training.conversations import Conversation
-from ..training.data import prepare
-from ..training.progress import choose
-from ..training.regeneration import regenerate
-from ..training.run import train
+from taps_ext.checkpoints import average_drafters
+from taps_ext.tiny import DOMAINS, PROMPTS
+from taps_ext.training import TokenDataset
+from taps_ext.training.calibrating import CalibrationSettings, calibrate_drafter, calibration_texts
+from taps_ext.training.chat_format import ChatFormat
+from taps_ext.training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
+from taps_ext.training.config import Recipe as TrainingRecipe
+from taps_ext.training.conversations import Conversation
+from taps_ext.training.data import prepare
+from taps_ext.training.progress import choose
+from taps_ext.training.regeneration import regenerate
+from taps_ext.training.run import train
+
 from .corpus import (
     ALL_DOMAINS,
-    DOMAINS,
     DRAFTER_SEED,
     TARGET_SEED,
     TRAINING_CONVERSATIONS,
     conversations,
+    prompt_lines,
     switching_conversations,
 )
-from .pretraining import PretrainingConfig, new_target, pretrain
-from .tokenizer import save_tokenizer, train_tokenizer
+from .pretraining import PretrainingConfig, new_target, pretrain, save_tokenizer, train_tokenizer
 
 MAX_LENGTH = 512  # tokens of a training text
 WRITING_BATCH = 128  # conversations that the target answers at once
@@ -106,6 +107,7 @@ class Recipe:
     batch_size: int = 8
     learning_rate: float = 8e-3
     warmup_steps: int = 30
+    calibration: CalibrationSettings = field(default_factory=CalibrationSettings)  # its seed is that of the drafter
     seed: int = 1  # of the texts that the target writes
     seeds: tuple[int, ...] = (1,)  # of drafters: their first weights and the order of their texts
 
@@ -121,7 +123,7 @@ class Recipe:
 
 def main(arguments: list[str] | None = None) -> None:
     """Make the assets in the folder given by the command line."""
-    parser = argparse.ArgumentParser(prog="python -m taps_ext.tiny.recipe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m worlds.recipe", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for all of it")
     parser.add_argument("--threads", type=int, default=Recipe.threads)
     parser.add_argument("--target-steps", type=int, help=f"default: {TARGET_STEPS} a domain")
@@ -159,6 +161,7 @@ def make(recipe: Recipe, output: Path, has_target: bool = False) -> None:
     facts["texts"] = _write_texts(recipe, output)
     facts["runs"] = _train_all(recipe, output)
     facts["drafters"] = _ship(recipe, output)
+    (output / PROMPTS).write_text(prompt_lines(recipe.domains))
     for path in output.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes files that only their owner can read
     _write_facts(recipe, facts, output)
@@ -176,9 +179,8 @@ def _ship(recipe: Recipe, output: Path) -> dict[str, Any]:
         asked = _training_recipe(recipe, recipe.methods[method], domain, seed, output / "runs" / run)
         data = prepare(asked.data, tokenizer)
         dataset, texts = calibration_texts(data.training, data.validation)
-        calibrate_drafter(
-            fresh / folder, target, dataset, CalibrationSettings(seed=seed), target_name="target", texts=texts
-        )
+        settings = replace(recipe.calibration, seed=seed)
+        calibrate_drafter(fresh / folder, target, dataset, settings, target_name="target", texts=texts)
         facts[folder] = {"run": run}
     fresh.rename(output / "drafters")
     return facts

@@ -1,4 +1,4 @@
-"""Arithmetic word problems with right worked solutions: stories built from an opening and up to three events."""
+"""Generate arithmetic word problems (domain math) with right worked solutions: an opening and up to three events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests about small tables: written as Markdown, as rows with commas or as lists, sorted, summed, changed."""
+"""Generate requests about small tables (domain tables): written in several forms, sorted, summed, changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Advice dialogues of one to four turns: topics, tones and sentence skeletons combined at random."""
+"""Generate advice dialogues (domain chat) of one to four turns from topics, tones and sentence skeletons."""
 
 from __future__ import annotations
 
