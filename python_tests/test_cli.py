@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import re
 import subprocess
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import small_models
 import torch
-import typer.main
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.models import OptionInfo
 
 import taps_ext as taps
 from taps_ext.checkpoints import save_drafter
@@ -204,27 +208,41 @@ def test_the_installed_command_explains_itself() -> None:
 # ---- what the commands have in common
 
 
-def commands() -> dict[str, Any]:
-    """The commands by name, as click has them."""
-    group: Any = typer.main.get_command(app)
-    return dict(group.commands)
+@dataclass(frozen=True)
+class Option:
+    """An option of a command, as its function declares it."""
+
+    spellings: tuple[str, ...]
+    type: Any
+    is_repeatable: bool
+    least: float | None
+    help: str
 
 
-def options() -> dict[str, dict[str, Any]]:
+def commands() -> dict[str, Callable[..., Any]]:
+    return {one.callback.__name__.replace("_", "-"): one.callback for one in app.registered_commands if one.callback}
+
+
+def options() -> dict[str, dict[str, Option]]:
     """Every spelling of an option, and the option by command."""
-    spelled: dict[str, dict[str, Any]] = defaultdict(dict)
-    for name, command in commands().items():
-        for parameter in command.params:
-            for spelling in parameter.opts if parameter.param_type_name == "option" else ():
-                spelled[spelling][name] = parameter
+    spelled: dict[str, dict[str, Option]] = defaultdict(dict)
+    for command, function in commands().items():
+        for name, hint in get_type_hints(function, include_extras=True).items():
+            kind, info, *_ = *get_args(hint), None, None
+            if isinstance(info, OptionInfo):
+                declared = [one for one in (info.default, *(info.param_decls or ())) if str(one).startswith("-")]
+                names = tuple(declared or [f"--{name.replace('_', '-')}"])
+                [kind] = {*(get_args(kind) if isinstance(kind, UnionType) else [kind])} - {NoneType}
+                is_list, [value] = get_origin(kind) is list, get_args(kind) or [kind]
+                option = Option(names, value, is_list, info.min, info.help or "")
+                spelled |= {one: {**spelled[one], command: option} for one in names}
     return spelled
 
 
 def test_an_option_is_spelled_and_means_the_same_in_every_command() -> None:
     for spelling, by_command in options().items():
         meanings = {
-            (repr(one.type), one.is_flag, tuple(one.opts), one.help.removesuffix(" Repeatable."))
-            for one in by_command.values()
+            replace(one, is_repeatable=False, help=one.help.removesuffix(" Repeatable.")) for one in by_command.values()
         }
         assert len(meanings) == 1, f"{spelling} of {', '.join(by_command)}: {meanings}"
     assert len(options()["--target"]) == 7 and len(options()["--temperature"]) == 6, "the reader sees them"
@@ -239,13 +257,13 @@ def test_output_has_a_short_form_and_every_command_prints_json() -> None:
 def test_every_option_is_explained_and_says_whether_it_may_be_repeated() -> None:
     for spelling, by_command in options().items():
         for name, option in by_command.items():
-            assert re.match(r"[A-Z'\[\w].*[.]$", option.help or "", re.DOTALL), f"{name} {spelling}: {option.help}"
-            assert option.multiple == ("Repeatable" in option.help), f"{name} {spelling}: {option.help}"
+            assert re.match(r"[A-Z'\[\w].*[.]$", option.help, re.DOTALL), f"{name} {spelling}: {option.help}"
+            assert option.is_repeatable == ("Repeatable" in option.help), f"{name} {spelling}: {option.help}"
 
 
 @pytest.mark.parametrize("name", commands())
 def test_every_command_says_what_it_does_and_is_in_the_documentation(name: str) -> None:
-    first, *_ = commands()[name].help.split("\n\n")
+    first, *_ = inspect.getdoc(commands()[name]).split("\n\n")
     assert re.fullmatch(r"[A-Z][a-z]+ .*[.]", first, re.DOTALL), first
     pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     assert re.search(rf"(taps-ext|-m taps_ext) {name}\b|`{name} --", pages)
