@@ -21,8 +21,8 @@ from typer.testing import CliRunner, Result
 
 import taps_ext as taps
 from taps_ext import tiny
-from taps_ext.cli import evaluate_lossless as evaluation_lossless
-from taps_ext.cli.evaluate_lossless import check_lossless as command
+from taps_ext.cli import evaluate as evaluation_lossless
+from taps_ext.cli.evaluate import check_lossless as command
 from taps_ext.decode import plain as plain_generation
 from taps_ext.decode import step as device_half
 from taps_ext.decode.state import Acceptance

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
+import re
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import small_models
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.models import OptionInfo
 
 import taps_ext as taps
-from taps_ext.cli import main
+from taps_ext.checkpoints import save_drafter
+from taps_ext.cli import app, main
 
 PROMPT = "t2 t10 t11 t12"
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture(scope="session")
@@ -30,9 +40,7 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     target = small_models.trained_target()
     target.save_pretrained(root / "target")
     for name, drafter in small_models.trained_drafters().items():
-        taps.drafters.save_drafter(
-            drafter.network, root / name, embedding=target.get_input_embeddings(), target_config=target.config
-        )
+        save_drafter(drafter.network, root / name, embedding=target.get_input_embeddings(), target_config=target.config)
     return {path.name: str(path) for path in root.iterdir()}
 
 
@@ -159,7 +167,7 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(generate, tmp_pa
         (["--composition", "average"], "composition must be one of single, confidence, entropy, evidence, merged"),
         (["--composition", "single"], "--single-drafter, one of math, chat"),
         (["--drafter", "other=tiny/other"], "there is no embedded drafter tiny/other; there are math, chat"),
-        (["--drafter", "math="], "NAME=FOLDER-OR-HUB-ID, got 'math='"),
+        (["--drafter", "math="], "NAME=DIRECTORY-OR-HUB-ID, got 'math='"),
         (["--drafter", "math=twice"], "'math' is given twice"),
         (["--prompt-file", "p"], "not both"),
         (["--dtype", "int8"], "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
@@ -195,3 +203,67 @@ def test_the_installed_command_explains_itself() -> None:
     assert done.returncode == 0
     commands = ("demo", "generate", "info", "train", "features", "regenerate", "calibrate", "average", "export")
     assert all(command in done.stdout for command in (*commands, "validate"))
+
+
+# ---- what the commands have in common
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command, as its function declares it."""
+
+    spellings: tuple[str, ...]
+    type: Any
+    is_repeatable: bool
+    least: float | None
+    help: str
+
+
+def commands() -> dict[str, Callable[..., Any]]:
+    return {one.callback.__name__.replace("_", "-"): one.callback for one in app.registered_commands if one.callback}
+
+
+def options() -> dict[str, dict[str, Option]]:
+    """Every spelling of an option, and the option by command."""
+    spelled: dict[str, dict[str, Option]] = defaultdict(dict)
+    for command, function in commands().items():
+        for name, hint in get_type_hints(function, include_extras=True).items():
+            kind, info, *_ = *get_args(hint), None, None
+            if isinstance(info, OptionInfo):
+                declared = [one for one in (info.default, *(info.param_decls or ())) if str(one).startswith("-")]
+                names = tuple(declared or [f"--{name.replace('_', '-')}"])
+                [kind] = {*(get_args(kind) if isinstance(kind, UnionType) else [kind])} - {NoneType}
+                is_list, [value] = get_origin(kind) is list, get_args(kind) or [kind]
+                option = Option(names, value, is_list, info.min, info.help or "")
+                spelled |= {one: {**spelled[one], command: option} for one in names}
+    return spelled
+
+
+def test_an_option_is_spelled_and_means_the_same_in_every_command() -> None:
+    for spelling, by_command in options().items():
+        meanings = {
+            replace(one, is_repeatable=False, help=one.help.removesuffix(" Repeatable.")) for one in by_command.values()
+        }
+        assert len(meanings) == 1, f"{spelling} of {', '.join(by_command)}: {meanings}"
+    assert len(options()["--target"]) == 7 and len(options()["--temperature"]) == 6, "the reader sees them"
+
+
+def test_output_has_a_short_form_and_every_command_prints_json() -> None:
+    spelled = options()
+    assert spelled["-o"].keys() == spelled["--output"].keys() >= {"demo", "regenerate", "average", "report"}
+    assert spelled["--json"].keys() == commands().keys()
+
+
+def test_every_option_is_explained_and_says_whether_it_may_be_repeated() -> None:
+    for spelling, by_command in options().items():
+        for name, option in by_command.items():
+            assert re.match(r"[A-Z'\[\w].*[.]$", option.help, re.DOTALL), f"{name} {spelling}: {option.help}"
+            assert option.is_repeatable == ("Repeatable" in option.help), f"{name} {spelling}: {option.help}"
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_says_what_it_does_and_is_in_the_documentation(name: str) -> None:
+    first, *_ = inspect.getdoc(commands()[name]).split("\n\n")
+    assert re.fullmatch(r"[A-Z][a-z]+ .*[.]", first, re.DOTALL), first
+    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    assert re.search(rf"(taps-ext|-m taps_ext) {name}\b|`{name} --", pages)

@@ -19,7 +19,7 @@ from taps_ext.cli import evaluate as evaluation
 from taps_ext.cli import main
 from taps_ext.evaluation import results
 
-SHORT = ("--questions=2", "--max-new-tokens=5", "--variant=merged", "--variant=single:math")
+SHORT = ("--limit=2", "--max-new-tokens=5", "--variant=merged", "--variant=single:math")
 
 
 class Done(NamedTuple):
@@ -173,7 +173,7 @@ def test_results_of_another_configuration_are_refused_before_the_target_is_loade
     before = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     with monkeypatch.context() as patched:
         patched.setattr(evaluation, "load_target", lambda *_: pytest.fail("the target was loaded"))
-        for change in ("--seed=1", "--depth=5", "--label=b", "--system-prompt=x", "--task=tiny_chat", "--questions=1"):
+        for change in ("--seed=1", "--depth=5", "--label=b", "--system-prompt=x", "--task=tiny_chat", "--limit=1"):
             done = evaluate(*short, change)
             assert done.code == 2 and "another configuration: " in done.err, change
     assert evaluate(*short).code == 0, "the same goes on"
@@ -192,7 +192,7 @@ def test_a_drafter_of_another_target_is_refused_with_nothing_written(evaluate, t
 
 # ---- killed, interrupted, in several processes
 
-LONGER = (*SHORT[2:], "--questions=5", "--batch-size=2", "--max-new-tokens=12", "--task=tiny_math", "--temperature=1")
+LONGER = (*SHORT[2:], "--limit=5", "--batch-size=2", "--max-new-tokens=12", "--task=tiny_math", "--temperature=1")
 
 
 def start(folder: Path, *launcher: str) -> subprocess.Popen[str]:
@@ -247,7 +247,7 @@ def test_an_interrupted_run_says_that_it_goes_on_and_does(
     with monkeypatch.context() as patched:
         patched.setattr(results.Answers, "add", interrupt_the_fourth)
         done = evaluate(*LONGER)
-    assert done.code == 130 and done.err == f"stopped; the same command goes on in {tmp_path / 'results'}\n"
+    assert done.code == 130 and done.err == f"stopped; the same command resumes it in {tmp_path / 'results'}\n"
     assert len(timeless(tmp_path / "results")) == 6, "three batches of two"
     assert evaluate(*LONGER).code == 0
     assert timeless(tmp_path / "results") == uninterrupted

@@ -21,6 +21,7 @@ import pytest
 from training_cases import write_conversations
 
 from taps_ext import cli
+from taps_ext.cli.main import WORKER_PATIENCE_S
 from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
@@ -188,13 +189,16 @@ def test_features_are_made_ahead_once_and_trained_from(run, recipe, tmp_path) ->
     space = re.search(r"of (\d+) sequences \(([\d,]+) tokens x 768 bytes\)", estimate.out)
     assert estimate.code == 0 and space and space[1] == "40"
     assert everything_in(tmp_path) == []
+    facts = json.loads(run("features", *recipe, "--dry-run", "--json").out)
+    assert facts["num_bytes"] == 768 * int(space[2].replace(",", "")) and facts["folder"] == str(folder)
+    assert everything_in(tmp_path) == []
     made = run("features", *recipe)
     assert made.code == 0, made.err
-    assert space[0] in made.out and f"{folder} has them all" in made.out
+    assert space[0] in made.err and made.out.startswith(f"{folder} has them all; train with features.mode=stored")
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert num_bytes == pytest.approx(768 * int(space[2].replace(",", "")), rel=0.01)
     before = everything_in(folder)
-    assert "of 0 sequences" in run("features", *recipe).out
+    assert "of 0 sequences" in run("features", *recipe, "--json").err
     assert everything_in(folder) == before
     assert run("train", *recipe, "training.steps=2").code == 0
     assert run("features", *recipe, "features.path=null", "features.mode=online").code == 2
@@ -206,7 +210,7 @@ def test_regenerated_conversations_ask_the_same_and_can_be_trained_on(run, recip
         "regenerate", "--target=tiny", f"--data={data}", f"--output={output}", "--count=8", "--max-new-tokens=80"
     )
     assert made.code == 0, made.err
-    assert f"not JSON: 1 ({data}:41)" in made.out
+    assert f"not JSON: 1 ({data}:41)" in made.err
     own = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
     asked = {json.loads(line)["messages"][0]["content"] for line in data.read_text().splitlines()[:-1]}
     assert f"wrote {len(own)} conversations" in made.out and 4 <= len(own) <= 8
@@ -225,7 +229,7 @@ def test_a_worker_fails_silently_with_the_main_process_and_speaks_when_it_fails_
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     done = run("train", "target=")
     assert done.code == 2 and done.err.startswith("taps-ext (process 3): ")
-    assert waited == [cli.WORKER_PATIENCE_S]
+    assert waited == [WORKER_PATIENCE_S]
 
 
 @pytest.fixture
@@ -256,10 +260,10 @@ def test_the_processes_of_a_launch_share_the_work_and_one_of_them_speaks(launche
     folder = tmp_path / "features"
     done = launched(["features", "train"], "features.mode=stored", f"features.path={folder}")
     assert done.code == 0, done.err
-    assert done.out.count("41 read, 1 dropped") == done.out.count("has them all") == done.out.count("next:") == 1
-    assert done.err.count("41 read, 1 dropped") == done.err.count("step 8/8  loss") == 1
+    assert done.out.count("has them all") == done.out.count("next:") == 1
+    assert done.err.count("41 read, 1 dropped") == 2 and done.err.count("step 8/8  loss") == 1, "of each command"
     num_bytes = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    num_tokens = int(re.search(r"([\d,]+) tokens x 384 bytes", done.out)[1].replace(",", ""))
+    num_tokens = int(re.search(r"([\d,]+) tokens x 384 bytes", done.err)[1].replace(",", ""))
     assert len(num_bytes) == 2
     assert sum(num_bytes) == pytest.approx(384 * num_tokens, rel=0.02), "each of them computed once"
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()

@@ -105,7 +105,7 @@ def test_the_reader_of_imports_sees_every_kind_of_import() -> None:
         "tree",
     } <= eagle
     assert "cli" not in imports(PACKAGE / "cli" / "generate.py")
-    assert "cli.common" in imports(PACKAGE / "cli" / "generate.py")
+    assert "cli.terminal" in imports(PACKAGE / "cli" / "generate.py")
     assert "decode.decoder" in imports(PACKAGE / "cli" / "generate.py"), "an import inside a function"
 
 

@@ -7,8 +7,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from taps_ext.cli.terminal import SEVERAL, Palette
-from taps_ext.cli.transcript import Span, Transcript, join_spans
+from taps_ext.cli.terminal import SEVERAL, Palette, Span, Transcript, join_spans
 
 TEXT = "naïve café, 東京 is 20°C, said the 🦉"
 

@@ -80,7 +80,7 @@ evaluate() {
         taps_ext evaluate --target "$folder/target" --dtype float32 --label "$label" --output "$results" \
         --drafter math="$drafters/math/final" --drafter chat="$drafters/chat/final" \
         --drafter half="$drafters/half/final" --drafter full="$drafters/full/final" \
-        --questions 80 --max-new-tokens 64 --batch-size 8 "$@"
+        --limit 80 --max-new-tokens 64 --batch-size 8 "$@"
 }
 
 two_tasks="--task mt_bench=$data/eval/mt_bench.jsonl --task gsm8k=$data/eval/gsm8k.jsonl"

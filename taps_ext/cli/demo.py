@@ -1,53 +1,101 @@
-"""The demonstration: variants x domains on the embedded models, measured beside plain decoding in the same process."""
+"""taps-ext demo: every composition on the embedded models, beside plain decoding in the same process."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from .. import native, tiny
 from ..checkpoints import average_drafters, load_drafter, load_drafters
-from ..decode.decoder import SpeculativeDecoder
+from ..checkpoints.disk import check_writable, json_text, write_text
+from ..decode.decoder import SpeculativeDecoder, check_drafting
 from ..decode.plain import plain_generate
 from ..decode.stats import DecodeStats
 from ..drafters import Drafter
+from ..native import choose_device
 from ..sampling import SamplingParams
 from ..tree import TreeShape
-from .transcript import Span, Transcript, join_spans
+from . import terminal
+from .terminal import Palette, Span, Transcript, join_spans, number
 
-MERGED = "merged"
-CONTROL = "single, union's size"  # the domain's best single drafter with as many nodes as the union has
+PLAIN, SINGLE, MERGED = (
+    "plain decoding",
+    "single ",
+    "merged",
+)  # names of variants; SINGLE begins those of single drafters
+CONTROL = "single, union's size"  # the domain's best single drafter with as many nodes as the union has on average
+HEADINGS = (
+    "tokens/s and\ntimes plain's",
+    "acceptance\nlength",
+    "forwards\nper token",
+    "nodes\nper step",
+    "equal\ntexts",
+)
+Tell = Callable[[str], None]  # called with the domain after each prompt, once for the variants, once for the control
 
-Report = Callable[[str], None]  # told what was done, once a step of `count_reports`
+
+def demo(
+    limit: terminal.Limit[int] = 8,
+    max_new_tokens: terminal.MaxNewTokens = 96,
+    temperature: terminal.Temperature = 0.0,
+    seed: terminal.Seed = 0,
+    drafting: terminal.Drafting = "coupled",
+    device: terminal.Device = None,
+    output: terminal.Output[Path] = Path("out/demo"),
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Decode with two specialist drafters and every composition of them, beside plain decoding.
+
+    The models are the embedded ones. All figures go to demo.json in the --output directory.
+    """
+    SamplingParams(temperature)  # checks it before the models are loaded
+    check_writable(output)
+    settings = DemoSettings(
+        limit, max_new_tokens, temperature, seed, str(choose_device(device)), check_drafting(drafting)
+    )
+    terminal.keep_logs_clean()
+    done, total = count(1), 2 * len(tiny.DOMAINS) * limit
+    with terminal.progress() as update, one_thread():
+        result = run(settings, lambda domain: update(f"{domain} prompts", next(done), total))
+    facts, file = asdict(result), output / "demo.json"
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(file, json_text(facts) + "\n")
+    terminal.show(as_json, facts, *_page(result), f"wrote {file}")
+
+
+# ---- what is measured
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What to measure: `prompts` held-out prompts a domain, each continued by up to `max_new_tokens` tokens."""
+    """What to measure: `prompts` held-out prompts per domain, each continued by up to `max_new_tokens` tokens."""
 
-    prompts: int = 8
-    max_new_tokens: int = 96
-    temperature: float = 0.0
-    seed: int = 0
-    device: str = "cpu"
-    drafting: str = "coupled"
+    prompts: int
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    device: str
+    drafting: str
     shape: TreeShape = field(default_factory=TreeShape)
-
-    def __post_init__(self) -> None:
-        for name in ("prompts", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one variant did on one domain's prompts, in sum."""
+    """The figures of one variant over one domain's prompts."""
 
     variant: str
     domain: str
@@ -63,6 +111,11 @@ class Cell:
     acceptance_by_depth: list[float]  # entry d - 1: of the steps that accepted depth d - 1, the share that accepted d
     proposer_share: dict[str, float]
 
+    @property
+    def speedup(self) -> float:
+        """Tokens per second, divided by plain decoding's."""
+        return self.tokens_per_second / self.plain_tokens_per_second
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -75,7 +128,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """All that the demonstration found, and where it ran."""
+    """All figures of the demo, and where it ran."""
 
     settings: DemoSettings
     drafters: list[str]
@@ -85,199 +138,107 @@ class DemoResult:
     samples: list[Sample]
     environment: dict[str, Any]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
-        return asdict(self)
-
-    @property
-    def headline(self) -> str:
-        """The variant that the demonstration is about."""
-        return MERGED
-
-    def variants(self) -> list[str]:
-        """The variants' names, in the table's order."""
-        return list(dict.fromkeys(cell.variant for cell in self.cells))
-
-    def cell(self, variant: str, domain: str) -> Cell:
-        """The cell of that row and column."""
-        return next(cell for cell in self.cells if (cell.variant, cell.domain) == (variant, domain))
-
-    @property
-    def _place(self) -> str:
-        return "one torch thread" if self.settings.device == "cpu" else self.settings.device
-
-    def conclusions(self) -> list[str]:
-        """What the figures say, in sentences: first whether the text is the target's, then what it costs here."""
-        num_texts = sum(cell.num_prompts for cell in self.cells)
-        num_other = num_texts - sum(cell.num_identical for cell in self.cells)
-        merged = [self.cell(MERGED, domain) for domain in self.domains]
-        speed = sum(cell.tokens_per_second / cell.plain_tokens_per_second for cell in merged) / len(merged)
-        forwards = sum(cell.target_forwards_per_token for cell in merged) / len(merged)
-        lossless = f"All {num_texts} texts equal plain decoding's, token by token."
-        broken = f"{num_other} of {num_texts} texts differ from plain decoding's: a bug, please report it."
-        cost = (
-            f"The merged tree takes {forwards:.2f} target forwards a token where plain decoding takes 1, "
-            f"and runs at {speed:.2f} times its speed ({self._place})."
-        )
-        why = (
-            f"A target of {self.num_target_parameters / 1e6:.1f} million parameters is too small to gain: its "
-            "forward costs about as much as a drafter's, and a step drafts several levels. Forwards are what a large "
-            "target saves."
-        )
-        return [broken if num_other else lossless, cost, *([why] if speed < 1 else [])]
+    def row(self, variant: str) -> list[Cell]:
+        """Return the cells of a variant, domain by domain."""
+        return [cell for cell in self.cells if cell.variant == variant]
 
 
-def count_reports(settings: DemoSettings) -> int:
-    """How often `run` reports: once a prompt and pass; one pass measures the variants, one the fair control."""
-    return 2 * len(tiny.DOMAINS) * settings.prompts
+@dataclass(frozen=True)
+class _Prompt:
+    turns: list[dict[str, str]]
+    input_ids: Tensor  # int64 [1, P]
+    options: dict[str, Any]  # of plain_generate, SpeculativeDecoder.generate and .stream
 
 
-def run(settings: DemoSettings, report: Report) -> DemoResult:
-    """The whole demonstration on the embedded models, on one torch thread: more only wait for each other here."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Give torch one thread: on models of this size more threads only wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _run(settings, report)
+        yield
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _run(settings: DemoSettings, report: Report) -> DemoResult:
+def run(settings: DemoSettings, tell: Tell) -> DemoResult:
+    """Run the whole demo."""
     model: Any
     model, tokenizer = tiny.load_target()
     model.to(settings.device)
-    paths = {name: str(path) for name, path in tiny.drafter_paths().items()}
-    drafters = load_drafters(paths, model)
-    variants = _variants(model, drafters, _load_average(list(paths.values()), model), settings)
-    cells: list[Cell] = []
+    drafters = load_drafters({name: str(path) for name, path in tiny.drafter_paths().items()}, model)
+    decoder = partial(SpeculativeDecoder, model, shape=settings.shape, drafting=settings.drafting)
+    variants = _variants(decoder, drafters, settings.shape.max_nodes)
+    cells, samples = list[Cell](), list[Sample]()
     for domain in tiny.DOMAINS:
-        prompts = _Prompts.of(domain, tokenizer, settings)
-        measured = _measure(model, prompts, variants, settings, report)
-        control = {CONTROL: _control(model, drafters, measured, settings)}
-        cells += measured + _measure(model, prompts, control, settings, report)
-    return DemoResult(
-        settings=settings,
-        drafters=list(drafters),
-        domains=list(tiny.DOMAINS),
-        num_target_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        cells=cells,
-        samples=[_sample(variants[MERGED], tokenizer, domain, settings) for domain in tiny.DOMAINS],
-        environment=native.installation().to_dict(),
-    )
+        prompts = _prompts(domain, tokenizer, settings)
+        measured = _measure(model, domain, prompts, variants, tell)
+        shape = replace(settings.shape, max_nodes=round(measured[-1].nodes_per_step))  # the last is the union
+        control = {CONTROL: decoder(drafters, "single", drafter=_best_single(measured), shape=shape)}
+        cells += [*measured, *_measure(model, domain, prompts, control, tell)]
+        samples.append(_sample(variants[MERGED], tokenizer, domain, prompts[0]))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    environment = native.installation().to_dict()
+    return DemoResult(settings, list(drafters), list(tiny.DOMAINS), num_parameters, cells, samples, environment)
 
 
 def _variants(
-    model: Any, drafters: Mapping[str, Drafter], average: Drafter, settings: DemoSettings
+    decoder: partial[SpeculativeDecoder], drafters: Mapping[str, Drafter], max_nodes: int
 ) -> dict[str, SpeculativeDecoder]:
-    """A decoder a row of the table; all share the target and the drafters."""
-    shape = settings.shape
-
-    def decoder(composition: str, **options: Any) -> SpeculativeDecoder:
-        return SpeculativeDecoder(model, drafters, composition, shape=shape, drafting=settings.drafting, **options)
-
-    budgeted = f"{MERGED}, {shape.max_nodes} nodes"
+    """Return a decoder per row of the table; all share the target and the drafters."""
+    with tempfile.TemporaryDirectory() as folder:  # averaged weights: the plain alternative to several drafters
+        average_drafters(list(tiny.drafter_paths().values()), None, folder)
+        average = load_drafter(folder, *decoder.args)
+    budgeted = f"{MERGED}, {max_nodes} nodes"
     return {
-        **{_single(name): decoder("single", drafter=name) for name in drafters},
-        "averaged weights": SpeculativeDecoder(
-            model, {"average": average}, "single", shape=shape, drafting=settings.drafting
-        ),
-        "confidence": decoder("confidence"),
-        "entropy": decoder("entropy"),
-        "evidence": decoder("evidence"),
-        budgeted: decoder("merged", max_nodes=shape.max_nodes, evidence_decay=0),
-        f"{budgeted}, evidence": decoder("merged", max_nodes=shape.max_nodes),
-        MERGED: decoder("merged"),
+        **{f"{SINGLE}{name}": decoder(drafters, "single", drafter=name) for name in drafters},
+        "averaged weights": decoder({"average": average}, "single", drafting="topk"),  # it has no calibration
+        **{name: decoder(drafters, name) for name in ("confidence", "entropy", "evidence")},
+        budgeted: decoder(drafters, "merged", max_nodes=max_nodes, evidence_decay=0),
+        f"{budgeted}, evidence": decoder(drafters, "merged", max_nodes=max_nodes),
+        MERGED: decoder(drafters, "merged"),
     }
 
 
-def _single(name: str) -> str:
-    return f"single {name}"
+def _best_single(cells: Sequence[Cell]) -> str:
+    singles = [cell for cell in cells if cell.variant.startswith(SINGLE)]
+    return max(singles, key=lambda cell: cell.acceptance_length).variant.removeprefix(SINGLE)
 
 
-def _load_average(paths: Sequence[str], model: Any) -> Drafter:
-    """The drafter of averaged weights: the plain alternative to keeping the specialists apart."""
-    with tempfile.TemporaryDirectory() as folder:
-        average_drafters(paths, None, folder)
-        return load_drafter(folder, model)
-
-
-def _control(
-    model: Any, drafters: Mapping[str, Drafter], measured: Sequence[Cell], settings: DemoSettings
-) -> SpeculativeDecoder:
-    """The fair control: the domain's best single drafter with as many nodes as the union had on average."""
-    by_variant = {cell.variant: cell for cell in measured}
-    best = max(drafters, key=lambda name: by_variant[_single(name)].acceptance_length)
-    num_nodes = round(by_variant[MERGED].nodes_per_step)
-    shape = replace(settings.shape, max_nodes=num_nodes)
-    return SpeculativeDecoder(model, drafters, "single", drafter=best, shape=shape, drafting=settings.drafting)
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    domain: str
-    texts: list[str]
-    input_ids: list[Tensor]  # each int64 [1, P]
-    sampling: list[SamplingParams]
-
-    @classmethod
-    def of(cls, domain: str, tokenizer: Any, settings: DemoSettings) -> _Prompts:
-        texts = [
-            tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-            for prompt in tiny.prompts(domain, settings.prompts, settings.seed)
-        ]
-        return cls(
-            domain=domain,
-            texts=texts,
-            input_ids=[tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts],
-            sampling=[SamplingParams(settings.temperature, seed=settings.seed + row) for row in range(len(texts))],
-        )
-
-
-@dataclass
-class _Tally:
-    """What a variant did so far: its stats by prompt, its time, how many texts were plain decoding's."""
-
-    runs: list[DecodeStats] = field(default_factory=list)
-    seconds: float = 0.0
-    num_identical: int = 0
+def _prompts(domain: str, tokenizer: Any, settings: DemoSettings) -> list[_Prompt]:
+    prompts = []
+    for row, turns in enumerate(tiny.prompts(domain, settings.prompts, settings.seed)):
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        sampling = SamplingParams(settings.temperature, seed=settings.seed + row)
+        prompts.append(_Prompt(turns, input_ids, {"sampling": sampling, "max_new_tokens": settings.max_new_tokens}))
+    return prompts
 
 
 def _measure(
-    model: Any,
-    prompts: _Prompts,
-    variants: Mapping[str, SpeculativeDecoder],
-    settings: DemoSettings,
-    report: Report,
+    model: Any, domain: str, prompts: Sequence[_Prompt], variants: Mapping[str, SpeculativeDecoder], tell: Tell
 ) -> list[Cell]:
-    """One cell a variant. Plain decoding and the variants take turns on each prompt, so that the machine's mood
-    falls on all of them alike; the first prompt runs once unmeasured."""
-    tallies = {name: _Tally() for name in variants}
-    plain_seconds, num_tokens = 0.0, 0
-    _warm_up(model, prompts, variants)
-    for input_ids, sampling in zip(prompts.input_ids, prompts.sampling, strict=True):
-        arguments: dict[str, Any] = {"sampling": sampling, "max_new_tokens": settings.max_new_tokens}
-        started = time.perf_counter()
-        plain = plain_generate(model, input_ids, **arguments)
-        plain_seconds += time.perf_counter() - started
-        num_tokens += len(plain.new_tokens[0])
-        for name, tally in tallies.items():
+    """Return one cell per variant.
+
+    Plain decoding and the variants take turns on each prompt, so that load on the machine affects all of them equally.
+    The first prompt runs once before, unmeasured.
+    """
+    ways: dict[str, Callable[..., Any]] = {PLAIN: partial(plain_generate, model)}
+    ways |= {name: decoder.generate for name, decoder in variants.items()}
+    for generate in ways.values():
+        generate(prompts[0].input_ids, max_new_tokens=4)
+    runs: dict[str, list[tuple[Any, float]]] = {name: [] for name in ways}
+    for prompt in prompts:
+        for name, generate in ways.items():
             started = time.perf_counter()
-            out = variants[name].generate(input_ids, **arguments)
-            tally.seconds += time.perf_counter() - started
-            tally.num_identical += out.new_tokens == plain.new_tokens
-            tally.runs.append(out.stats)
-        report(prompts.domain)
-    return [_cell(name, prompts.domain, tally, num_tokens / plain_seconds) for name, tally in tallies.items()]
+            out = generate(prompt.input_ids, **prompt.options)
+            runs[name].append((out, time.perf_counter() - started))
+        tell(domain)
+    return [_cell(name, domain, runs[name], runs[PLAIN]) for name in variants]
 
 
-def _warm_up(model: Any, prompts: _Prompts, variants: Mapping[str, SpeculativeDecoder]) -> None:
-    plain_generate(model, prompts.input_ids[0], max_new_tokens=4)
-    for decoder in variants.values():
-        decoder.generate(prompts.input_ids[0], max_new_tokens=4)
-
-
-def _cell(variant: str, domain: str, tally: _Tally, plain_tokens_per_second: float) -> Cell:
-    stats = DecodeStats.joined(tally.runs)
+def _cell(variant: str, domain: str, runs: Sequence[tuple[Any, float]], plain: Sequence[tuple[Any, float]]) -> Cell:
+    stats = DecodeStats.joined([out.stats for out, _ in runs])
     num_tokens = sum(stats.num_tokens)
     return Cell(
         variant=variant,
@@ -285,10 +246,10 @@ def _cell(variant: str, domain: str, tally: _Tally, plain_tokens_per_second: flo
         acceptance_length=stats.acceptance_length,
         target_forwards_per_token=stats.num_target_forwards / num_tokens,
         nodes_per_step=sum(map(sum, stats.num_nodes)) / max(stats.num_steps, 1),
-        tokens_per_second=num_tokens / tally.seconds,
-        plain_tokens_per_second=plain_tokens_per_second,
-        num_identical=tally.num_identical,
-        num_prompts=len(tally.runs),
+        tokens_per_second=_speed(runs),
+        plain_tokens_per_second=_speed(plain),
+        num_identical=sum(own.new_tokens == other.new_tokens for (own, _), (other, _) in zip(runs, plain, strict=True)),
+        num_prompts=len(runs),
         num_tokens=num_tokens,
         num_steps=stats.num_steps,
         acceptance_by_depth=stats.acceptance_by_depth,
@@ -296,14 +257,85 @@ def _cell(variant: str, domain: str, tally: _Tally, plain_tokens_per_second: flo
     )
 
 
-def _sample(decoder: SpeculativeDecoder, tokenizer: Any, domain: str, settings: DemoSettings) -> Sample:
-    """The first prompt's text as the merged tree decodes it."""
-    prompts = _Prompts.of(domain, tokenizer, replace(settings, prompts=1))
-    transcript, spans = Transcript(tokenizer), []
-    for event in decoder.stream(
-        prompts.input_ids[0], sampling=prompts.sampling[0], max_new_tokens=settings.max_new_tokens
-    ):
+def _speed(runs: Sequence[tuple[Any, float]]) -> float:
+    return sum(len(out.new_tokens[0]) for out, _ in runs) / sum(seconds for _, seconds in runs)
+
+
+def _sample(decoder: SpeculativeDecoder, tokenizer: Any, domain: str, prompt: _Prompt) -> Sample:
+    """Return a prompt's text as the decoder streams it."""
+    transcript, spans = Transcript(tokenizer), list[Span]()
+    for event in decoder.stream(prompt.input_ids, **prompt.options):
         spans += transcript.add(event.new_tokens[0], event.accepted_proposers[0])
-    turns = tiny.prompts(domain, 1, settings.seed)[0]
-    question = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    question = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt.turns)
     return Sample(domain, question, join_spans(spans + transcript.finish()))
+
+
+# ---- what is shown
+
+
+def _page(result: DemoResult) -> list[Any]:
+    """Return the table, the conclusions, and the coloured texts with their legend."""
+    palette, coloured = Palette(result.drafters), terminal.has_colours(Console())
+    parts = [_table(result), "", Group(*map(Text, _conclusions(result))), "", palette.legend(coloured)]
+    for sample in result.samples:
+        body = Text.assemble((sample.prompt, "dim"), "\n", palette.text(sample.spans, coloured))
+        parts.append(Panel(body, title=f"{sample.domain}: the merged tree's text", title_align="left", width=100))
+    return parts
+
+
+def _conclusions(result: DemoResult) -> list[str]:
+    """Return in sentences whether the texts are the target's, and what they cost on this machine."""
+    num_texts = sum(cell.num_prompts for cell in result.cells)
+    num_other = num_texts - sum(cell.num_identical for cell in result.cells)
+    merged = result.row(MERGED)
+    speed = sum(cell.speedup for cell in merged) / len(merged)
+    forwards = sum(cell.target_forwards_per_token for cell in merged) / len(merged)
+    place = "one torch thread" if result.settings.device == "cpu" else result.settings.device
+    lossless = f"All {num_texts} texts equal plain decoding's, token by token."
+    broken = f"{num_other} of {num_texts} texts differ from plain decoding's: a bug, please report it."
+    cost = (
+        f"The merged tree runs at {speed:.2f} times the speed of plain decoding ({place}) and takes {forwards:.2f} "
+        "target forwards per token, where plain decoding takes 1."
+    )
+    small = (
+        f"A target of {result.num_target_parameters / 1e6:.1f} million parameters is too small to gain: its forward "
+        "costs about as much as a drafter's, and a step drafts several levels. With a large target, saved forwards are "
+        "saved time."
+    )
+    return [broken if num_other else lossless, cost, *([small] if speed < 1 else [])]
+
+
+def _table(result: DemoResult) -> Table:
+    """Return a row per variant; each column holds one figure for every domain, side by side."""
+    variants = dict.fromkeys(cell.variant for cell in result.cells)
+    rows = {PLAIN: [_plain_figures(cell) for cell in result.row(MERGED)]}
+    rows |= {variant: [_figures(cell) for cell in result.row(variant)] for variant in variants}
+    table = Table("\n\nvariant", box=None, padding=(0, 1, 0, 0))  # 80 columns
+    columns = []
+    for index, heading in enumerate(HEADINGS):
+        domains, *column = _aligned([result.domains, *([figures[index] for figures in row] for row in rows.values())])
+        table.add_column(f"{heading}\n{domains}", no_wrap=True)
+        columns.append(column)
+    for name, *cells in zip(rows, *columns, strict=True):
+        table.add_row(name, *cells, style="bold" if name == MERGED else "")
+    return table
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return each row's entries side by side, right-aligned with those of the other rows."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [" ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _plain_figures(cell: Cell) -> list[str]:
+    return [f"{cell.plain_tokens_per_second:.0f}      ", "1   ", "1   ", "1", ""]
+
+
+def _figures(cell: Cell) -> list[str]:
+    return [
+        f"{cell.tokens_per_second:.0f} {cell.speedup:.2f}x",
+        number(cell.acceptance_length),
+        f"{cell.target_forwards_per_token:.2f}",
+        f"{cell.nodes_per_step:.0f}",
+        f"{cell.num_identical}/{cell.num_prompts}",
+    ]

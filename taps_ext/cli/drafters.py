@@ -1,86 +1,137 @@
-"""taps-ext average | export | validate: drafters as files."""
+"""taps-ext average | export | validate | calibrate: drafters as files."""
 
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from .. import checkpoints
+from ..checkpoints.calibration import CALIBRATION_FILE
+from ..checkpoints.disk import check_writable, write_text
+from ..native import choose_device
 from ..tiny import resolve
-from .common import JSON_HELP, keep_logs_clean
+from ..training import calibrating, calibration_picture
+from ..training.calibration_report import NUM_CHILDREN, TOPK, UNCOUPLED, CalibrationReport
+from ..training.config import DataConfig, SourceConfig
+from ..training.data import prepare, with_chat_template
+from . import terminal
+from .terminal import show
 
-if TYPE_CHECKING:
-    from ..checkpoints import ValidationReport
-
-DRAFTER_HELP = "Folder or hub id; tiny/math, tiny/chat."
-TARGET_HELP = "Folder or hub id of the target; 'tiny' is the embedded one. Its layers are not read."
+TEMPERATURES = list(calibrating.CalibrationSettings.temperatures)
+PICTURE, REPORT = "calibration.png", "calibration-report.json"
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
 def average(
-    drafters: Annotated[list[str], typer.Argument(help=f"Two or more. {DRAFTER_HELP}")],
-    output: Annotated[Path, typer.Option(help="Folder of the average; of all averages with --sweep.")],
+    drafters: terminal.DrafterArgument[list[str]],
+    output: terminal.Output[Path],
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="A drafter's, repeatable; one number with two drafters is the first one's. Default: equal."),
+        typer.Option(
+            help="Weight of a drafter; a single one is the first drafter's of two. Repeatable. Default: equal."
+        ),
     ] = None,
-    sweep: Annotated[str | None, typer.Option(help="Weights of the first of two: start:stop:step.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="Weights of the first of two drafters, as start:stop:step; one average for each.")
+    ] = None,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """The weighted average of drafters of one target, as an ordinary drafter."""
-    from .. import checkpoints as library
-
+    """Average the weights of two or more drafters of one target into an ordinary drafter."""
     folders = [resolve(drafter) for drafter in drafters]
     if sweep is None:
-        written = [library.average_drafters(folders, _weights(weight, len(folders)), output)]
+        written = [checkpoints.average_drafters(folders, _weights(weight, len(folders)), output)]
     elif weight or len(folders) != 2:
         raise ValueError("--sweep takes two drafters and no --weight, such as A B --sweep 0.1:0.9:0.1")
     else:
-        written = library.sweep(folders[0], folders[1], sweep, output)
-    for folder in written:
-        print(f"wrote {folder}")
+        written = checkpoints.sweep(folders[0], folders[1], sweep, output)
+    show(as_json, {"drafters": [str(path) for path in written]}, *(f"wrote {path}" for path in written))
 
 
 def export(
-    drafter: Annotated[str, typer.Argument(help=f"{DRAFTER_HELP} A training state needs --target.")],
-    to: Annotated[str, typer.Option(help="eagle, hass, vllm or sglang.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the drafter's.")] = None,
+    drafter: terminal.DrafterArgument[str],
+    to: Annotated[str, typer.Option(help="Program that will read it: eagle, hass, vllm or sglang.")],
+    output: terminal.Output[Path],
+    target: terminal.Target[str | None] = None,
+    dtype: terminal.Dtype = "auto",
     also_bin: Annotated[bool, typer.Option("--also-bin", help="Write pytorch_model.bin too.")] = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """A drafter in the form that another program reads, or the reasons why it cannot be."""
-    from ..checkpoints import export_drafter
+    """Write a drafter in the form that another program reads, or print why that is not possible.
 
-    keep_logs_clean()
-    folder = export_drafter(
-        resolve(drafter), to, output, target=target and resolve(target), dtype=dtype, also_bin=also_bin
+    A training state needs --target, whose layers are not read.
+    """
+    terminal.keep_logs_clean()
+    chosen, paired = terminal.check_dtype(dtype), target and resolve(target)
+    folder = checkpoints.export_drafter(
+        resolve(drafter), to, output, target=paired, dtype=None if chosen == "auto" else chosen, also_bin=also_bin
     )
-    print(f"wrote {folder}")
+    notes = []
     if target is None and to in ("vllm", "sglang"):
         length = json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-        print(f"its max_position_embeddings is {length}: if the target's is larger, export it with --target")
+        notes = [f"its max_position_embeddings is {length}: if the target's is larger, export it with --target"]
+    show(as_json, {"drafter": str(folder), "notes": notes}, f"wrote {folder}", *notes)
 
 
 def validate(
-    drafter: Annotated[str, typer.Argument(help=DRAFTER_HELP)],
-    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    drafter: terminal.DrafterArgument[str],
+    target: terminal.Target[str | None] = None,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """Whether a drafter is whole and fits its target, and which programs can read it; exit code 1 if not."""
-    from ..checkpoints import validate_drafter
+    """Check that a drafter is complete and fits its target, and list the programs that can read it.
 
-    keep_logs_clean()
-    report = validate_drafter(resolve(drafter), target and resolve(target))
-    if as_json:
-        print(json.dumps(report.to_dict(), indent=2))
-    else:
-        Console(highlight=False).print(_report_table(report))
+    The exit code is 1 if a check fails. The target's layers are not read.
+    """
+    terminal.keep_logs_clean()
+    report = checkpoints.validate_drafter(resolve(drafter), target and resolve(target))
+    show(as_json, report.to_dict(), _checks(report))
     if not report.passed:
         raise typer.Exit(1)
+
+
+def calibrate(
+    drafter: terminal.DrafterArgument[str],
+    target: terminal.Target[str],
+    data: terminal.Data,
+    temperature: terminal.Temperatures = TEMPERATURES,
+    depth: terminal.Depth = 6,
+    positions: Annotated[int, typer.Option(help="Number of draws to fit and measure with.")] = 2048,
+    seed: terminal.Seed = 0,
+    max_length: Annotated[int, typer.Option(help="Number of tokens after which a conversation is cut.")] = 2048,
+    chat_template: terminal.ChatTemplate = None,
+    system_prompt: terminal.SystemPrompt = None,
+    output: terminal.Output[Path | None] = None,
+    device: terminal.Device = None,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Fit how strongly a drafter should follow the target's noise at each temperature and depth.
+
+    Coupled drafting needs it. calibration.json is written into the drafter's directory; a picture and a report go to
+    --output if it is given. Levels below --depth use the deepest fitted one.
+    """
+    settings = calibrating.CalibrationSettings(tuple(sorted(set(temperature))), depth, positions, seed)
+    if resolve(drafter) != drafter:
+        raise ValueError(f"{drafter} is part of this installation and calibrated; give a copy of {resolve(drafter)}")
+    folder = calibrating.calibratable(drafter)
+    if output is not None:
+        _check_output(output, folder)
+    place = choose_device(device)
+    terminal.keep_logs_clean()
+    model, tokenizer = terminal.load_target(target, "auto", place)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
+    sources = tuple(SourceConfig(path) for path in data)
+    config = DataConfig(sources, min(max_length, longest), 0, system_prompt, seed=seed)
+    tokenizer = with_chat_template(tokenizer, chat_template)
+    with terminal.progress("conversations") as update:
+        texts = prepare(config, tokenizer, lambda done, total: update("conversations", done, total)).training
+        report = calibrating.calibrate_drafter(folder, model, texts, settings, update, target_name=resolve(target))
+    files = [str(path) for path in (folder / CALIBRATION_FILE, *(_save(report, output) if output else ()))]
+    lines = [*_sentences(report), *(f"wrote {path}" for path in files)]
+    show(as_json, {**report.to_dict(), "files": files}, _table(report), "", *lines)
 
 
 def _weights(given: list[float] | None, num_drafters: int) -> list[float] | None:
@@ -89,11 +140,51 @@ def _weights(given: list[float] | None, num_drafters: int) -> list[float] | None
     return given or None
 
 
-def _report_table(report: ValidationReport) -> Table:
-    """A row a check, then a row a program."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+def _checks(report: checkpoints.ValidationReport) -> Table:
+    """Return a row per check, then a row per program."""
+    table = Table(show_header=False, **terminal.PLAIN)
     for check in report.checks:
         table.add_row(f"[{STYLES[check.status]}]{check.status}", check.name, check.message.replace("[", r"\["))
     for loader, reasons in report.loaders.items():
         table.add_row("reads it" if not reasons else "no", loader, "; ".join(reasons).replace("[", r"\["))
     return table
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """Raise ValueError or OSError, before the work, for a directory that is the drafter's or cannot be written to."""
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"{output} is the drafter's own directory; choose another --output")
+    if find_spec("matplotlib") is None:
+        raise ValueError("the picture needs matplotlib: pip install 'taps_ext[cli]', or omit --output")
+    check_writable(output)
+
+
+def _save(report: CalibrationReport, output: Path) -> list[Path]:
+    picture = calibration_picture.save(report, output / PICTURE)
+    write_text(output / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
+    return [picture, output / REPORT]
+
+
+def _table(report: CalibrationReport) -> Table:
+    """Return a row per temperature and depth."""
+    gains, hits = ("nats over\nbeta = 0", "nats over\ntop-k"), ("hits\ncoupled", "hits\ntop-k")
+    table = Table("\nT", "\ndepth", "\nalpha", "\nbeta", *gains, *hits, "\nmisplaced", **terminal.PLAIN)
+    for cell in report.cells:
+        table.add_row(
+            f"{cell.temperature:g}" if cell.depth == 1 else "",
+            str(cell.depth),
+            *(f"{value:.2f}" for value in (cell.alpha, cell.beta)),
+            *(f"{cell.gain_over(rule):.3f}" for rule in (UNCOUPLED, TOPK)),
+            *(f"{rate:.1%}" for rate in (cell.coupled.hit_rate, cell.rules[TOPK].hit_rate)),
+            f"{cell.coupled.calibration_error:.3f}",
+        )
+    return table
+
+
+def _sentences(report: CalibrationReport) -> tuple[str, ...]:
+    """Return what the columns are."""
+    return (
+        f"fitted at {report.num_fitted:,} positions of the texts, measured at {report.num_held_out:,} of other texts",
+        f"nats: gained per drawn token; hits: the token is among the {NUM_CHILDREN} best children",
+        "misplaced: probability given to these children that is too high or too low, in sum",
+    )

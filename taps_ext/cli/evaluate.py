@@ -1,124 +1,197 @@
-"""taps-ext evaluate."""
+"""taps-ext evaluate | report | check-lossless."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from ..checkpoints import load_drafters
+from ..composition import COMPOSITIONS
+from ..decode.decoder import check_drafting
+from ..evaluation import contestants, lossless, results, runner
+from ..evaluation.divergence import Divergence
+from ..evaluation.lossless_report import TEMPERATURES, FrequencyCheck, LosslessReport, LosslessSettings, TextCheck
+from ..evaluation.plan import Plan, Settings
+from ..evaluation.prompting import Prompter, refuse_long
+from ..evaluation.report import files, reading
+from ..evaluation.summary import Summary, summarise
+from ..evaluation.tasks import TASKS, Question, find_task, load_prompts
+from ..evaluation.variants import parse_variants
+from ..native import choose_device
+from ..target.model import TargetModel
 from ..tiny import TINY
-from .common import (
-    DEVICE_HELP,
-    JSON_HELP,
-    drafter_folders,
-    is_main_process,
-    keep_logs_clean,
-    load_target,
-    progress,
-    target_config,
-)
+from ..tree import TreeShape
+from . import terminal
+from .terminal import drafter_folders, load_target, number, show, target_config
 from .train import STOPPED
 
-if TYPE_CHECKING:
-    from ..evaluation.summary import Summary
-    from ..evaluation.tasks import Question
-
 TINY_TASKS = ("tiny_math", "tiny_chat")
-FILE_WIDTH = 200  # of what is printed where there is no terminal
-PROMPTS = "prompts"  # the task of one's own prompts
+EVALUATED_TEMPERATURES, CHECKED_TEMPERATURES = [0.0, 1.0], list(TEMPERATURES)
+EVERY_COMPOSITION = list(COMPOSITIONS)
+PROMPTS = "prompts"  # the task of a user's own prompts
+SENTENCES = (
+    "What is the difference between weather and climate?",
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Explain your steps.",
+    "Write a short poem about a lighthouse in winter.",
+    "Explain to a ten-year-old why the sky is blue.",
+    "List five things to check before renting a flat.",
+    "If 3 pens cost 4.50, what do 7 pens cost?",
+    "Write a Python function that tells whether a word is a palindrome.",
+    "Summarise in two sentences what photosynthesis does.",
+)
+MOST_DIVERGENCES = 12  # shown; --json has all
+STYLES = {"equal": "green", "as expected": "green", "near-ties": "yellow"}
+FAULT = "bold red"
 
 
 def evaluate(
-    target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")] = TINY,
-    drafter: Annotated[
-        list[str] | None, typer.Option(help="[NAME=]FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
-    ] = None,
+    target: terminal.Target[str] = TINY,
+    drafter: terminal.Drafters = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="NAME[=FILE], repeatable: mt_bench, gsm8k, math500, svamp, tiny_math, ...")
+        list[str] | None,
+        typer.Option(
+            help="Task as NAME or NAME=FILE: mt_bench, gsm8k, math500, svamp, tiny_math or tiny_chat. Repeatable."
+        ),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Your own prompts, a file of JSON lines.")] = None,
+    prompts: terminal.Prompts = None,
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="[LABEL=]COMPOSITION[:NAME+NAME][@NODES][,topk][,evidence=DECAY][,weight=W], repeatable."),
+        typer.Option(
+            help="[LABEL=]COMPOSITION[:NAME+NAME][@NODES], followed by ,topk ,evidence=DECAY or ,weight=W. Repeatable."
+        ),
     ] = None,
-    temperature: Annotated[list[float] | None, typer.Option(help="Repeatable; default: 0 and 1.")] = None,
-    questions: Annotated[int | None, typer.Option(min=1, help="So many of each task, evenly spread.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of an answer.")] = 64,
-    batch_size: Annotated[int, typer.Option(help="Questions decoded together.")] = 8,
-    depth: Annotated[int, typer.Option(help="Levels that a drafter drafts.")] = 6,
-    branching: Annotated[int, typer.Option(help="Children per expanded node.")] = 10,
-    max_nodes: Annotated[int, typer.Option(help="Nodes of a drafter's tree, root included.")] = 60,
-    seed: Annotated[int, typer.Option(help="Of the noise: question i of a task has that of seed + i.")] = 0,
-    system_prompt: Annotated[str, typer.Option(help="Put before conversations that bring none.")] = "",
-    label: Annotated[str, typer.Option(help="Tells apart runs that a report compares.")] = "",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for a line an answered question.")] = Path(
-        "out/evaluation"
-    ),
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    temperature: terminal.Temperatures = EVALUATED_TEMPERATURES,
+    limit: terminal.Limit[int | None] = None,
+    max_new_tokens: terminal.MaxNewTokens = 64,
+    batch_size: terminal.BatchSize = 8,
+    depth: terminal.Depth = 6,
+    branching: terminal.Branching = 10,
+    max_nodes: terminal.MaxNodes = 60,
+    seed: terminal.Seed = 0,
+    system_prompt: terminal.SystemPrompt = None,
+    label: Annotated[str, typer.Option(help="Name of this run, to tell it from others in a report.")] = "",
+    dtype: terminal.Dtype = "auto",
+    device: terminal.Device = None,
+    output: terminal.Output[Path] = Path("out/evaluation"),
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """Answer benchmark questions with every variant and keep what happened; a stopped run goes on. See docs."""
-    from ..evaluation import contestants, results, runner
-    from ..evaluation.plan import Plan, Settings
-    from ..evaluation.summary import summarise
-    from ..evaluation.variants import parse_variants
-    from ..native import choose_device
+    """Answer benchmark questions with every variant and record each answer. See docs/evaluation.md.
 
-    temperatures = temperature or [0.0, 1.0]
-    settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt)
-    paths = drafter_folders(target, drafter or [])
-    variants = parse_variants(variant or [], list(paths), temperatures, max_nodes)
+    Question i draws with --seed + i. The same command resumes a run that was stopped. The exit code is 1 if a text
+    differs from plain decoding's in float32.
+    """
+    settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "")
+    paths = drafter_folders(target, drafter)
+    variants = parse_variants(variant or [], list(paths), temperature, max_nodes)
     place = choose_device(device or _own_gpu())
-    asked, sources = _tasks(target, task or [], prompts, questions)
-    files = contestants.check_drafters(paths, target_config(target))
-    facts = contestants.drafter_facts(files, paths)
-    plan = Plan(asked, variants, temperatures, settings, facts, sources, label)
+    asked, sources = _tasks(target, task or [], prompts, limit)
+    facts = contestants.drafter_facts(contestants.check_drafters(paths, target_config(target)), paths)
+    plan = Plan(asked, variants, temperature, settings, facts, sources, label)
     results.check_folder(output, plan.configuration())
-    keep_logs_clean()
-    model, tokenizer = load_target(target, dtype, place)
-    with progress(is_shown=is_main_process()) as bars:
-        bar = bars.add_task("loading", total=None)
-        try:
-            runner.evaluate(
-                model,
-                tokenizer,
-                paths,
-                asked,
-                variants,
-                temperatures,
-                settings,
-                output,
-                lambda what, done, total: bars.update(bar, description=what, completed=done, total=total),
-                label=label,
-                target_name=target if target == TINY else contestants.short_name(target),
-                sources=sources,
-                command=_command(),
-            )
-        except KeyboardInterrupt:
-            print(f"stopped; the same command goes on in {output}", file=sys.stderr)
-            raise typer.Exit(STOPPED) from None
-    if is_main_process():
-        summary = summarise(output)
-        _show(summary, output, as_json)
-        if summary.is_broken:
-            raise typer.Exit(1)
+    terminal.keep_logs_clean()
+    what = (*load_target(target, dtype, place), paths, asked, variants, temperature, settings, output)
+    name = target if target == TINY else contestants.short_name(target)
+    origin: dict[str, Any] = {"label": label, "target_name": name, "sources": sources, "command": _command()}
+    try:
+        with terminal.progress() as update:
+            runner.evaluate(*what, update, **origin)
+    except KeyboardInterrupt:
+        print(f"stopped; the same command resumes it in {output}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    if terminal.is_main_process():
+        _show_summary(summarise(output), output, as_json)
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Directories that taps-ext evaluate wrote, directories that hold such, or a report.json."),
+    ],
+    output: terminal.Output[Path],
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Make tables, pictures and one page of evaluation results, in a directory.
+
+    Runs with the same label and different drafters count as seeds of one drafter. A report that is there is replaced.
+    """
+    files.check_output(output)
+    with terminal.progress("answers") as update:
+        written = files.write(reading.read(results), output, lambda done, total: update("pictures", done, total))
+    num_tables, num_pictures = (sum(path.suffix == ending for path in written) for ending in (".csv", ".png"))
+    names = f"report.md, index.html, report.json, {num_tables} tables and {num_pictures} pictures"
+    show(as_json, {"output": str(output), "files": [str(path) for path in written]}, f"wrote {output}: {names}")
+
+
+def check_lossless(
+    target: terminal.Target[str] = TINY,
+    drafter: terminal.Drafters = None,
+    composition: terminal.Compositions = EVERY_COMPOSITION,
+    merged_nodes: terminal.MergedNodes = None,
+    temperature: terminal.Temperatures = CHECKED_TEMPERATURES,
+    prompts: terminal.Prompts = None,
+    limit: terminal.Limit[int] = 8,
+    max_new_tokens: terminal.MaxNewTokens = 32,
+    batch_size: terminal.BatchSize = 8,
+    draws: Annotated[
+        int,
+        typer.Option(help="Number of draws for the frequencies of the first tokens; 20000 is a strong check, 0 none."),
+    ] = 1000,
+    depth: terminal.Depth = 6,
+    branching: terminal.Branching = 10,
+    max_nodes: terminal.MaxNodes = 60,
+    drafting: terminal.Drafting = "coupled",
+    seed: terminal.Seed = 0,
+    dtype: terminal.Dtype = "auto",
+    device: terminal.Device = None,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Check that your drafters do not change your target's text; exit with code 1 if they do.
+
+    Greedy texts and texts drawn with the same noise must equal plain decoding's, and the frequencies of the first
+    tokens of many draws must match the target's probabilities. In bfloat16 and float16 texts may differ at near-ties:
+    these are shown with the logits there, and are not counted as faults. A thousand draws find only a coarse fault in
+    the frequencies; --draws 20000 is the strong check.
+    """
+    shape = TreeShape(depth, branching, max_nodes)
+    settings = LosslessSettings(tuple(temperature), max_new_tokens, batch_size, draws, seed=seed, shape=shape)
+    paths = drafter_folders(target, drafter)
+    ways = lossless.make_ways(list(paths), composition, check_drafting(drafting), merged_nodes)
+    questions, place = _questions(target, prompts, limit), choose_device(device)
+    contestants.check_drafters(paths, target_config(target))
+    terminal.keep_logs_clean()
+    with terminal.progress() as update:
+        model, tokenizer = load_target(target, dtype, place)
+        taken = TargetModel(model)
+        tokens = _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
+        done, total = count(1), lossless.count_units(ways, len(questions), settings)
+        drafters = load_drafters(paths, taken)
+        report = lossless.check_lossless(
+            taken, drafters, ways, tokens, settings, lambda what: update(what, next(done), total)
+        )
+    show(as_json, report.to_dict(), *_page(report, tokenizer))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+# ---- evaluate
 
 
 def _tasks(
     target: str, specs: Sequence[str], prompts: Path | None, limit: int | None
 ) -> tuple[dict[str, list[Question]], dict[str, str]]:
-    """The questions of each task, and where they are from."""
-    from ..evaluation.tasks import find_task, load_prompts
-
+    """Return the questions of each task and where they come from."""
     if not specs and prompts is None and target != TINY:
         raise ValueError("give at least one --task NAME[=FILE], or --prompts FILE")
     asked: dict[str, list[Question]] = {}
@@ -129,59 +202,162 @@ def _tasks(
             raise ValueError(f"a task is NAME or NAME=FILE, got {spec!r}")
         if name in asked:
             raise ValueError(f"the task {name!r} is given twice")
-        found = find_task(name)
-        asked[name] = found.load(file or None, limit)
-        sources[name] = Path(file).name if file else str(found.source)
+        task = find_task(name)
+        asked[name] = task.load(file or None, limit)
+        sources[name] = Path(file).name if file else str(task.source)
     if prompts is not None:
         asked[PROMPTS], sources[PROMPTS] = load_prompts(prompts, limit), prompts.name
     return asked, sources
 
 
 def _own_gpu() -> str | None:
-    """The GPU of this process, where several were launched on a machine with GPUs."""
-    import torch
-
+    """Return the GPU of this process, if several processes were launched on a machine with GPUs."""
     is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if is_one_of_many and torch.cuda.is_available() else None
 
 
 def _command() -> str:
-    """The command line, with every path shortened to its last part: what others can repeat, not where it ran."""
-    return shlex.join(["taps-ext", *map(_told, sys.argv[1:])])
+    """Return the command line with every path cut to its last part: what others can repeat, not where it ran."""
+    return shlex.join(["taps-ext", *map(_without_folders, sys.argv[1:])])
 
 
-def _told(argument: str) -> str:
+def _without_folders(argument: str) -> str:
     head, value = re.fullmatch(r"(-o|(?:.*=)?)(.*)", argument, re.DOTALL).groups()  # type: ignore[union-attr]
     is_path = value.startswith(("/", "~", ".")) or (os.sep in value and Path(value).exists())
     return head + Path(value).expanduser().resolve().name if is_path else argument
 
 
-def _show(summary: Summary, output: Path, as_json: bool) -> None:
-    if as_json:
-        from ..checkpoints.disk import json_text
-
-        print(json_text(summary.to_dict()))
-        return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-    console.print(_table(summary))
-    console.print()
-    console.print(summary.verdict(), style="bold red" if summary.num_different else "")
-    print(f"answers in {output}; tables and figures: taps-ext report {output} -o REPORT-FOLDER")
+def _show_summary(summary: Summary, output: Path, as_json: bool) -> None:
+    verdict = Text(summary.verdict(), style=FAULT if summary.is_broken else "")
+    where = f"answers in {output}; tables and figures: taps-ext report {output} -o DIRECTORY"
+    show(as_json, summary.to_dict(), _lengths(summary), "", verdict, where)
+    if summary.is_broken:
+        raise typer.Exit(1)
 
 
-def _table(summary: Summary) -> Table:
-    """A row a variant: its acceptance length on each task and temperature, and its texts that are plain's."""
-    places = dict.fromkeys((temperature, task) for _, task, temperature in summary.cells)
-    columns = sorted(places, key=lambda place: place[0])
-    table = Table(box=None, padding=(0, 2, 0, 0))
+def _lengths(summary: Summary) -> Table:
+    """Return a row per variant: its acceptance length per task and temperature, and its texts equal to plain's."""
+    columns = sorted(dict.fromkeys((t, task) for _, task, t in summary.cells), key=lambda column: column[0])
+    table = Table(**terminal.PLAIN)
     table.add_column("acceptance length", overflow="fold")
     for temperature, task in columns:
         table.add_column(f"{task}\nT = {temperature:g}", justify="right")
     table.add_column("as plain", justify="right")
-    for variant in dict.fromkeys(place[0] for place in summary.cells):
+    for variant in dict.fromkeys(variant for variant, _, _ in summary.cells):
         cells = [summary.cells.get((variant, task, temperature)) for temperature, task in columns]
         there = [cell for cell in cells if cell is not None]
         equal, total = sum(cell.num_equal for cell in there), sum(cell.num_questions for cell in there)
         lengths = ["" if cell is None else f"{cell.acceptance_length:.2f}" for cell in cells]
-        table.add_row(variant, *lengths, f"{equal}/{total}", style="bold red" if equal < total else "")
+        table.add_row(variant, *lengths, f"{equal}/{total}", style=FAULT if equal < total else "")
     return table
+
+
+# ---- check-lossless
+
+
+def _questions(target: str, prompts: Path | None, limit: int) -> list[Question]:
+    if prompts is not None:
+        return load_prompts(prompts, limit)
+    if target == TINY:
+        chat = limit // 2
+        math = TASKS["tiny_math"].load(limit=limit - chat)
+        return [*math, *(TASKS["tiny_chat"].load(limit=chat) if chat else [])]
+    return [Question(str(number), "built-in", (text,)) for number, text in enumerate(SENTENCES)][:limit]
+
+
+def _encoded(
+    tokenizer: Any, questions: Sequence[Question], target: TargetModel, max_new_tokens: int
+) -> list[list[int]]:
+    """Return the tokens of each first turn; raise ValueError if the target's context has no room for the answer."""
+    encoded = []
+    for question in questions:
+        encoded.append(_encode(tokenizer, question))
+        refuse_long(question, len(encoded[-1]) + max_new_tokens, target)
+    return encoded
+
+
+def _encode(tokenizer: Any, question: Question) -> list[int]:
+    """Return the tokens of a question's first turn, through the chat template if there is one."""
+    if getattr(tokenizer, "chat_template", None):
+        return Prompter(tokenizer).encode(question, [])
+    texts = [*(message["content"] for message in question.history), question.turns[0]]
+    tokens: list[int] = tokenizer("\n".join(texts))["input_ids"]
+    return tokens
+
+
+def _page(report: LosslessReport, tokenizer: Any) -> Iterator[Any]:
+    """Yield the verdicts, what was drawn, the places where texts differ, and the conclusion."""
+    yield _verdicts(report)
+    for check in report.frequencies[:1]:
+        draws = f"{report.settings.num_first_tokens} in each of {check.num_draws} draws at T = {check.temperature:g}"
+        yield f"first tokens: {draws}, with the same noise in each row"
+    yield ""
+    yield from _divergences(report, tokenizer)
+    style = FAULT if not report.passed else "bold green" if report.verdict == "lossless" else "bold yellow"
+    yield Text(report.verdict, style=style)
+    yield from report.notes
+
+
+def _verdicts(report: LosslessReport) -> Table:
+    """Return a row per way of decoding: its texts at each temperature, and the frequencies of its first tokens."""
+    table = Table(**terminal.PLAIN)
+    table.add_column("texts equal\nto plain's", no_wrap=True)
+    for temperature in report.settings.temperatures:
+        table.add_column(f"\nT = {temperature:g}", no_wrap=True)
+    table.add_column("acceptance\nlength", justify="right", no_wrap=True)
+    if report.frequencies:
+        table.add_column("first tokens\nchi-square", no_wrap=True)
+        table.add_column("\np-value", no_wrap=True)
+    frequencies = {check.way: check for check in report.frequencies}
+    for way in dict.fromkeys([*frequencies, *(check.way for check in report.texts)]):
+        checks = [check for check in report.texts if check.way == way]
+        cells = [_text_cell(check) for check in checks] or [Text("")] * len(report.settings.temperatures)
+        lengths = [check.acceptance_length for check in checks if not math.isnan(check.acceptance_length)]
+        length = number(sum(lengths) / len(lengths)) if lengths else ""
+        table.add_row(way, *cells, length, *(_frequency_cells(frequencies[way]) if way in frequencies else ()))
+    return table
+
+
+def _text_cell(check: TextCheck) -> Text:
+    equal = f"{check.num_texts - len(check.divergences)}/{check.num_texts}"
+    words = equal if check.verdict == "equal" else f"{equal} {check.verdict}"
+    return Text(words, style=STYLES.get(check.verdict, FAULT))
+
+
+def _frequency_cells(check: FrequencyCheck) -> tuple[str, Text]:
+    unexpected = "" if check.verdict == "as expected" else f", {check.verdict}"
+    words = Text(f"{check.test.p_value:.2g}{unexpected}", style=STYLES.get(check.verdict, FAULT))
+    return f"{check.test.statistic:.1f} in {check.test.num_cells} cells", words
+
+
+def _divergences(report: LosslessReport, tokenizer: Any) -> Iterator[Text]:
+    """Yield where texts differ, faults first, and what the logits say there."""
+    pairs = [(check, divergence) for check in report.texts for divergence in check.divergences]
+    pairs.sort(key=lambda pair: pair[1].is_near_tie)
+    for check, divergence in pairs[:MOST_DIVERGENCES]:
+        here, plain = (_spelled(tokenizer, token) for token in (divergence.token, divergence.plain_token))
+        where = f"{check.way}, T = {check.temperature:g}, text {divergence.row}, token {divergence.place}"
+        style = STYLES["near-ties"] if divergence.is_near_tie else FAULT
+        reason = _reason(divergence, here, report.dtype)
+        yield Text.assemble((f"{where}: {here} instead of {plain}", style), f"\n  {reason}")
+    if len(pairs) > MOST_DIVERGENCES:
+        yield Text(f"... and {len(pairs) - MOST_DIVERGENCES} more; --json has all")
+    if pairs:
+        yield Text()
+
+
+def _reason(divergence: Divergence, token: str, dtype: str) -> str:
+    evidence = divergence.evidence
+    if evidence is None:
+        return "fault: one text continues and the other ends, which no rounding explains"
+    leads = f"{token} leads by {evidence.tree_lead:+.4g} in the tree, by {evidence.plain_lead:+.4g} in the plain step"
+    apart, rounding = (value / evidence.spacing for value in (evidence.difference, evidence.rounding))
+    logits = f"their logits are up to {apart:.3g} spacings of {dtype} apart, and rounding moves them by {rounding:.3g}"
+    if divergence.is_near_tie:
+        return f"near-tie: {leads}; {logits}"
+    cause = "the tree's logits are not the target's" if evidence.is_drawn else "not what these logits draw"
+    return f"fault, {cause}: {leads}; {logits}"
+
+
+def _spelled(tokenizer: Any, token: int | None) -> str:
+    return "the end" if token is None else repr(tokenizer.decode([token]))

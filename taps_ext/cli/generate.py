@@ -1,119 +1,82 @@
-"""taps-ext demo | generate | info."""
+"""taps-ext generate | info."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
-from ..checkpoints.disk import json_text
+from .. import native
+from ..checkpoints import load_drafters
+from ..composition import make_composition
+from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
+from ..decode.state import StepEvent
+from ..decode.stats import DecodeStats
+from ..native import choose_device
+from ..sampling import SamplingParams
 from ..tiny import TINY
-from .common import DEVICE_HELP, JSON_HELP, drafter_folders, keep_logs_clean, load_target, progress
-
-if TYPE_CHECKING:
-    from ..decode.decoder import GenerationResult, SpeculativeDecoder
-    from ..decode.state import StepEvent
-    from .terminal import Palette
-
-DRAFTING_HELP = "coupled: look at the target's noise above temperature 0; topk: propose what is likely."
-
-
-def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per domain.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 96,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the prompts and of the noise.")] = 0,
-    drafting: Annotated[str, typer.Option(help=DRAFTING_HELP)] = "coupled",
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    output: Annotated[Path, typer.Option(help="Folder for demo.json and the picture.")] = Path("out/demo"),
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
-) -> None:
-    """Two specialist drafters and their compositions on the embedded models, beside plain decoding."""
-    from ..native import choose_device
-    from . import demo as demonstration
-    from . import demo_report, terminal
-
-    keep_logs_clean()
-    settings = demonstration.DemoSettings(
-        prompts, max_new_tokens, temperature, seed, str(choose_device(device)), drafting
-    )
-    with progress() as bars:
-        bar = bars.add_task("loading", total=demonstration.count_reports(settings))
-        result = demonstration.run(settings, lambda done: bars.update(bar, advance=1, description=f"{done} prompts"))
-    files = demo_report.save(result, output)
-    if as_json:
-        print(json_text(result.to_dict()))
-        return
-    console = Console(highlight=False)
-    console.print(terminal.demo_report(result, console))
-    for path in files:
-        print(f"wrote {path}")
+from ..tree import TreeShape
+from . import terminal
+from .terminal import facts_table, show
 
 
 def generate(
-    target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")] = TINY,
-    drafter: Annotated[
-        list[str] | None, typer.Option(help="[NAME=]FOLDER-OR-HUB-ID, repeatable; tiny/math, tiny/chat.")
-    ] = None,
-    composition: Annotated[str, typer.Option(help="single, confidence, entropy, evidence or merged.")] = "merged",
-    single_drafter: Annotated[str | None, typer.Option(help="The drafter that 'single' uses.")] = None,
+    target: terminal.Target[str] = TINY,
+    drafter: terminal.Drafters = None,
+    composition: terminal.Composition = "merged",
+    single_drafter: Annotated[str | None, typer.Option(help="Name of the drafter that 'single' uses.")] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="The prompt; without it and --prompt-file: standard input.")
+        str | None, typer.Option(help="Prompt text. Without it and --prompt-file, standard input is read.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Read the prompt from a file.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Leave the tokenizer's chat template out.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0: off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1: off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="The text is a function of target, prompt and seed.")] = 0,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text of one prompt.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the tokenizer's chat template.")] = False,
+    max_new_tokens: terminal.MaxNewTokens = 128,
+    temperature: terminal.Temperature = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability; 1 is off.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Drop tokens less probable than this times the likeliest; 0 is off.")
+    ] = 0.0,
+    seed: terminal.Seed = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End with the token that completes this text; repeatable.")
+        list[str] | None, typer.Option(help="End with the token that completes this text. Repeatable.")
     ] = None,
-    depth: Annotated[int, typer.Option(help="Levels that a drafter drafts.")] = 6,
-    branching: Annotated[int, typer.Option(help="Children per expanded node.")] = 10,
-    max_nodes: Annotated[int, typer.Option(help="Nodes of a drafter's tree, root included.")] = 60,
-    merged_nodes: Annotated[
-        int | None, typer.Option(help="Node budget of the merged tree; default: the union.")
-    ] = None,
+    depth: terminal.Depth = 6,
+    branching: terminal.Branching = 10,
+    max_nodes: terminal.MaxNodes = 60,
+    merged_nodes: terminal.MergedNodes = None,
     min_score: Annotated[
-        float | None, typer.Option(help="Drop nodes less probable than exp of this, such as -5.")
+        float | None, typer.Option(help="Drop nodes whose path has a log-probability below this, such as -5.")
     ] = None,
-    drafting: Annotated[str, typer.Option(help=DRAFTING_HELP)] = "coupled",
+    drafting: terminal.Drafting = "coupled",
     evidence_decay: Annotated[
-        float | None, typer.Option(help="What a token leaves of it; default 0.95. 0: none in 'merged'.")
+        float | None,
+        typer.Option(help="Factor by which evidence fades per token; 0 turns it off in 'merged'. Default: 0.95."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    dtype: terminal.Dtype = "auto",
+    device: terminal.Device = None,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """Stream a text, each accepted run in the colour of the drafter that proposed it, then the figures."""
-    text = _read_prompt(prompt, prompt_file)
-    from ..checkpoints import load_drafters
-    from ..composition import make_composition
-    from ..decode.decoder import SpeculativeDecoder, check_drafting
-    from ..native import choose_device
-    from ..sampling import SamplingParams
-    from ..tree import TreeShape
+    """Generate a text, streamed in the colours of the drafters that proposed each piece, then print the figures.
 
-    place = choose_device(device)
-    make_composition(
-        composition, merged_nodes, evidence_decay
-    )  # a wrong name should not wait for a large target to load
-    check_drafting(drafting)
+    The text is a function of target, prompt and seed: no drafter or composition changes it.
+    """
+    text, place = _read_prompt(prompt, prompt_file), choose_device(device)
     sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
     shape = TreeShape(depth, branching, max_nodes, min_score)
-    paths = drafter_folders(target, drafter or [])
+    make_composition(composition, merged_nodes, evidence_decay)  # checks it before a large target is loaded
+    check_drafting(drafting)
+    paths = terminal.drafter_folders(target, drafter)
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
-    keep_logs_clean()
-    model, tokenizer = load_target(target, dtype, place)
+    terminal.keep_logs_clean()
+    model, tokenizer = terminal.load_target(target, dtype, place)
     decoder = SpeculativeDecoder(
         model,
         load_drafters(paths, model),
@@ -127,21 +90,15 @@ def generate(
     inputs = {**_encode(tokenizer, text, raw), "sampling": sampling, "max_new_tokens": max_new_tokens}
     inputs |= {"stop_strings": stop, "tokenizer": tokenizer}
     if as_json:
-        _print_json(decoder, tokenizer, text, inputs)
+        show(True, _facts(decoder, tokenizer, text, inputs))
     else:
         _stream(decoder, tokenizer, inputs)
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False) -> None:
-    """Versions, what was built and why, and what torch finds on this machine."""
-    from ..native import installation
-    from . import terminal
-
-    facts = installation()
-    if as_json:
-        print(json_text(facts.to_dict()))
-    else:
-        Console(highlight=False, soft_wrap=True).print(terminal.info_table(facts))
+def info(as_json: terminal.AsJson = False) -> None:
+    """Print versions, what was built and why, and what torch finds on this machine."""
+    facts = native.installation()
+    show(as_json, facts.to_dict(), _info_table(facts))
 
 
 def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
@@ -159,7 +116,7 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:
-    """The prompt as `input_ids` and `attention_mask`: a user's turn where the tokenizer knows chats, else as it is."""
+    """Return `input_ids` and `attention_mask` of a prompt: as a user's turn if the tokenizer has a chat template."""
     if not raw and getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": text.strip()}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -169,25 +126,20 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
-def _print_json(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs: dict[str, Any]) -> None:
-
+def _facts(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     out = decoder.generate(**inputs)
-    seconds = time.perf_counter() - started
-    fields = {
+    return {
         "prompt": prompt,
         "text": tokenizer.decode(out.new_tokens[0], skip_special_tokens=True),
         "new_tokens": out.new_tokens[0],
         "finish_reason": out.finish_reasons[0],
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
         "stats": out.stats.to_dict(),
     }
-    print(json_text(fields))
 
 
 def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> None:
-    from . import terminal
-
     console = Console(highlight=False, soft_wrap=True)
     palette = terminal.Palette(list(decoder.drafters))
     started = time.perf_counter()
@@ -195,16 +147,14 @@ def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any])
     seconds = time.perf_counter() - started
     if terminal.has_colours(console):
         console.print(palette.legend())
-    console.print(terminal.stats_table(result.stats, seconds))
+    console.print(facts_table(_figures(result.stats, seconds)))
 
 
 def _print_steps(
-    events: Generator[StepEvent, None, GenerationResult], tokenizer: Any, palette: Palette, console: Console
+    events: Generator[StepEvent, None, GenerationResult], tokenizer: Any, palette: terminal.Palette, console: Console
 ) -> GenerationResult:
-    """Print each step's text as it comes; what is left is the generator's result."""
-    from .transcript import Transcript
-
-    transcript = Transcript(tokenizer)
+    """Print the text of each step as it arrives; return the generator's result."""
+    transcript = terminal.Transcript(tokenizer)
     while True:
         try:
             event = next(events)
@@ -214,3 +164,27 @@ def _print_steps(
             result: GenerationResult = end.value
             return result
         console.print(palette.text(transcript.add(event.new_tokens[0], event.accepted_proposers[0])), end="")
+
+
+def _figures(stats: DecodeStats, seconds: float) -> Iterator[tuple[str, str]]:
+    """Yield the figures of one generation."""
+    num_tokens, shares = sum(stats.num_tokens), stats.proposer_share
+    yield "speed", f"{num_tokens / seconds:.1f} tokens/s, prefill included"
+    yield "acceptance length", f"{terminal.number(stats.acceptance_length)} tokens a step"
+    yield "target forwards", f"{stats.num_target_forwards} for {num_tokens} tokens, prefill included"
+    yield "accepted by depth", "  ".join(f"{share:.0%}" for share in stats.acceptance_by_depth) or "none"
+    yield "proposed by", "  ".join(f"{name} {terminal.percent(share)}" for name, share in shares.items())
+    if stats.choice_share:
+        yield "chosen", "  ".join(f"{name} {share:.0%}" for name, share in stats.choice_share.items())
+
+
+def _info_table(facts: native.Installation) -> Table:
+    cuda, built = facts.cuda, facts.native
+    gpus = [f"{gpu.name} ({gpu.capability})" + ("" if gpu.has_kernels else ": no CUDA ops for it") for gpu in cuda.gpus]
+    rows = [("taps_ext", facts.taps_ext), ("python", f"{facts.python} on {facts.platform}")]
+    rows += [(name, version or "not installed") for name, version in facts.versions.items()]
+    rows += [("native module", "available" if built.available else f"not available: {built.reason}")]
+    rows += [(f"  built: {key}", value) for key, value in (built.build or {}).items()]
+    rows += [("CUDA ops", f"{'built' if cuda.ops_built else 'not built'}: {cuda.reason}")]
+    rows += [("CUDA in torch", cuda.torch_cuda or "none"), ("GPUs", "\n".join(gpus) or "none visible")]
+    return facts_table([*rows, ("threads", f"{facts.num_threads} of torch, {facts.num_cpus} CPUs")])

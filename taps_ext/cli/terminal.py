@@ -1,41 +1,267 @@
-"""How the command line looks: tables, legends, and text coloured by the drafter that proposed it (rich)."""
+"""What the commands share: options, models by name, progress bars, results, and text coloured by its proposers.
+
+An option has one definition here, so that it is spelled the same and means the same in every command. Options that only
+one command has stand in its file.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
-from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
+import torch
+import transformers
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from ..decode.stats import DecodeStats
-    from ..native import Gpu, Installation
-    from .demo import Cell, DemoResult
-    from .transcript import Span
+from .. import tiny
+from ..checkpoints.disk import json_text
+from ..checkpoints.target_files import open_target
 
+T = TypeVar("T")
+COMPOSITION_HELP = "How several drafters make one tree: single, confidence, entropy, evidence or merged."
+TEMPERATURE_HELP = "Sampling temperature; 0 is greedy decoding."
+
+Target = Annotated[T, typer.Option("--target", help="Target model: directory or hub id; 'tiny' is the embedded one.")]
+Drafters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--drafter", help="Drafter as [NAME=]DIRECTORY-OR-HUB-ID; embedded: tiny/math, tiny/chat. Repeatable."
+    ),
+]
+DrafterArgument = Annotated[
+    T, typer.Argument(metavar="DRAFTER", help="Directory or hub id; embedded: tiny/math, tiny/chat.")
+]
+Composition = Annotated[str, typer.Option("--composition", help=COMPOSITION_HELP)]
+Compositions = Annotated[list[str], typer.Option("--composition", help=f"{COMPOSITION_HELP} Repeatable.")]
+Drafting = Annotated[
+    str,
+    typer.Option(
+        "--drafting",
+        help="'coupled' drafts with the target's noise at temperatures above 0; 'topk' drafts the likeliest tokens.",
+    ),
+]
+Depth = Annotated[int, typer.Option("--depth", help="Number of levels that a drafter drafts, below the root.")]
+Branching = Annotated[int, typer.Option("--branching", help="Number of children kept per expanded node.")]
+MaxNodes = Annotated[int, typer.Option("--max-nodes", help="Number of nodes per drafter's tree, root included.")]
+MergedNodes = Annotated[
+    int | None,
+    typer.Option("--merged-nodes", help="Number of nodes kept in the merged tree. Default: the whole union."),
+]
+Temperature = Annotated[float, typer.Option("--temperature", help=TEMPERATURE_HELP)]
+Temperatures = Annotated[list[float], typer.Option("--temperature", help=f"{TEMPERATURE_HELP} Repeatable.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same result.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Maximum number of new tokens per text or answer.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Number of texts decoded together.")]
+Prompts = Annotated[
+    Path | None, typer.Option("--prompts", help='File of your own prompts in JSON Lines: {"prompt": "..."}.')
+]
+Limit = Annotated[
+    T,
+    typer.Option("--limit", min=1, help="Maximum number of prompts; in demo and evaluate: from each domain or task."),
+]
+Data = Annotated[
+    list[str], typer.Option("--data", help="Conversations: a file, directory or data set of the hub. Repeatable.")
+]
+ChatTemplate = Annotated[
+    str | None, typer.Option("--chat-template", help="Jinja file of the chat template. Default: the tokenizer's.")
+]
+SystemPrompt = Annotated[
+    str | None, typer.Option("--system-prompt", help="System prompt for conversations that have none.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="Data type: float32, bfloat16, float16, or auto (as stored).")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cpu, cuda or cuda:NUMBER. Default: a GPU if there is one and its ops are built, else cpu."
+    ),
+]
+Output = Annotated[T, typer.Option("--output", "-o", help="Path to write the result to.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Report what the run would take (time, memory, disk); write nothing.")
+]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # of tables
+PIPE_WIDTH = 200  # columns, where stdout is no terminal
 COLOURS = ("bright_cyan", "bright_magenta", "bright_yellow", "bright_blue", "bright_red")
 SEVERAL = "bright_green"
-HEADINGS = ("acceptance\nlength", "forwards\nper token", "tokens/s\nto plain's", "nodes\na step", "text\nas plain")
+UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
+
+
+# ---- what is loaded
+
+
+def check_dtype(dtype: str) -> str:
+    """Return `dtype`; raise ValueError for an unknown one."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return dtype
+
+
+def target_config(target: str) -> Any:
+    """Return the config of a target's language model; raise FileNotFoundError if there is none."""
+    return open_target(tiny.resolve(target)).config
+
+
+def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
+    """Load a target (directory, hub id or `tiny`) in evaluation mode on a device, and its tokenizer."""
+    chosen = None if check_dtype(dtype) == "auto" else getattr(torch, dtype)
+    model: Any
+    if target == tiny.TINY:
+        model, tokenizer = tiny.load_target()
+    else:
+        open_target(target)  # raises an error of one sentence if there is none
+        model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    return model.to(device=device, dtype=chosen).eval(), tokenizer
+
+
+def drafter_folders(target: str, drafters: Sequence[str] | None) -> dict[str, str]:
+    """Return the directory or hub id of each drafter by name; without any, the embedded target has its own."""
+    if not drafters and target != tiny.TINY:
+        raise ValueError("give at least one drafter: --drafter NAME=DIRECTORY-OR-HUB-ID")
+    paths: dict[str, str] = {}
+    for entry in drafters or [f"{name}={tiny.TINY}/{name}" for name in tiny.drafter_paths()]:
+        name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)
+        if not (name and path):
+            raise ValueError(f"--drafter must be NAME=DIRECTORY-OR-HUB-ID, got {entry!r}")
+        if name in paths:
+            raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
+        paths[name] = tiny.resolve(path)
+    return paths
+
+
+# ---- what is printed: results on stdout, everything else on stderr, by one process of a launch
+
+
+def process_index() -> int:
+    """Return the index of this process in its launch (torchrun, accelerate launch); 0 is the main process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main_process() -> bool:
+    """Return whether this is the process that prints."""
+    return process_index() == 0
+
+
+def keep_logs_clean() -> None:
+    """Turn the progress bars of transformers off where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None], None]]:
+    """Show a bar on stderr, on terminals only; the value is called with what is done, how many, and of how many."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    is_shown = is_main_process() and sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as bars:
+        bar = bars.add_task(what, total=None)
+        yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
+
+
+def note(*sentences: str) -> None:
+    """Print lines on stderr."""
+    for sentence in sentences if is_main_process() else ():
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def show(as_json: bool, facts: dict[str, Any], *parts: RenderableType) -> None:
+    """Print a result on stdout: `facts` as JSON for programs, or `parts` for people."""
+    if not is_main_process():
+        return
+    if as_json:
+        print(json_text(facts))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    for part in parts:
+        console.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, (str, Text)))
+
+
+# ---- text in the colours of its proposers
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of text and the drafters that proposed its tokens: none (the target's own token), one, or several."""
+
+    text: str
+    proposers: tuple[str, ...]
+
+
+class Transcript:
+    """Turn the tokens of one row into text as they arrive; hold tokens back while a character is unfinished."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._window = 0  # decoding starts here: a token's text depends on the one before it (leading spaces)
+        self._shown = 0  # tokens whose text has been returned
+
+    def add(self, tokens: Sequence[int], proposers: Sequence[Sequence[str]]) -> list[Span]:
+        """Return the spans that a step adds; `proposers` has one entry per accepted draft token."""
+        spans = []
+        for index, token in enumerate(tokens):
+            self._tokens.append(int(token))
+            names = tuple(proposers[index]) if index < len(proposers) else ()
+            spans.append(Span(self._new_text(), names))
+        return join_spans(spans)
+
+    def finish(self) -> list[Span]:
+        """Return the text that is still held back when no more tokens come: an unfinished character, if any."""
+        return join_spans([Span(self._new_text(final=True), ())])
+
+    def _new_text(self, final: bool = False) -> str:
+        before = self._decode(self._tokens[self._window : self._shown])
+        after = self._decode(self._tokens[self._window :])
+        if after.endswith(UNFINISHED) and not final:
+            return ""
+        self._window, self._shown = self._shown, len(self._tokens)
+        return after[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def join_spans(spans: Iterable[Span]) -> list[Span]:
+    """Join neighbours of the same proposers and drop empty spans; the text stays the same."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1].proposers == span.proposers:
+            joined[-1] = Span(joined[-1].text + span.text, span.proposers)
+        elif span.text:
+            joined.append(span)
+    return joined
 
 
 class Palette:
-    """A colour a drafter, one more for tokens that several proposed; the target's own tokens stay plain."""
+    """Colour text by proposer: one colour per drafter, one for several; the target's own tokens have none."""
 
     def __init__(self, drafters: Sequence[str]) -> None:
         self._styles = {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(drafters)}
 
     def style(self, proposers: Sequence[str]) -> str:
-        """The style of a token with these proposers."""
+        """Return the style of a token with these proposers."""
         if len(proposers) > 1:
             return SEVERAL
         return self._styles[proposers[0]] if proposers else ""
 
     def text(self, spans: Iterable[Span], has_colours: bool = True) -> Text:
-        """The spans in colour; without colours, in brackets that name the drafters."""
+        """Return the spans in colour, or without colours in brackets that name the drafters."""
         text = Text()
         for span in spans:
             if has_colours or not span.proposers:
@@ -45,12 +271,10 @@ class Palette:
         return text
 
     def legend(self, has_colours: bool = True) -> Text:
-        """What the colours, or the brackets, mean."""
+        """Return what the colours or the brackets mean."""
         if not has_colours:
-            return Text(
-                "accepted drafts in brackets, with the drafters that proposed them; the rest is the target's own"
-            )
-        names = [(name, style) for name, style in self._styles.items()]
+            return Text("[drafters: accepted draft], everything else is the target's own")
+        names = [*self._styles.items()]
         if len(names) > 1:
             names.append(("several" if len(names) > 2 else "both", SEVERAL))
         legend = Text("proposed by ")
@@ -60,98 +284,26 @@ class Palette:
 
 
 def has_colours(console: Console) -> bool:
-    """Whether what is printed there can be told apart by colour."""
+    """Return whether the console shows colours."""
     return console.is_terminal and console.color_system is not None and not console.no_color
 
 
-def stats_table(stats: DecodeStats, seconds: float) -> Table:
-    """The figures of one generation."""
-    num_tokens = sum(stats.num_tokens)
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("acceptance length", f"{_number(stats.acceptance_length)} tokens a step")
-    table.add_row("target forwards", f"{stats.num_target_forwards} for {num_tokens} tokens (prefill included)")
-    table.add_row("accepted by depth", "  ".join(f"{share:.0%}" for share in stats.acceptance_by_depth) or "none")
-    table.add_row("proposed by", "  ".join(f"{name} {_percent(share)}" for name, share in stats.proposer_share.items()))
-    if stats.choice_share:
-        table.add_row("chosen", "  ".join(f"{name} {share:.0%}" for name, share in stats.choice_share.items()))
-    table.add_row("speed", f"{num_tokens / seconds:.1f} tokens/s, prefill included")
-    return table
+# ---- figures
 
 
-def demo_report(result: DemoResult, console: Console) -> Group:
-    """The table, what to make of it, and the coloured texts."""
-    palette, coloured = Palette(result.drafters), has_colours(console)
-    parts: list[RenderableType] = [_demo_table(result), Text()]
-    parts += [Text(sentence) for sentence in result.conclusions()]
-    parts += [Text(), palette.legend(coloured)]
-    for sample in result.samples:
-        body = Text.assemble((sample.prompt, "dim"), "\n", palette.text(sample.spans, coloured))
-        parts.append(Panel(body, title=f"{sample.domain}: as the merged tree decodes it", title_align="left"))
-    return Group(*parts)
-
-
-def _demo_table(result: DemoResult) -> Table:
-    """A row a variant; each column holds one figure for every domain, side by side."""
-    first = [result.cell(result.variants()[0], domain) for domain in result.domains]
-    rows = {"plain decoding": [_plain_figures(cell) for cell in first]}
-    for variant in result.variants():
-        rows[variant] = [_figures(result.cell(variant, domain)) for domain in result.domains]
-    table = Table("\n\nvariant", box=None, padding=(0, 2, 0, 0))
-    columns = []
-    for index, heading in enumerate(HEADINGS):
-        domains, *column = _aligned([result.domains, *([figures[index] for figures in row] for row in rows.values())])
-        table.add_column(f"{heading}\n{domains}", no_wrap=True)
-        columns.append(column)
-    for name, *cells in zip(rows, *columns, strict=True):
-        table.add_row(name, *cells, style="bold" if name == result.headline else "")
-    return table
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Each row's entries side by side, right-aligned with those of the other rows."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [" ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _plain_figures(cell: Cell) -> list[str]:
-    return ["1   ", "1   ", f"{cell.plain_tokens_per_second:.0f}/s", "1", ""]
-
-
-def _figures(cell: Cell) -> list[str]:
-    return [
-        _number(cell.acceptance_length),
-        f"{cell.target_forwards_per_token:.2f}",
-        f"{cell.tokens_per_second / cell.plain_tokens_per_second:.2f}x",
-        f"{cell.nodes_per_step:.0f}",
-        f"{cell.num_identical}/{cell.num_prompts}",
-    ]
-
-
-def info_table(facts: Installation) -> Table:
-    """What `taps-ext info` prints."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("taps_ext", facts.taps_ext)
-    table.add_row("python", f"{facts.python} on {facts.platform}")
-    for name, version in facts.versions.items():
-        table.add_row(name, version or "not installed")
-    table.add_row("native module", "available" if facts.native.available else f"not available: {facts.native.reason}")
-    for key, value in (facts.native.build or {}).items():
-        table.add_row(f"  built: {key}", value)
-    decision = "built" if facts.cuda.ops_built else "not built"
-    table.add_row("CUDA ops", f"{decision}: {facts.cuda.reason}")
-    table.add_row("CUDA in torch", facts.cuda.torch_cuda or "none")
-    table.add_row("GPUs", "\n".join(map(_gpu_text, facts.cuda.gpus)) or "none visible")
-    table.add_row("threads", f"{facts.num_threads} of torch, {facts.num_cpus} CPUs")
-    return table
-
-
-def _gpu_text(gpu: Gpu) -> str:
-    return f"{gpu.name} ({gpu.capability})" + ("" if gpu.has_kernels else ": no CUDA ops were built for it")
-
-
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Return a figure with two decimals, or a dash for a mean of nothing."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.0%}"
+def percent(share: float) -> str:
+    """Return a share in percent, or a dash for a share of nothing."""
+    return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and facts."""
+    table = Table(show_header=False, **PLAIN)
+    for row in rows:
+        table.add_row(*(entry.replace("[", r"\[") for entry in row))
+    return table

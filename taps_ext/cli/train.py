@@ -2,58 +2,71 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import torch
 import typer
-from rich.console import Console, RenderableType
+from rich.table import Table
 
-from .common import DEVICE_HELP, JSON_HELP, is_main_process, keep_logs_clean, load_target, progress
+from ..checkpoints.target_files import open_target
+from ..native import choose_device
+from ..tiny import resolve
+from ..training import feature_store, materials, picture, regeneration, survey
+from ..training import progress as watching
+from ..training.config import DataConfig, Recipe, SourceConfig
+from ..training.data import prepare, with_chat_template
+from ..training.feature_shards import DTYPES
+from ..training.progress import duration, percents
+from ..training.target_ends import identify
+from . import terminal
+from .terminal import facts_table, note, show
 
 if TYPE_CHECKING:
-    from ..training.config import Recipe
     from ..training.dataset import TokenDataset
-    from ..training.feature_store import SpaceEstimate
+    from ..training.dry_run import DryRun
+    from ..training.trainer import TrainingResult
 
-STOPPED = 130  # the exit code of a run that was stopped and can go on: for scripts, neither success nor failure
+STOPPED = 130  # the exit code of a run that was stopped and can be resumed: for scripts, neither success nor failure
+LOG = "log.jsonl"
 
-Config = Annotated[list[Path] | None, typer.Option(help="A recipe (YAML); repeatable, later ones win.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As training.steps=500.")]
-AsJson = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
+Config = Annotated[
+    list[Path] | None, typer.Option("--config", help="Recipe (YAML). Repeatable; later files override earlier ones.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe, such as training.steps=500.")
+]
 
 
 def train(
     overrides: Overrides = None,
     config: Config = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load all, make two steps, say what it takes.")] = False,
-    as_json: AsJson = False,
+    dry_run: terminal.DryRun = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """Train a drafter as a recipe says, or go on with a run that was stopped. See docs/training.md."""
+    """Train a drafter by a recipe, or resume a run that was stopped. See docs/training.md."""
     recipe = _read_recipe(config, overrides)
-    from ..training import progress as watching
-    from ..training import run
-    from ..training.trainer import LOG
-    from . import training_tables as tables
+    from ..training import run  # needs accelerate, which the recipe's errors do not wait for
 
-    keep_logs_clean()
-    observer = watching.choose(recipe.training.log_every, sys.stderr) if is_main_process() else None
+    terminal.keep_logs_clean()
+    observer = watching.choose(recipe.training.log_every, sys.stderr) if terminal.is_main_process() else None
     if observer:
         observer.note(f"{recipe.objective.name} drafter for {recipe.target}, in {recipe.output}")
     if dry_run:
         facts = run.dry_run(recipe, observer)
-        _show(lambda: tables.dry_run_report(facts), tables.dry_run_dict(facts), as_json)
+        show(as_json, asdict(facts), facts_table(_dry_run_rows(facts)))
         return
     started = time.monotonic()
     result = run.train(recipe, observer)
     if observer:
-        log = Path(recipe.output).expanduser() / LOG
-        outcome = tables.Outcome.read(result, time.monotonic() - started, log, _draw(log, observer.note))
-        _show(lambda: outcome.report(recipe.target), outcome.to_dict(), as_json)
+        _show_run(recipe, result, time.monotonic() - started, observer.note, as_json)
     if not result.is_finished:
         raise typer.Exit(STOPPED)
 
@@ -61,82 +74,62 @@ def train(
 def features(
     overrides: Overrides = None,
     config: Config = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print how much space they take.")] = False,
+    dry_run: terminal.DryRun = False,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """Compute the target's features of a recipe's data ahead, into features.path; goes on where it was stopped."""
+    """Compute the target's features of a recipe's data ahead of training, into features.path.
+
+    What is there already is kept, so that the same command resumes a run that was stopped.
+    """
     recipe = _read_recipe(config, overrides)
     if recipe.features.path is None:
-        raise ValueError("the recipe has no features.path; give features.path=FOLDER")
-    from ..training import materials
-    from ..training.data import prepare
-    from ..training.feature_sources import extract
-    from ..training.feature_store import create_store
-    from ..training.target_ends import identify
-
-    keep_logs_clean()
-    data = prepare(recipe.data, materials.load_tokenizer(recipe))
-    datasets, space = materials.datasets(data), _space(recipe, materials.datasets(data))
-    _say(*data.report.lines(), str(space))
-    if dry_run:
-        return
-    space.check()
-    import torch
+        raise ValueError("the recipe has no features.path; give features.path=DIRECTORY")
     from accelerate import PartialState
 
-    processes = PartialState(cpu=not torch.cuda.is_available())  # else processes on CPUs do not know of each other
-    target = materials.load_target(recipe, processes.device)
-    store = create_store(recipe.features.path, identify(target.model), recipe.features.dtype)
-    with _bar("tokens") as report:
-        extract(
-            target,
-            datasets,
-            store,
-            process_index=processes.process_index,
-            num_processes=processes.num_processes,
-            report=report,
-        )
-    processes.wait_for_everyone()
-    store.flush()  # finds what the other processes have written
-    store.require(datasets)
-    _say(f"{recipe.features.path} has them all; train with features.mode=stored features.path={recipe.features.path}")
+    terminal.keep_logs_clean()
+    data = prepare(recipe.data, materials.load_tokenizer(recipe))
+    datasets = materials.datasets(data)
+    space = _space(recipe, datasets)
+    note(*data.report.lines())
+    facts = {**asdict(space), "folder": str(space.folder), "num_bytes": space.num_bytes}
+    if dry_run:
+        show(as_json, facts, str(space))
+        return
+    note(str(space))
+    space.check()
+    _compute(recipe, datasets, PartialState(cpu=not torch.cuda.is_available()))
+    way = f"train with features.mode=stored features.path={recipe.features.path}"
+    show(as_json, facts, f"{recipe.features.path} has them all; {way}")
 
 
 def regenerate(
-    target: Annotated[str, typer.Option(help="Folder or hub id of the target; 'tiny' is the embedded one.")],
-    data: Annotated[list[str], typer.Option(help="Conversations: a file, folder or data set; repeatable.")],
-    output: Annotated[Path, typer.Option(help="The JSON lines file to write.")],
-    count: Annotated[int | None, typer.Option(help="Take so many of each --data, chosen by the seed.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="A longer answer is left out, with what follows it.")] = 1024,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the choice and of the answers.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Answers at once.")] = 16,
-    chat_template: Annotated[str | None, typer.Option(help="A jinja file; default: the tokenizer's own.")] = None,
-    system_prompt: Annotated[str | None, typer.Option(help="Put before conversations that bring none.")] = None,
-    device: Annotated[str | None, typer.Option(help=DEVICE_HELP)] = None,
+    target: terminal.Target[str],
+    data: terminal.Data,
+    output: terminal.Output[Path],
+    count: Annotated[
+        int | None, typer.Option(help="Number of conversations to take from each --data, chosen by the seed.")
+    ] = None,
+    max_new_tokens: terminal.MaxNewTokens = 1024,
+    temperature: terminal.Temperature = 0.0,
+    seed: terminal.Seed = 0,
+    batch_size: terminal.BatchSize = 16,
+    chat_template: terminal.ChatTemplate = None,
+    system_prompt: terminal.SystemPrompt = None,
+    device: terminal.Device = None,
+    as_json: terminal.AsJson = False,
 ) -> None:
-    """Let the target write the answers of conversations, for drafters to learn from; goes on where it was stopped."""
-    from ..native import choose_device
-    from ..training import regeneration, survey
-    from ..training.config import DataConfig, SourceConfig
-    from ..training.data import with_chat_template
+    """Let the target write the answers of conversations anew, for drafters to learn from.
 
+    The result is a JSON Lines file. An answer that has not ended after --max-new-tokens is left out, with the rest of
+    its conversation. The same command resumes a run that was stopped.
+    """
     place = choose_device(device)
     regeneration.check_output(output)
-    sources = tuple(SourceConfig(path, count=count) for path in data)
-    surveyed = survey.survey(DataConfig(sources), keeps_questions=True)
-    conversations = [
-        conversation
-        for number, source in enumerate(surveyed)
-        for conversation in list(source.conversations(f"{seed}/{number}"))[:count]
-    ]
-    for source in surveyed:
-        usable = f"{source.config.path}: {len(source.usable):,} usable conversations"
-        _say(usable + survey.what_was_dropped([source]))
-    keep_logs_clean()
-    model, tokenizer = load_target(target, "auto", place)
+    conversations = [one.with_system(system_prompt) for one in _conversations(data, count, seed)]
+    terminal.keep_logs_clean()
+    model, tokenizer = terminal.load_target(target, "auto", place)
     tokenizer = with_chat_template(tokenizer, chat_template)
-    conversations = [conversation.with_system(system_prompt) for conversation in conversations]
-    with _bar("conversations") as report:
+    with terminal.progress("conversations") as update:
         done = regeneration.regenerate(
             model,
             tokenizer,
@@ -146,15 +139,16 @@ def regenerate(
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
-            progress=report,
+            progress=partial(update, "conversations"),
         )
-    _say(*(f"conversations that end early, before {reason}: {number:,}" for reason, number in done.cut.items()))
+    note(*(f"conversations that end early, before {reason}: {number:,}" for reason, number in done.cut.items()))
     dropped = f"; {done.num_dropped:,} had no answer left" if done.num_dropped else ""
-    _say(f"wrote {done.num_written:,} conversations with {done.num_answers:,} answers to {output}{dropped}")
+    sentence = f"wrote {done.num_written:,} conversations with {done.num_answers:,} answers to {output}{dropped}"
+    show(as_json, {"output": str(output), **asdict(done)}, sentence)
 
 
 def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) -> Recipe:
-    """The recipe; what is wrong with it on one line."""
+    """Return the recipe; raise ValueError with everything that is wrong with it on one line."""
     from ..training.recipe_files import load_recipe
 
     try:
@@ -163,13 +157,11 @@ def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) 
         raise ValueError("; ".join(str(error).splitlines())) from error
 
 
-def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> SpaceEstimate:
-    """What the features that are missing will take; looked up without making the folder."""
-    from ..checkpoints.target_files import open_target
-    from ..tiny import resolve
-    from ..training import feature_store
-    from ..training.feature_shards import DTYPES
+# ---- features and conversations
 
+
+def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> feature_store.SpaceEstimate:
+    """Return the disk space that the missing features will take, without creating the directory."""
     folder = Path(recipe.features.path or "").expanduser()
     if (folder / feature_store.MANIFEST).exists():
         return feature_store.open_store(folder).space_for(datasets)
@@ -185,10 +177,61 @@ def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> SpaceEstimate:
     )
 
 
-def _draw(log: Path, note: Callable[[str], None]) -> Path | None:
-    """The picture of a run; where it cannot be drawn, a note says why: the run is done all the same."""
-    from ..training import picture
+def _compute(recipe: Recipe, datasets: Sequence[TokenDataset], processes: Any) -> None:
+    """Compute the missing features, a share in each process; `processes` is accelerate's PartialState."""
+    from ..training.feature_sources import extract
 
+    assert recipe.features.path is not None
+    target = materials.load_target(recipe, processes.device)
+    store = feature_store.create_store(recipe.features.path, identify(target.model), recipe.features.dtype)
+    share = {"process_index": processes.process_index, "num_processes": processes.num_processes}
+    with terminal.progress("tokens") as update:
+        extract(target, datasets, store, **share, report=partial(update, "tokens"))
+    processes.wait_for_everyone()
+    store.flush()  # finds what the other processes have written
+    store.require(datasets)
+
+
+def _conversations(data: Sequence[str], count: int | None, seed: int) -> Iterator[Any]:
+    """Yield the usable conversations of every source, or `count` of each; note what was dropped."""
+    sources = tuple(SourceConfig(path, count=count) for path in data)
+    for number, source in enumerate(survey.survey(DataConfig(sources), keeps_questions=True)):
+        usable = f"{source.config.path}: {len(source.usable):,} usable conversations"
+        note(usable + survey.what_was_dropped([source]))
+        yield from list(source.conversations(f"{seed}/{number}"))[:count]
+
+
+# ---- what a run was, for people and programs
+
+
+def _show_run(
+    recipe: Recipe, result: TrainingResult, seconds: float, note: Callable[[str], None], as_json: bool
+) -> None:
+    """Print the step of a run, its best and latest drafter, its files and what to do next."""
+    log = Path(recipe.output).expanduser() / LOG
+    drawn = _draw(log, note)
+    records = picture.read_log(log, "validation")
+    best = max(records, key=lambda record: float(record["acceptance_length"]), default=None)
+    latest = records[-1] if records else None
+    facts = {
+        "finished": result.is_finished,
+        "step": result.step,
+        "num_steps": result.num_steps,
+        "seconds": seconds,
+        "best": _figures(result.best, best),
+        "final": _figures(result.final, latest),
+        "log": str(log),
+        "picture": drawn and str(drawn),
+    }
+    paths = {"best drafter": result.best, "final drafter": result.final, "log": log, "picture": drawn}
+    lines = [f"{name}: {path}" for name, path in paths.items() if path]
+    lines.append(f"{result.step:,} of {result.num_steps:,} steps, {duration(seconds)} in this command")
+    table: list[Any] = [] if best is None or latest is None else [_validations(best, latest, result.is_finished), ""]
+    show(as_json, facts, *table, *lines, *_next_steps(result, recipe.target))
+
+
+def _draw(log: Path, note: Callable[[str], None]) -> Path | None:
+    """Draw the picture of a run; where that fails, note the reason: the run itself is done."""
     try:
         return picture.save(log)
     except (ValueError, OSError) as error:
@@ -196,27 +239,38 @@ def _draw(log: Path, note: Callable[[str], None]) -> Path | None:
         return None
 
 
-def _show(report: Callable[[], RenderableType], values: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout, of the main process."""
-    if not is_main_process():
-        return
-    if as_json:
-        from ..checkpoints.disk import json_text
-
-        print(json_text(values))
-    else:
-        Console(highlight=False, soft_wrap=True).print(report())
+def _figures(folder: Path | None, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    names = ("step", "loss", "accuracy", "acceptance_length")
+    figures = {name: record and record[name] for name in names}
+    return None if folder is None else {"folder": str(folder), **figures}
 
 
-def _say(*sentences: str) -> None:
-    """Lines on stdout, of the main process."""
-    for sentence in sentences if is_main_process() else ():
-        print(sentence, flush=True)
+def _validations(best: Mapping[str, Any], latest: Mapping[str, Any], is_finished: bool) -> Table:
+    table = Table("", "step", "loss", "estimated\nacceptance length", "accuracy by depth", **terminal.PLAIN)
+    for name, record in (("best", best), ("final" if is_finished else "latest", latest)):
+        length, accuracy = f"{record['acceptance_length']:.2f}", percents(record["accuracy"])
+        table.add_row(name, f"{record['step']:,}", f"{record['loss']:.4f}", length, accuracy)
+    return table
 
 
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, moved by (done, total)."""
-    with progress(is_shown=is_main_process()) as bars:
-        bar = bars.add_task(what, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+def _next_steps(result: TrainingResult, target: str) -> Sequence[str]:
+    drafter = result.best or result.final
+    if drafter is None or not result.is_finished:
+        return ()
+    folder, name = shlex.quote(str(drafter)), shlex.quote(target)
+    validate = f"  taps-ext validate {folder} --target {name}"
+    return "", "next:", validate, f'  taps-ext generate --target {name} --drafter {folder} --prompt "..."'
+
+
+def _dry_run_rows(facts: DryRun) -> Iterator[tuple[str, str]]:
+    yield "parameters", f"{facts.num_parameters:,}"
+    yield "training data", f"{facts.num_sequences:,} conversations, {facts.num_tokens:,} tokens"
+    yield "steps", f"{facts.num_steps:,} of {facts.seconds_per_step:.3g} s"
+    yield "time", f"{duration(3600 * facts.hours)}, without validations"
+    yield "peak memory", f"{_size(facts.peak_memory_bytes)}, of this process or its GPU"
+    yield "each checkpoint", _size(facts.checkpoint_bytes)
+    yield "stored features", "none" if facts.feature_bytes is None else _size(facts.feature_bytes)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:,.1f} MiB"
