@@ -37,7 +37,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "device",
         "info",
         "tiny",
-        "training.target_ends",
         *BELOW_DECODE,
     },
     "tiny": {"tiny", "checkpoints", "training", "decode", *BELOW_DECODE},

@@ -12,8 +12,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoints.calibration import CALIBRATION_FILE
-from ..checkpoints.disk import check_writable, write_text
+from ..checkpoints.files import CALIBRATION_FILE, check_writable, write_text
 from ..tiny import resolve
 from .common import DEVICE_HELP, JSON_HELP, keep_logs_clean, load_target, progress
 

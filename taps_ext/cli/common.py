@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import tiny
-from ..checkpoints.target_files import open_target
+from ..checkpoints.load import open_target
 
 JSON_HELP = "Print one JSON object and nothing else."
 DEVICE_HELP = "cpu, cuda or cuda:1; default: a GPU where there is one and ops for it."

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.disk import json_text, write_text, write_whole
+from ..checkpoints.files import json_text, write_text, write_whole
 from .demo import CONTROL, MERGED, Cell, DemoResult
 
 MIN_STEPS_SHOWN = 10  # a share over fewer steps is noise, and stays out of the picture

@@ -158,7 +158,7 @@ def _told(argument: str) -> str:
 
 def _show(summary: Summary, output: Path, as_json: bool) -> None:
     if as_json:
-        from ..checkpoints.disk import json_text
+        from ..checkpoints.files import json_text
 
         print(json_text(summary.to_dict()))
         return

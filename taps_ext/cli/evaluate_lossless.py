@@ -108,7 +108,7 @@ def check_lossless(
             lambda done: bars.update(bar, advance=1, description=done),
         )
     if as_json:
-        from ..checkpoints.disk import json_text
+        from ..checkpoints.files import json_text
 
         print(json_text(report.to_dict()))
     else:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..checkpoints.disk import json_text
+from ..checkpoints.files import json_text
 from ..tiny import TINY
 from .common import DEVICE_HELP, JSON_HELP, drafter_folders, keep_logs_clean, load_target, progress
 

@@ -67,11 +67,11 @@ def features(
     recipe = _read_recipe(config, overrides)
     if recipe.features.path is None:
         raise ValueError("the recipe has no features.path; give features.path=FOLDER")
+    from ..checkpoints.load import identify
     from ..training import materials
     from ..training.data import prepare
     from ..training.feature_sources import extract
     from ..training.feature_store import create_store
-    from ..training.target_ends import identify
 
     keep_logs_clean()
     data = prepare(recipe.data, materials.load_tokenizer(recipe))
@@ -165,7 +165,7 @@ def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) 
 
 def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> SpaceEstimate:
     """What the features that are missing will take; looked up without making the folder."""
-    from ..checkpoints.target_files import open_target
+    from ..checkpoints.load import open_target
     from ..tiny import resolve
     from ..training import feature_store
     from ..training.feature_shards import DTYPES
@@ -201,7 +201,7 @@ def _show(report: Callable[[], RenderableType], values: dict[str, Any], as_json:
     if not is_main_process():
         return
     if as_json:
-        from ..checkpoints.disk import json_text
+        from ..checkpoints.files import json_text
 
         print(json_text(values))
     else:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from .. import info
+from ..checkpoints.load import identify
 from ..target.model import TargetModel
-from ..training.target_ends import identify
 from ..tree import TreeShape
 from . import results
 from .answering import Answering, Contestant

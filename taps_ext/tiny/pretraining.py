@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from ..checkpoints.disk import sync
+from ..checkpoints.files import sync
 from ..training.dataset import BatchOrder, TokenBatch, TokenDataset
 
 HEAD_SIZE = 32
