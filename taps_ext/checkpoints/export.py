@@ -231,8 +231,6 @@ def _vllm(files: DrafterFiles, config: dict[str, Any], target_config: Any | None
         yield f"architectures must be [{ARCHITECTURE}], which it prefixes with Eagle"
     if FC_BIAS in files.tensors:
         yield "fc.bias is inside, and its network has none: the drafter would be another one"
-    if config.get("bias") or config.get("attention_bias"):
-        yield "bias or attention_bias in config.json is true, which it takes for biases of all four projections"
     if (QKV_BIASES[0] in files.tensors) != bool(config.get("qkv_bias", False)):
         yield "the q, k and v biases and qkv_bias in config.json disagree"
     yield from _server(files, config, target_config)
@@ -245,13 +243,13 @@ def _sglang(files: DrafterFiles, config: dict[str, Any], target_config: Any | No
         yield "fc.bias is not inside, and its network has one: it would stay random"
     if QKV_BIASES[0] in files.tensors:
         yield "it knows biases of all four attention projections or of none, and this drafter has three"
-    if config.get("bias") or config.get("attention_bias"):
-        yield "bias or attention_bias in config.json is true, which it takes for biases of all four projections"
     yield from _server(files, config, target_config)
 
 
 def _server(files: DrafterFiles, config: dict[str, Any], target_config: Any | None) -> Iterator[str]:
     """List the demands that vLLM and SGLang have in common."""
+    if config.get("bias") or config.get("attention_bias"):
+        yield "bias or attention_bias in config.json is true, which it takes for biases of all four projections"
     if config.get("hidden_act", "silu") != "silu":
         yield f"hidden_act is {config['hidden_act']}, and it knows silu only"
     if config.get("mlp_bias"):
