@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from taps_ext import native
-from taps_ext.checkpoints.disk import write_text
+from taps_ext.checkpoints.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = "benchmarks/results"

@@ -1,11 +1,9 @@
-"""Averages: exact to a rounding, streamed, and refused for drafters that do not belong together."""
+"""Averages: exact to a rounding, and refused for drafters that do not belong together."""
 
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,7 +33,6 @@ from transformers import LlamaForCausalLM
 
 from taps_ext.checkpoints import average_drafters, load_drafter, load_network, save_drafter, sweep
 from taps_ext.checkpoints.average import sweep_weights
-from taps_ext.checkpoints.files import DrafterFiles, read_folder
 from taps_ext.cli import main
 from taps_ext.drafters import EagleNetwork
 
@@ -134,37 +131,6 @@ def test_an_average_may_replace_one_of_its_parents(target: LlamaForCausalLM, tmp
     expected = stored(average_drafters(folders, None, tmp_path / "average"))
     replaced = stored(average_drafters(folders, None, folders[0]))
     assert all(replaced[name].equal(expected[name]) for name in PUBLISHED_KEYS)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_one_tensor_of_each_parent_is_in_memory_at_a_time(
-    name: str, target: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folders = [
-        write(tmp_path / f"d{seed}", published_tensors(target, make_network(target, seed)), name=name)
-        for seed in range(3)
-    ]
-    alive, most = [0], [0]
-
-    def counted(read: Callable[[], Tensor]) -> Tensor:
-        tensor = read()
-        alive[0] += 1
-        most[0] = max(most[0], alive[0])
-        weakref.finalize(tensor, lambda: alive.__setitem__(0, alive[0] - 1))
-        return tensor
-
-    def watched(folder: Path) -> DrafterFiles:
-        files = read_folder(folder)
-        tensors = {
-            key: replace(part, read=lambda read=part.read: counted(read))  # type: ignore[misc]
-            for key, part in files.tensors.items()
-        }
-        return replace(files, tensors=tensors)
-
-    monkeypatch.setattr("taps_ext.checkpoints.average.read_folder", watched)
-    average_drafters(folders, None, tmp_path / "average")
-    assert most[0] == len(folders)
-    assert alive[0] == 0
 
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ from training_cases import (
 
 from taps_ext import cli, tiny
 from taps_ext.checkpoints import average_drafters, export_drafter, load_drafter, validate_drafter
-from taps_ext.checkpoints.calibration import CALIBRATION_FILE, CalibrationRecord, read_calibration, write_calibration
-from taps_ext.checkpoints.files import check_output, read_folder
+from taps_ext.checkpoints.files import CALIBRATION_FILE, check_drafter_output, read_drafter_files
+from taps_ext.checkpoints.formats import CalibrationRecord, read_calibration, write_calibration
 from taps_ext.drafters import EagleDrafter
 from taps_ext.drafters.coupling import Calibration
 from taps_ext.training import Example, TokenDataset, calibrating, coupled_draws, trainer
@@ -354,7 +354,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_calibration_is_written_and_read_whole(folder: Path) -> None:
-    digest = read_folder(folder).digest
+    digest = read_drafter_files(folder).digest
     path = write_calibration(folder, CalibrationRecord(ONE, {"data": {"num_sequences": 3}}), digest)
     assert read_calibration(folder, digest) == ONE
     assert json.loads(path.read_text())["data"] == {"num_sequences": 3}
@@ -418,7 +418,7 @@ def test_other_weights_have_no_calibration(folder: Path, tmp_path: Path) -> None
     exported = export_drafter(folder, "vllm", tmp_path / "exported")
     for place in (average, exported):
         assert not (place / CALIBRATION_FILE).exists()
-    check_output(folder)
+    check_drafter_output(folder)
     assert average_drafters([average, folder], None, folder) == folder, "a calibrated drafter can be replaced"
     assert not (folder / CALIBRATION_FILE).exists()
 
@@ -464,7 +464,7 @@ def test_the_command_writes_the_same_file_each_time_and_shows_what_it_is_worth(
     assert told["temperatures"] == [0.5, 1.0] and len(told["alpha"][0]) == 2 and len(told["cells"]) == 4
     assert told["cells"][3][COUPLED]["nats"] < told["cells"][3][TOPK]["nats"]
     written = json.loads(before)
-    assert written["drafter"] == read_folder(folder).digest and written["target"]["name"] == "target"
+    assert written["drafter"] == read_drafter_files(folder).digest and written["target"]["name"] == "target"
     assert "texts" not in written["data"], "what they were to the drafter's training is not known"
     assert str(tmp_path) not in before.decode() and str(data.parent) not in before.decode()
     assert load_drafter(folder, tiny.load_target()[0]).calibration == Calibration.from_dict(written)
@@ -519,7 +519,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
 
 def calibrations(output: Path) -> dict[str, Calibration | None]:
     folders = {name: output / name for name in ("best", "final")}
-    return {name: read_calibration(folder, read_folder(folder).digest) for name, folder in folders.items()}
+    return {name: read_calibration(folder, read_drafter_files(folder).digest) for name, folder in folders.items()}
 
 
 @pytest.fixture
@@ -569,7 +569,7 @@ def test_a_run_killed_while_it_calibrates_is_calibrated_by_the_same_command_and_
         path.write_text(text)
 
     with monkeypatch.context() as patch:
-        patch.setattr("taps_ext.drafters.calibration.write_text", kill)
+        patch.setattr("taps_ext.checkpoints.formats.write_text", kill)
         if num_written < 2:
             with pytest.raises(KilledError):
                 train(recipe)
@@ -655,7 +655,7 @@ def test_a_calibration_that_fails_costs_no_drafter(
     run, is_gone = tmp_path / "run", failing == ("gone",)
     watcher = Remover(run) if is_gone else Watcher()
     with monkeypatch.context() as patch:
-        patch.setattr("taps_ext.drafters.calibration.write_text", refused(*failing))
+        patch.setattr("taps_ext.checkpoints.formats.write_text", refused(*failing))
         assert small_trainer(run, watcher, calibrate=True).train().is_finished
     told = [note for note in watcher.notes if "is not calibrated" in note]
     expected = "no drafter at" if is_gone else r"\[Errno 13\] Permission denied"

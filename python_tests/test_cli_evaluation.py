@@ -138,7 +138,7 @@ def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--drafter=math=tiny/math", "--drafter=math=tiny/chat"], "given twice"),
         (
             ["--target={folder}/none", "--drafter=math=tiny/math", "--task=tiny_math"],
-            "none: it is neither a folder with config.json nor a hub id",
+            "none: it is neither a directory with config.json nor a hub id",
         ),
         (["--drafter=a=nowhere/at/all"], "drafter 'a': no drafter at nowhere/at/all"),
         (["--drafter=a=tiny/math", "--drafter=b={folder}/other"], "drafter 'b': drafter vocabulary 1000 differs"),
@@ -162,7 +162,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_sentence(
 def test_an_output_that_is_a_file_is_refused(evaluate, no_target: None, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     done = evaluate(*SHORT, output=tmp_path / "file")
-    assert done.code == 2 and "cannot be a folder" in done.err and (tmp_path / "file").read_text() == "mine"
+    assert done.code == 2 and "cannot be a directory" in done.err and (tmp_path / "file").read_text() == "mine"
 
 
 def test_results_of_another_configuration_are_refused_before_the_target_is_loaded(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from taps_ext import tiny
-from taps_ext.checkpoints.disk import json_text
+from taps_ext.checkpoints.files import json_text
 from taps_ext.cli import main
 from taps_ext.cli.demo import CONTROL, MERGED
 

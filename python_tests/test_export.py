@@ -32,12 +32,11 @@ from drafter_files import (
     without,
     write,
 )
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, LlamaForCausalLM
 
 from taps_ext.checkpoints import export_drafter, load_network, validate_drafter
-from taps_ext.checkpoints.loaders import LOADERS
+from taps_ext.checkpoints.export import LOADERS
 from taps_ext.cli import main
 from taps_ext.drafters import EagleNetwork
 from taps_ext.drafters.network import rope_of
@@ -354,12 +353,15 @@ def test_what_is_missing_is_asked_for(target: LlamaForCausalLM, tmp_path: Path) 
         ({"to": "eagle"}, "holds no embedding; name its target, whose embedding is put in: --target"),
         ({"to": "trtllm"}, "can be exported to eagle, hass, vllm, sglang, got 'trtllm'"),
         ({"to": "eagle", "dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
-        ({"to": "eagle", "target": tmp_path / "nowhere"}, "no target at .*: it is neither a folder with config.json"),
+        (
+            {"to": "eagle", "target": tmp_path / "nowhere"},
+            "no target at .*: it is neither a directory with config.json",
+        ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
             export_drafter(folder, output=tmp_path / "out", **arguments)  # type: ignore[arg-type]
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ValueError, match="out is a file; give a new folder"):
+    with pytest.raises(ValueError, match="out is a file; give a new directory"):
         export_drafter(folder, "eagle", tmp_path / "out")
 
 
@@ -385,17 +387,18 @@ def test_of_a_sharded_target_only_the_shard_of_the_embedding_is_read(target: Lla
 def test_of_a_target_on_the_hub_only_config_and_that_shard_are_fetched(
     target: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub, asked = tmp_path / "hub", []
+    hub, cache, asked = tmp_path / "hub", tmp_path / "cache", []
     target.save_pretrained(hub, max_shard_size="20KB")
+    cache.mkdir()
 
-    def hf_hub_download(name: str, file: str, revision: str | None) -> str:
-        asked.append(file)
-        if not (hub / file).exists():
-            raise LocalEntryNotFoundError(file)
-        return str(hub / file)
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        for path in (path for pattern in allow_patterns for path in hub.glob(pattern)):
+            shutil.copy(path, cache)
+        return str(cache)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, revision: target.config)
     folder = write(tmp_path / "d", without(published_tensors(target, make_network(target)), "embed_tokens.weight"))
     exported = export_drafter(folder, "hass", tmp_path / "out", target="owner/target")
@@ -404,6 +407,7 @@ def test_of_a_target_on_the_hub_only_config_and_that_shard_are_fetched(
     *looked_for, shard = asked
     assert looked_for == ["model.safetensors", "model.safetensors.index.json"]
     assert b"embed_tokens" in (hub / shard).read_bytes()[:2000]
+    assert {path.name for path in cache.iterdir()} == {"model.safetensors.index.json", shard}
 
 
 def test_targets_with_bin_weights_or_without_are_told_apart(
@@ -413,7 +417,7 @@ def test_targets_with_bin_weights_or_without_are_told_apart(
     place = tmp_path / "target"
     place.mkdir()
     shutil.copy(target_folder / "config.json", place)
-    with pytest.raises(FileNotFoundError, match="no weights in the target"):
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*target: none of"):
         export_drafter(folder, "hass", tmp_path / "out", target=place)
     torch.save(target.state_dict(), place / "pytorch_model.bin")
     assert stored(export_drafter(folder, "hass", tmp_path / "out", target=place)).keys() == PUBLISHED_KEYS

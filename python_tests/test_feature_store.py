@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from taps_ext import tiny
+from taps_ext.checkpoints.load import TargetEnds, identify, load_target_ends
 from taps_ext.training import Example, TokenDataset, feature_shards, feature_sources, feature_store
 from taps_ext.training.config import DtypeName
 from taps_ext.training.dataset import BatchOrder, TokenBatch
@@ -32,7 +33,6 @@ from taps_ext.training.feature_shards import SHARDS
 from taps_ext.training.feature_sources import CachedFeatures, StoredFeatures, extract
 from taps_ext.training.feature_store import MANIFEST, FeatureStore, create_store, open_store
 from taps_ext.training.features import DraftBatch, FeatureSource, FrozenTarget
-from taps_ext.training.target_ends import TargetEnds, identify, load_target_ends
 
 VOCAB, HIDDEN = 47, 24
 CPU = torch.device("cpu")
@@ -560,12 +560,12 @@ def test_only_the_files_of_the_two_ends_are_read(tmp_path: Path) -> None:
 
 
 def test_a_target_without_its_ends_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"no target at {tmp_path}: it is neither a folder .* nor a hub id"):
+    with pytest.raises(FileNotFoundError, match=f"no target at {tmp_path}: it is neither a directory .* nor a hub id"):
         load_target_ends(tmp_path)
     make_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=f"no weights in the target {tmp_path}: none of model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=f"no weights in {tmp_path}: none of model.safetensors"):
         load_target_ends(tmp_path)
     weights.pop("lm_head.weight")
     torch.save(weights, tmp_path / "pytorch_model.bin")

@@ -35,7 +35,6 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoints",
         "decode",
         "tiny",
-        "training.target_ends",
         *BELOW_DECODE,
     },
     "tiny": set(),

@@ -377,7 +377,7 @@ def test_what_cannot_work_is_refused_in_a_sentence_before_any_work(
 
 def test_a_missing_target_and_a_foreign_start_are_refused_in_a_sentence(tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no target at .*nowhere: it is neither a folder .* nor a hub id"):
+    with pytest.raises(FileNotFoundError, match=r"no target at .*nowhere: it is neither a directory .* nor a hub id"):
         train(replace(recipe, target=str(tmp_path / "nowhere")))
     small_trainer(tmp_path / "other").train()
     with pytest.raises(ValueError, match=r"drafter vocabulary 23 differs from target vocabulary 1024"):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -16,15 +14,12 @@ from drafter_files import (
     Tensors,
     V,
     accelerate_state,
-    any_shape,
     make_network,
     make_target,
-    network_of_shape,
     prefixed,
     published_config,
     published_tensors,
     save,
-    save_shape,
     without,
     write,
 )
@@ -32,11 +27,7 @@ from transformers import LlamaForCausalLM
 
 from taps_ext import tiny
 from taps_ext.checkpoints import ValidationReport, average_drafters, validate_drafter
-from taps_ext.checkpoints.files import read_folder
-from taps_ext.checkpoints.formats import network_config
-from taps_ext.checkpoints.validate import round_trip_error
 from taps_ext.cli import main
-from taps_ext.drafters import EagleNetwork
 
 PROVENANCE = {"objective": "hass", "target": "meta/Llama", "domain": "math"}
 
@@ -65,7 +56,7 @@ def flaws(report: ValidationReport) -> set[str]:
 def test_a_saved_drafter_passes_every_check(target: LlamaForCausalLM, target_folder: Path, tmp_path: Path) -> None:
     report = validate_drafter(save(target, tmp_path / "d", make_network(target), PROVENANCE), target_folder)
     assert {name for name, status in statuses(report).items() if status != "ok"} == {"calibration"}
-    expected = {"files", "config", "names", "shapes", "values", "target", "embedding", "round trip"}
+    expected = {"files", "config", "names", "shapes", "values", "target", "embedding"}
     assert expected <= statuses(report).keys()
     assert report.passed
     assert {name: bool(reasons) for name, reasons in report.loaders.items()} == {
@@ -83,47 +74,6 @@ def test_the_shipped_drafters_and_their_average_pass(tmp_path: Path) -> None:
     for folder, uncertain in (*((folder, set()) for folder in folders), (average, {"calibration"})):
         found = statuses(validate_drafter(folder, tiny.assets() / "target"))
         assert {name for name, status in found.items() if status != "ok"} == uncertain
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_round_trip_of_every_shape_is_exact_to_float32(seed: int, tmp_path: Path) -> None:
-    random = Random(seed)
-    network = network_of_shape(any_shape(random), seed)
-    files = read_folder(save_shape(tmp_path / "d", network.to(random.choice((torch.float32, torch.bfloat16)))))
-    assert round_trip_error(files, network_config(files, None)) < 2e-6
-
-
-def wrong_attention(network: EagleNetwork) -> None:
-    network.attend = lambda query, key, value, mask: torch.zeros_like(query).transpose(1, 2).flatten(2)  # type: ignore
-
-
-def wrong_norm(network: EagleNetwork) -> None:
-    network.layer.post_attention_layernorm.variance_epsilon = 0.1
-
-
-def wrong_rotation(network: EagleNetwork) -> None:
-    network.rotary._exact = network.rotary._exact * 2
-
-
-def swapped_halves(network: EagleNetwork) -> None:
-    network.project = lambda embeddings, features: network.fc(torch.cat((features, embeddings), -1))  # type: ignore
-
-
-@pytest.mark.parametrize("change", [wrong_attention, wrong_norm, wrong_rotation, swapped_halves])
-def test_a_network_that_computes_something_else_fails_the_round_trip(
-    change: Callable[[EagleNetwork], None], target: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    validation = sys.modules["taps_ext.checkpoints.validate"]
-    build = validation.build_network
-
-    def changed(*arguments: Any) -> EagleNetwork:
-        network: EagleNetwork = build(*arguments)
-        change(network)
-        return network
-
-    monkeypatch.setattr(validation, "build_network", changed)
-    report = validate_drafter(save(target, tmp_path / "d", make_network(target)))
-    assert flaws(report) == {"round trip"}
 
 
 def altered(change: Callable[[Tensors], Tensors], **overrides: Any) -> Callable[[LlamaForCausalLM, Path], Path]:
@@ -284,7 +234,7 @@ def test_the_command_prints_a_report_and_fails_with_the_drafter(
 
     code, out, err = run("tiny/math", "--target", "tiny")
     assert (code, err) == (0, "")
-    assert "round trip" in out
+    assert "all finite" in out
     assert "[LlamaForCausalLMEagle]" in out
     code, out, err = run(one_bit_off(target, tmp_path / "d"), "--json")
     report = json.loads(out)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 INT64_MAX = 2**63 - 1
+LIBRARIES = ("taps_ext", "transformers", "torch")  # through which a user's call may come
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class SamplingRows:
     top_p: Tensor  # float32 [B]
     min_p: Tensor  # float32 [B]
     seeds: Tensor  # int64 [B]
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called this library, whether or not transformers or torch stands between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in LIBRARIES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def _check(name: str, value: object, kind: type, lowest: float, highest: float, allowed: str) -> None:

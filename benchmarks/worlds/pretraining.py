@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from taps_ext.checkpoints.disk import sync
+from taps_ext.checkpoints.files import sync
 from taps_ext.training.dataset import BatchOrder, TokenBatch, TokenDataset
 
 HEAD_SIZE = 32

@@ -1,4 +1,4 @@
-"""Checkpoints: drafters as files: loaded, saved, averaged, exported, validated. No other room knows files and hubs."""
+"""Load, save, average, export and validate drafters; no other package reads or writes their files."""
 
 from __future__ import annotations
 

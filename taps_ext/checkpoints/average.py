@@ -1,12 +1,10 @@
-"""Averages of drafters: one drafter whose weights lie between those of several (TAPS, arXiv 2603.27027).
+"""Average drafters: one drafter whose weights lie between those of several (TAPS, arXiv 2603.27027).
 
-Every tensor is read, averaged in float32 and written before the next one is read; what is equal in all parents stays
-bit-exact, the embedding above all.
+The parents are mapped from their files; only the average is in memory. Tensors that are equal in all parents stay so.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal, InvalidOperation
@@ -18,11 +16,8 @@ import torch
 from torch import Tensor
 
 from ..drafters.network import EagleConfig
-from .files import DrafterFiles, check_output, read_folder, write_folder
-from .formats import EMBEDDING, LM_HEADS, check_tensors, network_config, published_config
-from .tensor_files import StoredTensor
-
-PathOrId = str | os.PathLike[str]
+from .files import DrafterFiles, PathOrId, check_drafter_output, read_drafter_files, write_drafter_files
+from .formats import EMBEDDING, LM_HEADS, check_tensors, dtype_name, network_config, published_config
 
 MIN_STEP = Decimal("0.001")  # of a sweep: each of its weights is a whole drafter on disk
 
@@ -37,33 +32,33 @@ class Parents:
 
 
 def average_drafters(folders: Sequence[PathOrId], weights: Sequence[float] | None, output: PathOrId) -> Path:
-    """The folder of the weighted average of several checkpoints, computed in float32; tensors that are equal stay so.
+    """Write the weighted average of several checkpoints, computed in float32, and return its directory.
 
-    `weights` lie within 0 and 1 and sum to 1 (None: equal weights). At most one tensor of each parent is in memory at
-    a time. Raises ValueError, before anything is written, for drafters of different targets, shapes, biases or rope.
+    `weights` lie within 0 and 1 and sum to 1 (None: equal weights). Raise ValueError, before anything is written, for
+    drafters of different targets, shapes, biases, rope or dtypes.
     """
     weights = [1 / len(folders)] * len(folders) if weights is None else list(weights)
     _check_weights(len(folders), weights)
-    check_output(Path(output))
+    check_drafter_output(Path(output))
     return _write(_read_parents(folders), weights, output)
 
 
 def sweep(first: PathOrId, second: PathOrId, weights: str, output: PathOrId) -> list[Path]:
-    """The folders output/0.1, output/0.2, ... of averages, named by the weight of the first drafter.
+    """Write averages into output/0.1, output/0.2, ..., named by the weight of the first drafter.
 
     `weights` is start:stop:step, the end included, such as 0.1:0.9:0.1.
     """
     steps = sweep_weights(weights)
-    places = [Path(output) / f"{weight:f}" for weight in steps]
-    for place in places:
-        check_output(place)
+    outputs = [Path(output) / f"{weight:f}" for weight in steps]
+    for path in outputs:
+        check_drafter_output(path)
     parents = _read_parents([first, second])
     shares = [[float(weight), float(1 - weight)] for weight in steps]
-    return [_write(parents, share, place) for share, place in zip(shares, places, strict=True)]
+    return [_write(parents, share, path) for share, path in zip(shares, outputs, strict=True)]
 
 
 def sweep_weights(text: str) -> list[Decimal]:
-    """The weights of start:stop:step, the end included, as decimals: 0.1:0.9:0.1 has nine, and none is 0.30000004."""
+    """Return the weights of start:stop:step, the end included, as decimals: 0.1:0.9:0.1 has nine, 0.3 among them."""
     try:
         start, stop, step = map(Decimal, text.split(":"))
         in_order = 0 <= start <= stop <= 1 and MIN_STEP <= step <= 1
@@ -87,7 +82,6 @@ def _check_weights(num_drafters: int, weights: Sequence[float]) -> None:
 
 
 def _write(parents: Parents, weights: Sequence[float], output: PathOrId) -> Path:
-    """One average of parents that were checked."""
     first = parents.files[0]
     tensors = {
         name: _average([files.tensors[name] for files in parents.files], weights)
@@ -102,27 +96,21 @@ def _write(parents: Parents, weights: Sequence[float], output: PathOrId) -> Path
     if target := first.provenance.get("target"):
         metadata["target"] = target
     config = published_config(parents.config, tensors["fc.weight"].dtype, first.config or {})
-    return write_folder(output, config, tensors, metadata)
+    return write_drafter_files(output, config, tensors, metadata)
 
 
-def _average(parts: Sequence[StoredTensor], weights: Sequence[float]) -> StoredTensor:
-    """The average of one tensor, computed when it is written."""
-
-    def read() -> Tensor:
-        tensors = [part.read() for part in parts]
-        if all(torch.equal(tensors[0], other) for other in tensors[1:]):
-            return tensors[0]
-        total = torch.zeros(parts[0].shape)
-        for tensor, weight in zip(tensors, weights, strict=True):
-            total.add_(tensor, alpha=weight)
-        return total.to(parts[0].dtype)
-
-    return StoredTensor(parts[0].dtype, parts[0].shape, read)
+def _average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    if all(torch.equal(tensors[0], other) for other in tensors[1:]):
+        return tensors[0]
+    total = torch.zeros(tensors[0].shape)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor, alpha=weight)
+    return total.to(tensors[0].dtype)
 
 
 def _read_parents(folders: Sequence[PathOrId]) -> Parents:
-    """The drafters to average; ValueError names what differs. The longest context length is theirs together."""
-    inputs = [read_folder(folder) for folder in folders]
+    """Read drafters of one kind; the longest context length is the common one. Raise ValueError if they differ."""
+    inputs = [read_drafter_files(folder) for folder in folders]
     configs = [network_config(files, None) for files in inputs]
     for files, config in zip(inputs, configs, strict=True):
         check_tensors(files, config)
@@ -135,7 +123,7 @@ def _read_parents(folders: Sequence[PathOrId]) -> Parents:
 
 
 def _check_alike(one: DrafterFiles, other: DrafterFiles, first: EagleConfig, second: EagleConfig) -> None:
-    """Both are drafters of one target, one shape and one dtype."""
+    """Raise ValueError unless both are drafters of one target, one shape and one dtype."""
     pair = f"{other.folder} and {one.folder}"
     names = [field.name for field in fields(first) if getattr(first, field.name) != getattr(second, field.name)]
     if names:
@@ -150,17 +138,17 @@ def _check_alike(one: DrafterFiles, other: DrafterFiles, first: EagleConfig, sec
             f"{pair} do not both hold {', '.join(keys)}; export both with --target, which puts the embedding in"
         )
     for name in one.tensors.keys() - {*LM_HEADS}:
-        dtypes = [str(files.tensors[name].dtype).removeprefix("torch.") for files in (other, one)]
+        dtypes = [dtype_name(files.tensors[name].dtype) for files in (other, one)]
         if dtypes[0] != dtypes[1]:
             raise ValueError(f"{pair} hold {name} in {dtypes[0]} and {dtypes[1]}; export both with one --dtype")
-    if EMBEDDING in one.tensors and not torch.equal(one.tensors[EMBEDDING].read(), other.tensors[EMBEDDING].read()):
+    if EMBEDDING in one.tensors and not torch.equal(one.tensors[EMBEDDING], other.tensors[EMBEDDING]):
         raise ValueError(f"{pair} hold different embeddings, so their targets differ; average drafters of one target")
 
 
 def _have_other_targets(one: DrafterFiles, other: DrafterFiles) -> bool:
-    """Whether both say that they are of different targets: by fingerprint, or by name where one has none.
+    """Return whether the two name different targets: by fingerprint, or by name where one has none.
 
-    A folder and a hub id of the same model end alike.
+    Names are compared without the owner or the parent directory, so a directory and a hub id of one model are the same.
     """
     prints = [files.target.get("fingerprint") for files in (one, other)]
     if None not in prints:

@@ -1,32 +1,40 @@
-"""What the files of a drafter mean: config.json and tensors to a network's shape, and back to the published form.
+"""Formats of a drafter's files: config.json and tensors to a network's shape and back, and calibration.json.
 
-What a file holds decides, not what its config claims: `fc.bias` and the q/k/v biases exist when their tensors do, the
-embedding may be inside or not. Everything else that is unexpected or missing is an error that lists it.
+The tensors decide, not the config: `fc.bias` and the q, k and v biases exist when their tensors do, and the embedding
+may be inside or not. Everything else that is unexpected or missing is an error that lists it.
 """
 
 from __future__ import annotations
 
-import warnings
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..drafters.coupling import Calibration
 from ..drafters.network import EagleConfig, EagleNetwork, rope_of
-from .files import DrafterFiles
+from ..sampling import warn
+from .files import CALIBRATION_FILE, DrafterFiles, write_text
 
 EMBEDDING = "embed_tokens.weight"
 FC_BIAS = "fc.bias"
 QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
 LM_HEADS = ("lm_head.weight", "head.weight")  # some trainers save the target's frozen lm_head with the drafter
 ARCHITECTURE = "LlamaForCausalLM"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PLAIN_DTYPES = (torch.float64, *DTYPES.values())  # others are quantised
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 CHECKED_ROWS = 8192  # of a tensor at a time, to bound the memory
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+CALIBRATION_FORMAT = 1
 
 
 def network_config(files: DrafterFiles, target_config: Any | None) -> EagleConfig:
-    """The network's shape: config.json for the sizes, the tensors present for the biases."""
+    """Return the network's shape: the sizes from config.json, the biases from the tensors that are present."""
     config, tensors = files.config, files.tensors
     biases = {"fc_bias": FC_BIAS in tensors, "qkv_bias": QKV_BIASES[0] in tensors}
     if config is None:
@@ -51,11 +59,11 @@ def network_config(files: DrafterFiles, target_config: Any | None) -> EagleConfi
 
 
 def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any) -> dict[str, Any]:
-    """config.json in both spellings, written by hand: transformers 5 drops the top-level rope_theta and torch_dtype,
-    and readers of the published format then fall back to a theta of 10000 without a word.
+    """Return config.json in the spellings of transformers 4 and 5.
 
-    `target_config` gives special tokens and the context length: the target's, or what is known of it; a dict or a
-    transformers config.
+    transformers 5 leaves out the top-level rope_theta and torch_dtype, and readers of the published format then use a
+    theta of 10000 without a warning. `target_config`, a dict or a transformers config, gives the special tokens and the
+    context length.
     """
 
     def of_target(name: str) -> Any:
@@ -66,7 +74,6 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
     if scaling is not None and scaling["rope_type"] == "linear":
         # The only form that EAGLE's reader takes, and only with a float.
         legacy_scaling = {"type": "linear", "factor": float(scaling["factor"])}
-    dtype_name = str(dtype).removeprefix("torch.")
     published = {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -82,8 +89,8 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
         "rope_theta": config.rope_theta,
         "rope_scaling": legacy_scaling,
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
-        "torch_dtype": dtype_name,
-        "dtype": dtype_name,
+        "torch_dtype": dtype_name(dtype),
+        "dtype": dtype_name(dtype),
         "bias": False,
         "attention_bias": False,  # of all four projections; the drafter's own are of three: qkv_bias
         "mlp_bias": False,
@@ -103,7 +110,7 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
 
 
 def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> None:
-    """The drafter belongs to this target: vocabulary, hidden size, rope. Raises ValueError, or warns."""
+    """Raise ValueError unless vocabulary, hidden size and rope theta are the target's; warn of other rope scaling."""
     if config.vocab_size != target_config.vocab_size:
         raise ValueError(
             f"drafter vocabulary {config.vocab_size} differs from target vocabulary {target_config.vocab_size}; "
@@ -122,26 +129,28 @@ def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> 
         )
     if (config.rope_scaling or {}).get("rope_type") != (scaling or {}).get("rope_type"):
         # No error: published drafters of targets with scaled rope were trained without it, and work.
-        warnings.warn(
+        warn(
             f"drafter rope scaling {config.rope_scaling} differs from target rope scaling {scaling}; "
-            f"the drafter keeps the one in its config.json",
-            stacklevel=2,
+            f"the drafter keeps the one in its config.json"
         )
 
 
 def check_tensors(files: DrafterFiles, config: EagleConfig) -> None:
-    """Exactly the network's tensors (the embedding and lm_head aside), each of its shape, all numbers finite."""
+    """Raise ValueError unless exactly the network's tensors are there, in its shapes, with finite numbers.
+
+    The embedding and an lm_head may be there too.
+    """
     check_names(files, config)
     check_shapes(files, config)
     check_finite(files, [name for name in files.tensors if name not in (EMBEDDING, *LM_HEADS)])
 
 
 def check_names(files: DrafterFiles, config: EagleConfig) -> None:
-    """No tensor of the network is missing and nothing else is there. Raises ValueError."""
-    found, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, network_shapes(files, config).keys()
-    if "d2t" in found or any(name.startswith("midlayer.") for name in found):
+    """Raise ValueError if a tensor of the network is missing, or if there is one that the network does not have."""
+    present, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, network_shapes(files, config).keys()
+    if "d2t" in present or any(name.startswith("midlayer.") for name in present):
         raise ValueError(f"{files.folder} holds an EAGLE-3 drafter; only EAGLE-2 and HASS drafters are supported")
-    missing, unexpected = sorted(expected - found), sorted(found - expected)
+    missing, unexpected = sorted(expected - present), sorted(present - expected)
     if missing or unexpected:
         raise ValueError(
             f"{files.folder} is not an EAGLE-2 drafter: missing {', '.join(missing) or 'nothing'}; "
@@ -150,38 +159,87 @@ def check_names(files: DrafterFiles, config: EagleConfig) -> None:
 
 
 def check_shapes(files: DrafterFiles, config: EagleConfig) -> None:
-    """Every tensor has the shape that its config says, and is of floats. Raises ValueError."""
+    """Raise ValueError unless every tensor has the shape that the config gives it, and holds floats."""
     expected = {**network_shapes(files, config), EMBEDDING: (config.vocab_size, config.hidden_size)}
     for name, tensor in files.tensors.items():
-        if name not in LM_HEADS and tensor.shape != expected[name]:
+        if name not in LM_HEADS and tuple(tensor.shape) != expected[name]:
             raise ValueError(
                 f"{name} in {files.folder} must be {list(expected[name])} by its config, got {list(tensor.shape)}"
             )
-        if not tensor.dtype.is_floating_point:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} in {files.folder} is of {dtype}; quantised drafters are not supported")
+        if tensor.dtype not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{name} in {files.folder} is of {dtype_name(tensor.dtype)}; quantised drafters are not supported"
+            )
 
 
 def check_finite(files: DrafterFiles, names: list[str]) -> None:
-    """No NaN and no infinite value is in these tensors. Raises ValueError."""
+    """Raise ValueError if one of these tensors holds NaN or an infinite value."""
     for name in names:
-        if not all(bool(torch.isfinite(part).all()) for part in files.tensors[name].read().split(CHECKED_ROWS)):
+        if not all(bool(torch.isfinite(part).all()) for part in files.tensors[name].split(CHECKED_ROWS)):
             raise ValueError(f"{name} in {files.folder} holds NaN or infinite values; the checkpoint is broken")
 
 
 def network_shapes(files: DrafterFiles, config: EagleConfig) -> dict[str, tuple[int, ...]]:
-    """The network's tensors by name, without the embedding."""
+    """Return the shape of each of the network's tensors by name, without the embedding."""
     try:
         with torch.device("meta"):
             network = EagleNetwork(config)
-    except Exception as error:  # transformers says in many ways that a rope or an activation cannot be
+    except Exception as error:  # transformers raises anything for an unknown rope or activation
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"config.json in {files.folder} describes no network that can be built ({reason})") from error
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """A calibration and how it was made: the content of calibration.json."""
+
+    calibration: Calibration
+    facts: Mapping[str, Any]  # JSON values: target, data, seed, the gain; nothing that differs from run to run
+
+    def text(self, digest: str | None) -> str:
+        """Return the file's content; `digest` is the SHA-256 of its drafter's weights, None where they have none."""
+        content = {"format": CALIBRATION_FORMAT, **self.calibration.to_dict(), "drafter": digest, **self.facts}
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def read_calibration(folder: Path, digest: str | None) -> Calibration | None:
+    """Return the calibration in a drafter's directory, None where there is none.
+
+    `digest` is the SHA-256 of the drafter's weights, where it is known. Raise ValueError in one sentence for a damaged
+    file and for the calibration of other weights.
+    """
+    path = folder / CALIBRATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != CALIBRATION_FORMAT:
+            raise ValueError(f"its format is not {CALIBRATION_FORMAT}")
+        calibration = Calibration.from_dict(content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); calibrate the drafter anew, or delete the file") from error
+    drafter = content.get("drafter")
+    if digest is not None and drafter is not None and drafter != digest:
+        raise ValueError(f"{path} belongs to other weights; calibrate the drafter anew, or delete the file")
+    return calibration
+
+
+def write_calibration(folder: Path, record: CalibrationRecord, digest: str | None) -> Path:
+    """Write calibration.json into a drafter's directory, whole or not at all, and return its path."""
+    path = folder / CALIBRATION_FILE
+    write_text(path, record.text(digest))
+    return path
+
+
 def _check_values(files: DrafterFiles, config: dict[str, Any]) -> None:
-    """The values of config.json are of their types: it may be from anywhere."""
+    """Raise ValueError unless the values of config.json have the types that the format gives them."""
     if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
         raise ValueError(f"config.json in {files.folder} does not give {', '.join(missing)}")
 
@@ -202,15 +260,14 @@ def _check_values(files: DrafterFiles, config: dict[str, Any]) -> None:
 
 
 def _config_without_file(files: DrafterFiles, target_config: Any | None, biases: dict[str, bool]) -> EagleConfig:
-    """Training states come without config.json: the target's own shape, with the drafter's MLP width."""
+    """Return the target's own shape with the drafter's MLP width, for training states, which have no config.json."""
     gate = files.tensors.get("layers.0.mlp.gate_proj.weight")
     if target_config is None or gate is None:
         raise FileNotFoundError(
             f"no config.json in {files.folder}; copy the one of the drafter's training there, or name the target"
         )
-    warnings.warn(
+    warn(
         f"no config.json in {files.folder}: heads, rope and norm are taken from the target; "
-        f"copy the one of the drafter's training there",
-        stacklevel=2,
+        f"copy the one of the drafter's training there"
     )
     return EagleConfig.for_target(target_config, intermediate_size=gate.shape[0], **biases)

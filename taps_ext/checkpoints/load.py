@@ -1,72 +1,91 @@
-"""Drafter checkpoints: the published EAGLE-2 and HASS formats as they are found, loaded against a target, and saved.
+"""Load and save drafters, and read what a drafter needs of a target that is not loaded.
 
-How a folder is read and written is in `checkpoint_files.py`, what it means in `published_format.py`.
+Dims: V vocabulary, H hidden.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..drafters.eagle import EagleDrafter, compute_dtype_and_device
-from ..drafters.network import EagleConfig, EagleNetwork
-from .calibration import read_calibration
-from .files import DrafterFiles, read_folder, write_folder
-from .formats import EMBEDDING, LM_HEADS, check_fits, check_tensors, network_config, published_config
-from .tensor_files import StoredTensor
+from ..drafters.network import EagleNetwork, rope_of
+from ..sampling import warn
+from .files import (
+    DrafterFiles,
+    PathOrId,
+    fetch,
+    find_weights,
+    read_drafter_files,
+    read_tensors,
+    read_weight_map,
+    write_drafter_files,
+)
+from .formats import (
+    EMBEDDING,
+    LM_HEADS,
+    PLAIN_DTYPES,
+    check_fits,
+    check_tensors,
+    dtype_name,
+    network_config,
+    published_config,
+    read_calibration,
+)
 
-PathOrId = str | os.PathLike[str]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
+LM_HEAD = LM_HEADS[0]
+TARGET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
 COMPARED_ROWS = 8192  # of two embeddings at a time, to bound the memory
+NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 
 
-@dataclass(frozen=True)
-class _Target:
-    """What a drafter needs of a target."""
-
-    embedding: nn.Module
-    lm_head: nn.Module
-    config: Any
+# --- drafters --------------------------------------------------------------------------------------------------------
 
 
 def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, EagleDrafter]:
-    """A drafter for each name, in the order given (which breaks ties between drafters); see `load_drafter`."""
+    """Load a drafter for each name, in the order given (which breaks ties between drafters); see `load_drafter`."""
     return {name: load_drafter(path, target, name) for name, path in paths.items()}
 
 
 def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> EagleDrafter:
-    """The drafter in a folder or hub repository with its calibration, sharing the target's embedding and lm_head.
+    """Load the drafter in a directory or hub repository; it shares the target's embedding and lm_head.
 
     Args:
-        path_or_id: a folder with config.json and model.safetensors or pytorch_model.bin (also sharded, also the state
-            folder of accelerate), or a hub id. Code in it is never run.
+        path_or_id: a directory with config.json and model.safetensors or pytorch_model.bin (also sharded, also a state
+            directory of accelerate), or a hub id. A calibration.json in it is loaded too. Code in it is never run.
         target: a transformers model with an lm_head, or a `TargetModel`.
-        name: how stats and compositions call it; by default the last part of `path_or_id`.
+        name: the drafter's name in stats and compositions; by default the last part of `path_or_id`.
 
-    Raises ValueError or FileNotFoundError, in one sentence, when the checkpoint does not fit the target.
+    Raise ValueError or FileNotFoundError in one sentence when the checkpoint does not fit the target.
     """
-    part = _target_part(target)
-    files = read_folder(path_or_id)
-    network = network_of(files, part.config)
+    embedding, lm_head, config = _parts_of(target)
+    files = read_drafter_files(path_or_id)
+    network = network_of(files, config)
     calibration = read_calibration(files.folder, files.digest)
-    _warn_of_foreign(files, EMBEDDING, "embedding", part.embedding)
+    _warn_of_foreign(files, EMBEDDING, "embedding", embedding)
     for key in LM_HEADS:
-        _warn_of_foreign(files, key, "lm_head", part.lm_head)
-    dtype, device = compute_dtype_and_device(part.lm_head, part.embedding)
+        _warn_of_foreign(files, key, "lm_head", lm_head)
+    dtype, device = compute_dtype_and_device(lm_head, embedding)
     network = network.to(device, dtype).eval().requires_grad_(False)
-    return EagleDrafter(network, part.embedding, part.lm_head, name or Path(path_or_id).resolve().name, calibration)
+    return EagleDrafter(network, embedding, lm_head, name or Path(path_or_id).resolve().name, calibration)
 
 
 def load_network(path_or_id: PathOrId) -> EagleNetwork:
-    """The trainable network of a checkpoint, in the dtype of its file and without a target: to go on training it."""
-    return network_of(read_folder(path_or_id))
+    """Load the network of a checkpoint for training: in the dtype of its file, without a target."""
+    return network_of(read_drafter_files(path_or_id))
 
 
 def save_drafter(
@@ -77,13 +96,13 @@ def save_drafter(
     target_config: Any,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """The folder written: exactly the published keys, the embedding included, in the network's dtype.
+    """Save exactly the published tensors, the embedding included, in the network's dtype; return the directory.
 
     Args:
         embedding: the target's, a module or its weight [V, H].
-        target_config: of the target; it gives special tokens and the context length.
-        metadata: provenance, JSON values (algorithm, target, domain, trained length, ...); kept in config.json under
-            `taps` and in the header of model.safetensors.
+        target_config: the target's config, for special tokens and the context length.
+        metadata: provenance as JSON values (algorithm, target, domain, trained length, ...), kept under `taps` in
+            config.json and in the header of model.safetensors.
     """
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     assert isinstance(weight, Tensor)
@@ -94,37 +113,32 @@ def save_drafter(
             f"save a drafter with the embedding of its own target"
         )
     dtype = network.fc.weight.dtype
-    tensors = {EMBEDDING: weight.detach().to(dtype), **network.state_dict()}
-    stored = {name: StoredTensor.of(tensor) for name, tensor in tensors.items()}
-    return write_folder(folder, published_config(config, dtype, target_config), stored, dict(metadata or {}))
+    tensors = {EMBEDDING: weight.to(dtype), **network.state_dict()}
+    return write_drafter_files(folder, published_config(config, dtype, target_config), tensors, dict(metadata or {}))
 
 
 def network_of(files: DrafterFiles, target_config: Any | None = None) -> EagleNetwork:
-    """The network of the files, checked against its own shapes and, when there is one, against the target."""
+    """Build the network of a drafter's files, checked against its config and, where it is given, the target's."""
     config = network_config(files, target_config)
     if target_config is not None:
         check_fits(files, config, target_config)
     check_tensors(files, config)
-    return build_network(files, config)
-
-
-def build_network(files: DrafterFiles, config: EagleConfig) -> EagleNetwork:
-    """The network of files that were checked."""
     with torch.device("meta"):
         network = EagleNetwork(config)
-    network.load_state_dict({name: files.tensors[name].read() for name in network.state_dict()}, assign=True)
+    network.load_state_dict({name: files.tensors[name] for name in network.state_dict()}, assign=True)
     return network
 
 
-def same_up_to_rounding(held: Tensor, own: Tensor) -> bool:
-    """Whether two matrices are the same, one of them perhaps rounded to float16 or bfloat16."""
-    return held.shape == own.shape and all(
-        torch.allclose(a.to(own.device, own.dtype), b, rtol=1e-2, atol=1e-4)
-        for a, b in zip(torch.split(held, COMPARED_ROWS), torch.split(own, COMPARED_ROWS), strict=True)
+def same_up_to_rounding(held: Tensor, expected: Tensor) -> bool:
+    """Return whether two matrices are equal, up to rounding of one of them to float16 or bfloat16."""
+    return held.shape == expected.shape and all(
+        torch.allclose(a.to(b.device, b.dtype), b, rtol=1e-2, atol=1e-4)
+        for a, b in zip(torch.split(held, COMPARED_ROWS), torch.split(expected, COMPARED_ROWS), strict=True)
     )
 
 
-def _target_part(target: Any) -> _Target:
+def _parts_of(target: Any) -> tuple[nn.Module, nn.Module, Any]:
+    """Return the embedding, the lm_head and the text config of a target."""
     model: Any = target if hasattr(target, "get_output_embeddings") else getattr(target, "model", None)
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"the target must be a transformers model or a TargetModel, got {type(target).__name__}")
@@ -132,17 +146,165 @@ def _target_part(target: Any) -> _Target:
     if embedding is None or lm_head is None:
         raise ValueError(f"the target {type(model).__name__} has no lm_head; load it with AutoModelForCausalLM")
     config = model.config
-    return _Target(embedding, lm_head, config.get_text_config() if hasattr(config, "get_text_config") else config)
+    return embedding, lm_head, config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _warn_of_foreign(files: DrafterFiles, key: str, what: str, module: nn.Module) -> None:
-    """Warn when the checkpoint carries another embedding or lm_head than the target's, which is the one used."""
-    held, own = files.tensors.get(key), getattr(module, "weight", None)
-    if held is None or own is None or own.device.type == "meta" or not own.is_floating_point():
-        return  # nothing to compare: quantised or offloaded weights
-    if not same_up_to_rounding(held.read(), own.detach()):
-        warnings.warn(
+    """Warn when the checkpoint holds another embedding or lm_head than the target's, which is the one in use."""
+    held, used = files.tensors.get(key), getattr(module, "weight", None)
+    if held is None or used is None or used.device.type == "meta" or not used.is_floating_point():
+        return  # quantised and offloaded weights cannot be compared
+    if not same_up_to_rounding(held, used.detach()):
+        warn(
             f"the {what} in {files.folder} differs from the target's, which is used instead; "
-            f"the drafter may have been trained for another target",
-            stacklevel=3,
+            f"the drafter may have been trained for another target"
         )
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """A target's directory or hub repository; only the weight files with a tensor that is asked for are fetched."""
+
+    name: str  # as it was given
+    revision: str | None
+    config: Any  # transformers' config of the text model
+
+    @property
+    def short_name(self) -> str:
+        """Return the hub id, or the directory's own name."""
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+
+    def embedding(self) -> Tensor:
+        """Return the input embedding [V, H], mapped from its file."""
+        return self._matrix(EMBEDDING)
+
+    def lm_head(self) -> Tensor:
+        """Return the output matrix [V, H], mapped from its file; the embedding where the two are tied."""
+        return self._matrix(EMBEDDING if self.config.tie_word_embeddings else LM_HEAD)
+
+    def _matrix(self, suffix: str) -> Tensor:
+        """Return the one tensor whose name ends in `suffix`; families of models differ in what stands before it."""
+        file = find_weights(self.name, revision=self.revision, shards=False)
+        if file.suffix == ".json":
+            shards = read_weight_map(file)
+            shard = shards[_only(suffix, shards, file)]
+            if not (file := fetch(self.name, [shard], self.revision) / shard).is_file():
+                raise FileNotFoundError(f"the target {self.name} has no {shard}, which its index names")
+        tensors = read_tensors(file)
+        name = _only(suffix, tensors, file)
+        tensor, expected = tensors[name], (self.config.vocab_size, self.config.hidden_size)
+        if tensor.shape != expected or tensor.dtype not in PLAIN_DTYPES:
+            raise ValueError(
+                f"{name} of {self.name} must be {list(expected)} of floats by its config, "
+                f"got {list(tensor.shape)} of {dtype_name(tensor.dtype)}; give the target as it was before quantisation"
+            )
+        return tensor
+
+
+@dataclass(frozen=True)
+class TargetIdentity:
+    """A target's name and fingerprints: equal weights are the same target, whatever their name and dtype."""
+
+    name: str  # directory or hub id
+    revision: str | None  # commit of a hub id
+    hidden_size: int
+    ends: str  # fingerprint of the embedding and lm_head: all that is known of a target that is not loaded
+    weights: str | None  # fingerprint of all weights
+
+    @property
+    def fingerprint(self) -> str:
+        """Return the fingerprint of all weights where it is known, else of the embedding and lm_head."""
+        return self.weights or self.ends
+
+    def check_same(self, other: TargetIdentity, folder: Path) -> None:
+        """Raise ValueError unless the features in `folder`, which are this target's, are also the other one's."""
+        both_known = self.weights is not None and other.weights is not None
+        same_ends = (self.hidden_size, self.ends) == (other.hidden_size, other.ends)
+        if not same_ends or (both_known and self.weights != other.weights):
+            raise ValueError(
+                f"{folder} holds features of the target {self}, and {other} has other weights; "
+                f"give another features.path, or delete that directory"
+            )
+
+    def __str__(self) -> str:
+        return self.name + (f" ({self.revision[:12]})" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class TargetEnds:
+    """The parts of a target that training needs when its features are stored."""
+
+    embedding: Tensor  # [V, H], in the dtype of its file
+    head: Tensor  # [V, H], the weight of the lm_head
+    config: Any  # transformers'
+    identity: TargetIdentity
+
+    def to(self, dtype: torch.dtype) -> TargetEnds:
+        """Return the same in another dtype."""
+        return replace(self, embedding=self.embedding.to(dtype), head=self.head.to(dtype))
+
+
+def open_target(path_or_id: PathOrId, revision: str | None = None) -> TargetFiles:
+    """Read the config of a target in a directory or hub repository. Raise FileNotFoundError in one sentence."""
+    from transformers import AutoConfig
+
+    name = os.fspath(path_or_id)
+    if not (Path(name) / "config.json").is_file() and (Path(name).exists() or not TARGET_ID.fullmatch(name)):
+        raise FileNotFoundError(f"no target at {name}: it is neither a directory with config.json nor a hub id")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except Exception as error:  # transformers raises anything for a bad config
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileNotFoundError(f"the config of the target {name} cannot be read ({reason})") from error
+    return TargetFiles(name, revision, config.get_text_config())
+
+
+def load_target_ends(path_or_id: PathOrId, revision: str | None = None) -> TargetEnds:
+    """Load the embedding and lm_head of a target onto the CPU; its other tensors take no memory.
+
+    Args:
+        path_or_id: a directory as `save_pretrained` leaves it, or a hub id. Code in it is never run.
+        revision: branch, tag or commit of a hub id.
+
+    Raise OSError or ValueError in one sentence when there is no such target or its files lack these tensors.
+    """
+    files = open_target(path_or_id, revision)
+    embedding = files.embedding().clone()  # the file is not needed any more
+    head = embedding if files.config.tie_word_embeddings else files.lm_head().clone()
+    return TargetEnds(embedding, head, files.config, _identity(files.config, embedding, head, None))
+
+
+def identify(model: PreTrainedModel) -> TargetIdentity:
+    """Return the identity of a loaded target."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    assert isinstance(embedding, Tensor) and isinstance(head, Tensor)
+    return _identity(model.config, embedding, head, _fingerprint(model.config, model.parameters()))
+
+
+def _only(suffix: str, names: Iterable[str], file: Path) -> str:
+    matching = [name for name in names if name.endswith(suffix)]
+    if len(matching) != 1:
+        raise ValueError(f"{file} must hold one tensor named ...{suffix}, got {', '.join(matching) or 'none'}")
+    return matching[0]
+
+
+def _identity(config: Any, embedding: Tensor, head: Tensor, weights: str | None) -> TargetIdentity:
+    name, revision = getattr(config, "_name_or_path", "") or "unnamed", getattr(config, "_commit_hash", None)
+    return TargetIdentity(name, revision, embedding.shape[1], _fingerprint(config, (embedding, head)), weights)
+
+
+def _fingerprint(config: Any, tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of the layers, the rope and the signs of sampled weights: casts between floats keep signs."""
+    config = config.get_text_config()
+    theta, scaling = rope_of(config)
+    rope = [theta, *((scaling or {}).get(name) for name in ("rope_type", "factor"))]
+    digest = hashlib.sha256(json.dumps([config.num_hidden_layers, rope]).encode())
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        samples = flat[:: max(1, len(flat) // NUM_SAMPLES)]
+        digest.update(json.dumps(list(tensor.shape)).encode())
+        digest.update(np.packbits(torch.signbit(samples).cpu().numpy()).tobytes())
+    return digest.hexdigest()

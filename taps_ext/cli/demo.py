@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import native, tiny
 from ..checkpoints import average_drafters, load_drafter, load_drafters
-from ..checkpoints.disk import check_writable, json_text, write_text
+from ..checkpoints.files import check_writable, json_text, write_text
 from ..decode.decoder import SpeculativeDecoder, check_drafting
 from ..decode.plain import plain_generate
 from ..decode.stats import DecodeStats

@@ -11,8 +11,7 @@ import typer
 from rich.table import Table
 
 from .. import checkpoints
-from ..checkpoints.calibration import CALIBRATION_FILE
-from ..checkpoints.disk import check_writable, write_text
+from ..checkpoints.files import CALIBRATION_FILE, check_writable, write_text
 from ..native import choose_device
 from ..tiny import resolve
 from ..training import calibrating, calibration_picture

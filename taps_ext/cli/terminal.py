@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import tiny
-from ..checkpoints.disk import json_text
-from ..checkpoints.target_files import open_target
+from ..checkpoints.files import json_text
+from ..checkpoints.load import open_target
 
 T = TypeVar("T")
 COMPOSITION_HELP = "How several drafters make one tree: single, confidence, entropy, evidence or merged."

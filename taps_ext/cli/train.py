@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.table import Table
 
-from ..checkpoints.target_files import open_target
+from ..checkpoints.load import identify, open_target
 from ..native import choose_device
 from ..tiny import resolve
 from ..training import feature_store, materials, picture, regeneration, survey
@@ -25,7 +25,6 @@ from ..training.config import DataConfig, Recipe, SourceConfig
 from ..training.data import prepare, with_chat_template
 from ..training.feature_shards import DTYPES
 from ..training.progress import duration, percents
-from ..training.target_ends import identify
 from . import terminal
 from .terminal import facts_table, note, show
 

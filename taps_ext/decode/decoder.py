@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..composition import make_composition
 from ..drafters import Drafter
+from ..sampling import warn
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from .request import GenerateOptions, Request, generate_output
@@ -112,7 +112,6 @@ class SpeculativeDecoder:
                 logits_processor, return_log_probs.
         """
         request = Request.build(self.target.model, input_ids, attention_mask, options)
-        self._warn_of_uncalibrated(request)
         return self._run(request, streamer)
 
     def stream(
@@ -123,7 +122,6 @@ class SpeculativeDecoder:
         The generator's return value (`result = yield from decoder.stream(...)`) is what `generate` returns.
         """
         request = Request.build(self.target.model, input_ids, attention_mask, options)
-        self._warn_of_uncalibrated(request)
         return self._events(request, self._begin(request))
 
     def __call__(self, model: PreTrainedModel, input_ids: Tensor, taps_streamer: Any = None, **kwargs: Any) -> Any:
@@ -135,7 +133,6 @@ class SpeculativeDecoder:
         if model is not self.target.model:
             raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one that generates")
         request = Request.from_generate(model, input_ids, **kwargs)
-        self._warn_of_uncalibrated(request)
         result = self._run(request, taps_streamer)
         return generate_output(result.sequences, result.stats, kwargs["generation_config"])
 
@@ -146,10 +143,9 @@ class SpeculativeDecoder:
         """Warn of drafters that cannot use the noise, and name the command that calibrates them."""
         names = [name for name, drafter in self.drafters.items() if drafter.calibration is None]
         if names and self._is_coupled(request):
-            warnings.warn(
+            warn(
                 f"not calibrated, and drafted as with drafting='topk': {', '.join(names)}; to accept more at "
-                "temperatures above 0, run: taps-ext calibrate DRAFTER --target TARGET --data FILE",
-                stacklevel=3,  # whoever called generate or stream
+                "temperatures above 0, run: taps-ext calibrate DRAFTER --target TARGET --data FILE"
             )
 
     def _run(self, request: Request, streamer: Any) -> GenerationResult:
@@ -178,6 +174,7 @@ class SpeculativeDecoder:
         self.target.refuse_longer_than_exact(max(longest))
         if self.joint_budget is not None and self.joint_budget < batch_size:
             raise ValueError(f"joint_budget {self.joint_budget} is less than a node for each of the {batch_size} rows")
+        self._warn_of_uncalibrated(request)
         sampling = request.sampling.rows(batch_size, device)
         return DecodeState(
             kv=self.target.new_cache(batch_size),

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import average_drafters, load_drafter, load_drafters
-from ..checkpoints.files import DrafterFiles, read_folder
+from ..checkpoints.files import DrafterFiles, read_drafter_files, sha256
 from ..checkpoints.formats import check_fits, network_config
-from ..checkpoints.tensor_files import sha256
+from ..checkpoints.load import TargetIdentity
 from ..decode.decoder import SpeculativeDecoder
 from ..target.model import TargetModel
-from ..training.target_ends import TargetIdentity
 from ..tree import TreeShape
 from .answering import Contestant
 from .variants import AVERAGE, MERGED, SINGLE, Variant
@@ -28,7 +27,7 @@ def check_drafters(folders: Folders, target_config: Any) -> dict[str, DrafterFil
     found = {}
     for name, folder in folders.items():
         try:
-            found[name] = read_folder(folder)
+            found[name] = read_drafter_files(folder)
             check_fits(found[name], network_config(found[name], target_config), target_config)
         except (ValueError, OSError) as error:
             raise ValueError(f"drafter {name!r}: {error}") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.disk import check_writable, write_text, written
+from ..checkpoints.files import check_writable, write_text, written
 from .record import Key, key_of, text_of
 
 RUN_FILE = "run.json"

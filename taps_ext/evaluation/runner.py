@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from .. import native
+from ..checkpoints.load import identify
 from ..target.model import TargetModel
-from ..training.target_ends import identify
 from ..tree import TreeShape
 from . import results
 from .answering import Answering, Contestant

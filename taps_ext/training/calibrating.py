@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.calibration import CALIBRATION_FILE, CalibrationRecord, write_calibration
-from ..checkpoints.disk import check_writable
-from ..checkpoints.files import read_folder
-from ..checkpoints.load import network_of
+from ..checkpoints.files import CALIBRATION_FILE, check_writable, read_drafter_files
+from ..checkpoints.formats import CalibrationRecord, write_calibration
+from ..checkpoints.load import identify, network_of
 from ..drafters.coupling import LEAST_TEMPERATURE, Calibration
 from ..drafters.network import EagleNetwork
 from .calibration_report import COUPLED, TOPK, UNCOUPLED, CalibrationReport, Cell, Measures, measure
@@ -32,7 +31,6 @@ from .dataset import TokenDataset
 from .draft_slots import DraftSlots, collect
 from .features import FeatureSource, FrozenTarget
 from .provenance import calibration_facts, target_facts
-from .target_ends import identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +117,7 @@ def calibrate_drafter(
     target.
     """
     place = calibratable(folder)
-    files = read_folder(place)
+    files = read_drafter_files(place)
     network = network_of(files, model.config.get_text_config())
     identity, source = identify(model), FrozenTarget(model)
     if files.target.get("fingerprint", identity.fingerprint) != identity.fingerprint:
@@ -156,7 +154,7 @@ def calibrate_run(
         try:
             for leftover in folder.glob(f".{CALIBRATION_FILE}.*"):  # of a killed process
                 leftover.unlink()
-            files = read_folder(folder)
+            files = read_drafter_files(folder)
             if files.digest not in records:
                 note(f"calibrating the drafter {folder.name}")
                 network = drafting_copy(network_of(files), source)

@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.disk import write_whole
+from ..checkpoints.files import write_whole
 from .calibration_report import COUPLED, TOPK, CalibrationReport, Measures
 
 STYLES = {COUPLED: "#0b7fab", TOPK: "0.6"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.calibration import CalibrationRecord
+from ..checkpoints.formats import CalibrationRecord
 from ..drafters.coupling import Calibration
 
 NUM_CHILDREN = 10  # of a node, as a tree of the usual branching keeps them

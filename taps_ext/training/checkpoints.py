@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints.disk import sync, write_text, written
+from ..checkpoints.files import sync, write_text, written
 from .progress import ValidationRecord
 
 if TYPE_CHECKING:

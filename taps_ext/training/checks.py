@@ -5,8 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ..checkpoints.disk import check_writable
-from ..checkpoints.files import check_output as check_drafter_output
+from ..checkpoints.files import check_drafter_output, check_writable
 from .config import Recipe
 from .materials import DTYPE_BYTES, Materials
 from .provenance import FREE, check_same, flat

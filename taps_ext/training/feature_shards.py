@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.disk import write_whole
+from ..checkpoints.files import write_whole
 from .config import DtypeName
 
 FORMAT = 1

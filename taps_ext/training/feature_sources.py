@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..checkpoints.load import TargetEnds
 from .dataset import TokenBatch, TokenDataset
 from .feature_store import FeatureStore
 from .features import DraftBatch, FrozenTarget, head_logits, shift
-from .target_ends import TargetEnds
 
 FORWARD_TOKENS = 16384  # of one forward of the target, with padding, when features are computed ahead
 ONE_BY_ONE = ("cpu",)  # devices where rows are computed one by one: see `_computed`

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.disk import check_writable, write_text
+from ..checkpoints.files import check_writable, write_text
+from ..checkpoints.load import TargetIdentity
 from .config import DtypeName
 from .dataset import TokenBatch, TokenDataset
 from .feature_shards import COMMAND, DTYPES, FORMAT, SHARDS, FeatureKind, Shard, open_shard, write_shard
-from .target_ends import TargetIdentity
 
 MANIFEST = "manifest.json"
 SHARD_BYTES = 1 << 30  # features that wait in memory until they are written as one file

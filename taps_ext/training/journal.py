@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.disk import write_text, written
+from ..checkpoints.files import write_text, written
 from .progress import StepRecord, ValidationRecord
 
 Record = StepRecord | ValidationRecord

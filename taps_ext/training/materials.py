@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints.files import read_folder
+from ..checkpoints.files import read_drafter_files
 from ..checkpoints.formats import check_fits
-from ..checkpoints.load import load_network
-from ..checkpoints.target_files import open_target
+from ..checkpoints.load import TargetIdentity, identify, load_network, load_target_ends, open_target
 from ..drafters.network import EagleConfig, EagleNetwork
 from ..tiny import resolve
 from .config import Recipe
@@ -24,7 +23,6 @@ from .feature_sources import CachedFeatures, StoredFeatures
 from .feature_store import create_store, open_store
 from .features import FeatureSource, FrozenTarget
 from .survey import Progress
-from .target_ends import TargetIdentity, identify, load_target_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -150,7 +148,7 @@ def load_start(recipe: Recipe, target: TargetPart) -> tuple[EagleNetwork, dict[s
         return new_network(config, recipe.training.seed), None
     start = resolve(recipe.start)
     found = load_network(start)
-    files = read_folder(start)
+    files = read_drafter_files(start)
     check_fits(files, found.config, target.config)
     if files.target.get("fingerprint", target.identity.fingerprint) != target.identity.fingerprint:
         raise ValueError(

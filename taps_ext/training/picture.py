@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.disk import write_whole
+from ..checkpoints.files import write_whole
 
 TRAINING, HELD_OUT = "0.6", "#0b7fab"
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.load import TargetIdentity
 from ..drafters.network import EagleConfig
 from ..native import code_version
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
-from .target_ends import TargetIdentity
 
 # What may differ when a run goes on: how it is computed and watched, not the weights that come out.
 FREE = (

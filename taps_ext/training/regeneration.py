@@ -14,11 +14,11 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints.disk import check_writable
+from ..checkpoints.files import check_writable
+from ..checkpoints.load import identify
 from ..decode.plain import plain_generate
 from ..sampling import SamplingParams
 from .conversations import Conversation, Message
-from .target_ends import identify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

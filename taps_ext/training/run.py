@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.disk import write_text, written
+from ..checkpoints.files import write_text, written
 from .calibrating import calibrate_run, not_calibrated, uncalibrated
 from .checks import RECIPE, check_disk, check_output
 from .config import Recipe

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints.disk import written
+from ..checkpoints.files import written
 from ..checkpoints.load import save_drafter
 from ..drafters.network import EagleNetwork
 from ..native import code_version

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ...checkpoints.disk import check_writable, written
+from ...checkpoints.files import check_writable, written
 from ..variants import MERGED
 from .cells import Run
 from .figures import ROUTING, Figure, View, equal_to_plain, forwards_per_token, mean_over, micro, views
