@@ -114,7 +114,7 @@ def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_target(*_: Any) -> None:
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(evaluation, "load_target", load_target)
+    monkeypatch.setattr(evaluation, "load_target_and_tokenizer", load_target)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_results_of_another_configuration_are_refused_before_the_target_is_loade
     assert evaluate(*short).code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "load_target", lambda *_: pytest.fail("the target was loaded"))
+        patched.setattr(evaluation, "load_target_and_tokenizer", lambda *_: pytest.fail("the target was loaded"))
         for change in ("--seed=1", "--depth=5", "--label=b", "--system-prompt=x", "--task=tiny_chat", "--limit=1"):
             done = evaluate(*short, change)
             assert done.code == 2 and "another configuration: " in done.err, change

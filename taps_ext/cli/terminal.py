@@ -91,7 +91,7 @@ def target_config(target: str) -> Any:
     return open_target(tiny.resolve(target)).config
 
 
-def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
+def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
     """Load a target (directory, hub id or `tiny`) in evaluation mode on a device, and its tokenizer."""
     chosen = None if check_dtype(dtype) == "auto" else getattr(torch, dtype)
     model: Any
