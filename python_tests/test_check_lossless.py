@@ -492,7 +492,7 @@ def test_what_cannot_be_checked_is_said_before_any_work(tmp_path: Path, monkeypa
     def no_work(*arguments: Any) -> Any:
         raise AssertionError("the target is loaded")
 
-    monkeypatch.setattr(evaluation_lossless, "load_target", no_work)
+    monkeypatch.setattr(evaluation_lossless, "load_target_and_tokenizer", no_work)
     bad, damaged = tmp_path / "bad.jsonl", tmp_path / "damaged"
     bad.write_text('\n{"prompt": 3}\n')
     shutil.copytree(tiny.resolve("tiny/math"), damaged)
