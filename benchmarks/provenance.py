@@ -26,7 +26,7 @@ def provenance() -> dict[str, Any]:
     return {
         "command": command(),
         "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": versions(),
         "device": device(),
         **({"gpu": gpu()} if torch.cuda.is_available() else {}),

@@ -569,7 +569,7 @@ def test_a_run_killed_while_it_calibrates_is_calibrated_by_the_same_command_and_
         path.write_text(text)
 
     with monkeypatch.context() as patch:
-        patch.setattr("taps_ext.drafters.calibration.write_text", kill)
+        patch.setattr("taps_ext.checkpoints.calibration.write_text", kill)
         if num_written < 2:
             with pytest.raises(KilledError):
                 train(recipe)
@@ -655,7 +655,7 @@ def test_a_calibration_that_fails_costs_no_drafter(
     run, is_gone = tmp_path / "run", failing == ("gone",)
     watcher = Remover(run) if is_gone else Watcher()
     with monkeypatch.context() as patch:
-        patch.setattr("taps_ext.drafters.calibration.write_text", refused(*failing))
+        patch.setattr("taps_ext.checkpoints.calibration.write_text", refused(*failing))
         assert small_trainer(run, watcher, calibrate=True).train().is_finished
     told = [note for note in watcher.notes if "is not calibrated" in note]
     expected = "no drafter at" if is_gone else r"\[Errno 13\] Permission denied"

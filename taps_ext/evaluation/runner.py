@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def _provenance(command: str, target: TargetModel, processes: Processes) -> dict
     is_cuda = target.device.type == "cuda"
     return {
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **info.code_version(),
         "versions": {"python": platform.python_version(), **here.versions},
         "platform": f"{platform.system()} {platform.machine()}",
