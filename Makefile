@@ -107,6 +107,8 @@ test-latest: $(ON_RELEASES)
 
 $(ON_RELEASES): test-with-%: $(VENV)-%/.stamps/environment $(BUILT)
 	$(if $(filter latest,$*),$(call INSTALL_RELEASES,$*))
+	@$(VENV)-$*/bin/python -c 'from importlib.metadata import version; \
+		print("with $*:", *(f"{name} {version(name)}" for name in ("torch", "transformers", "numpy", "datasets")))'
 	$(VENV)-$*/bin/python -m pytest $(IN_PARALLEL) $(RELEASE_TESTS)
 
 $(RELEASES:%=$(VENV)-%/.stamps/environment): $(VENV)-%/.stamps/environment: pyproject.toml

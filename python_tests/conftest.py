@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
     config.addinivalue_line("markers", "long: takes minutes or gigabytes; deselected unless --long is given")
     config.addinivalue_line("markers", "backends(*names): of the tests that use `backend`, where this one runs")
     config.addinivalue_line("markers", "gpu: needs a GPU and the CUDA ops; belongs to the backend cuda")
@@ -90,7 +92,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
-    """One thread unless a test asks for more: the suite shares its machine, and small ops are faster so."""
+    """Use one thread unless a test asks for more: the tests run on every core already, and small ops are faster so."""
     torch.set_num_threads(1)
 
 
