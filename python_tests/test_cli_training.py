@@ -21,7 +21,7 @@ import pytest
 from training_cases import write_conversations
 
 from taps_ext import cli
-from taps_ext.cli.main import WORKER_PATIENCE_S
+from taps_ext.cli import WORKER_PATIENCE_S
 from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
