@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import gc
 import threading
 import weakref
@@ -35,7 +36,7 @@ from transformers import LlamaForCausalLM
 import taps_ext as taps
 from taps_ext import native, ops
 from taps_ext.checkpoints import save_drafter
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, growth
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, base, growth
 from taps_ext.tree import Lengths, TreeShape
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason="the native module is not built")
@@ -334,6 +335,11 @@ def test_misshapen_observations_are_refused_in_a_sentence(target: LlamaForCausal
 def test_a_rope_that_depends_on_the_text_length_is_refused(target: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="rope type must be one of default, linear, llama3, yarn, got dynamic"):
         EagleConfig.for_target(target.config, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+
+
+def test_the_example_of_a_custom_drafter_runs() -> None:
+    result = doctest.testmod(base, extraglobs={"ops": ops})
+    assert result.attempted > 2 and result.failed == 0
 
 
 # --- drafters that come and go ----------------------------------------------------------------------------------------

@@ -22,14 +22,14 @@ EVIDENCE_DECAY = 0.95  # per token: evidence from 45 tokens ago counts a tenth
 
 @dataclass(frozen=True)
 class Composed:
-    """The tree to verify, and the drafter that was chosen for each row."""
+    """Hold the tree to verify, and the drafter that was chosen for each row."""
 
     tree: DraftTree  # with `proposers`
     choice: Tensor | None  # int64 [B], index of the drafter; None: all drafters took part
 
 
 class Composition(ABC):
-    """A policy that combines draft trees."""
+    """Combine draft trees: the base class of the policies."""
 
     decay: float | None = None  # per token, of the evidence that the policy uses; None: it uses none
 

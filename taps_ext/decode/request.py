@@ -1,7 +1,6 @@
-"""What a call asks for, checked before any work: prompts, sampling, stop rules, logits processors, from every door.
+"""Requests, checked before any work: prompts, sampling, stop rules and logits processors, however a call is made.
 
-transformers' `generate(custom_generate=decoder)` is a door too: its arguments become a `Request`, and the result its
-output. Logits processors of transformers run on a tree in Python, node by node, since each node has its own prefix.
+The arguments of transformers' `generate(custom_generate=decoder)` become a `Request` too, and the result its output. Logits processors of transformers run on a tree in Python, node by node, since each node has its own prefix.
 """
 
 from __future__ import annotations

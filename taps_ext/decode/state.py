@@ -1,4 +1,4 @@
-"""What one call owns. Models, drafters and the decoder are shared and never change; everything that changes is here."""
+"""The state of one call. Models, drafters and the decoder are shared and never change; what changes is here."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from .coupling import Calibration
 
 
 class DrafterState:
-    """What a drafter remembers during one call, such as its KV cache: made by `reset`, owned by the call.
+    """Hold what a drafter remembers during one call, such as its KV cache: made by `reset`, owned by the call.
 
     `evidence`, if `reset` was given a decay: float32 [B], the discounted log-probability (nats, temperature 1) that
     the drafter gave to the observed tokens of each row, as `evidence.py` defines it.

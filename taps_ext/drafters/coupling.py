@@ -25,7 +25,7 @@ LEAST_TEMPERATURE, MOST = 1e-3, 1e6  # of any number in a calibration
 
 @dataclass(frozen=True)
 class Calibration:
-    """The two coefficients of coupled drafting, by temperature and depth.
+    """Hold the two coefficients of coupled drafting, by temperature and depth.
 
     They are linear between temperatures, linear to 0 below the lowest (the scores then keep the same multiple of
     log q, while the noise counts as little as it does for the target), and constant above the highest.
@@ -84,7 +84,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CoupledRows:
-    """Per-row noise settings for coupled drafting. R rows: the rows of one drafter, or of several, drafter by drafter.
+    """Hold per-row noise settings for coupled drafting. R rows: the rows of one drafter, or of several, drafter by drafter.
 
     Depths past the last calibrated one use its coefficients.
     """

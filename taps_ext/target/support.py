@@ -1,4 +1,4 @@
-"""What a target must not be or do, and why: every refusal says what was given, what is allowed and the way out."""
+"""Unsupported targets: every refusal says what was given, why it is not supported, and the way out."""
 
 from __future__ import annotations
 
