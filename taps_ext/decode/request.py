@@ -1,6 +1,7 @@
 """Requests, checked before any work: prompts, sampling, stop rules and logits processors, however a call is made.
 
-The arguments of transformers' `generate(custom_generate=decoder)` become a `Request` too, and the result its output. Logits processors of transformers run on a tree in Python, node by node, since each node has its own prefix.
+The arguments of transformers' `generate(custom_generate=decoder)` become a `Request` too, and the result its output.
+transformers' logits processors run on a tree in Python, node by node, since each node has its own prefix.
 """
 
 from __future__ import annotations

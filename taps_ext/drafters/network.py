@@ -43,7 +43,7 @@ def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
 
 @dataclass(frozen=True)
 class EagleConfig:
-    """Describe the shape of an EAGLE-2 network; `rope_scaling` is transformers' dict (`rope_type`, `factor`, ...) or None."""
+    """Describe the shape of an EAGLE-2 network; `rope_scaling` is transformers' dict (`rope_type`, ...) or None."""
 
     hidden_size: int
     intermediate_size: int
