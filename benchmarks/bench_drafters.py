@@ -31,7 +31,7 @@ from timing import CLOCKS, no_garbage_collection, spread
 from torch import Tensor
 
 import taps_ext
-from taps_ext.drafters import EagleDrafter, eagle
+from taps_ext.drafters import EagleDrafter, growth
 
 COMPOSITIONS = {"confidence": "#d1603d", "evidence": "#6ba368", "merged": "#4878a8"}
 MIB = 2**20
@@ -76,7 +76,7 @@ def counted(forwards: Counter[str]) -> Iterator[None]:
 
         return mock.patch.object(owner, method, wrapper)
 
-    drafting = counting(eagle._Frontier, "forward", "drafting", lambda frontier: len(frontier.drafters))
+    drafting = counting(growth._Frontier, "forward", "drafting", lambda frontier: len(frontier.networks))
     with drafting, counting(EagleDrafter, "_extend_committed", "observing", lambda drafter: 1):
         yield
 

@@ -25,7 +25,7 @@ def provenance() -> dict[str, Any]:
     facts = native.installation()
     return {
         "command": command(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **facts.provenance(),
         **native.code_version(".", f":!{RESULTS}"),  # scripts and tests count here
         "build": {name: value for name, value in (facts.native.build or {}).items() if name in BUILD},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import backends
@@ -10,6 +12,14 @@ import pytest
 import torch
 
 from taps_ext import ops
+
+ROOT = Path(__file__).parent.parent
+# A warning is attributed to the module of a caller: one of ours, or torch where a deprecated argument reaches a model
+# through `Module.__call__` or a function under `torch.no_grad`.
+OURS = ["taps_ext", r"torch\.nn\.modules\.module$", r"torch\.utils\._contextlib$"]
+OURS += sorted(
+    f"{file.stem}$" for room in ("python_tests", "benchmarks", "tools") for file in (ROOT / room).rglob("*.py")
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,9 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
     config.addinivalue_line("markers", "long: takes minutes or gigabytes; deselected unless --long is given")
     config.addinivalue_line("markers", "backends(*names): of the tests that use `backend`, where this one runs")
     config.addinivalue_line("markers", "gpu: needs a GPU and the CUDA ops; belongs to the backend cuda")
+    for category in ("DeprecationWarning", "FutureWarning"):
+        config.addinivalue_line("filterwarnings", f"error::{category}:({'|'.join(OURS)})")
 
 
 def pytest_report_header() -> str:
@@ -79,7 +92,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.fixture(autouse=True)
 def one_torch_thread() -> None:
-    """One thread unless a test asks for more: the suite shares its machine, and small ops are faster so."""
+    """Use one thread unless a test asks for more: the tests run on every core already, and small ops are faster so."""
     torch.set_num_threads(1)
 
 

@@ -454,7 +454,7 @@ def test_the_command_writes_the_same_file_each_time_and_shows_what_it_is_worth(
     path.write_text("damaged")
     code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", f"--output={shown}")
     assert code == 0, err
-    assert f"wrote {path}" in out and "nats: gained a drawn token" in out
+    assert f"wrote {path}" in out and "nats: gained per drawn token" in out
     assert {entry.name for entry in shown.iterdir()} == {"calibration.png", "calibration-report.json"}
     assert (shown / "calibration.png").read_bytes().startswith(b"\x89PNG")
     before = path.read_bytes()

@@ -196,6 +196,19 @@ def test_a_target_other_than_tiny_needs_a_drafter(run, model_folders) -> None:
     assert "give at least one drafter" in err
 
 
+def test_what_is_written_is_named_for_programs(run, tmp_path: Path) -> None:
+    pair, half, both = ("average", "tiny/math", "tiny/chat"), tmp_path / "half", tmp_path / "both"
+    assert json.loads(run(*pair, "-o", str(half), "--json")[1]) == {"drafters": [str(half)]}
+    swept = json.loads(run(*pair, "--sweep=0:1:1", "-o", str(both), "--json")[1])
+    assert swept == {"drafters": [str(both / "0"), str(both / "1")]}
+    code, out, _ = run("export", "tiny/math", "--to=sglang", "-o", str(tmp_path / "sglang"), "--json")
+    told = json.loads(out)
+    assert code == 0 and told["drafter"] == str(tmp_path / "sglang")
+    assert "max_position_embeddings is 2048" in told["notes"][0]
+    code, out, err = run("export", "tiny/math", "--to=eagle", "--dtype=int8", "-o", str(tmp_path / "eagle"), "--json")
+    assert (code, out) == (2, "") and "dtype must be auto, float32, bfloat16 or float16, got 'int8'" in err
+
+
 def test_the_installed_command_explains_itself() -> None:
     done = subprocess.run(
         [Path(sys.executable).with_name("taps-ext"), "--help"], capture_output=True, text=True, timeout=120, check=False

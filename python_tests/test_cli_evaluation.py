@@ -52,7 +52,7 @@ def timeless(folder: Path) -> list[str]:
 # ---- what it prints
 
 
-def test_without_tasks_it_evaluates_the_tiny_world_and_shows_a_table(evaluate, tmp_path: Path) -> None:
+def test_without_tasks_it_evaluates_the_tiny_world_and_shows_a_table(evaluate, tmp_path: Path, capsys) -> None:
     done = evaluate(*SHORT)
     assert done.code == 0, done.err
     assert "tiny_math" in done.out and "tiny_chat" in done.out and "T = 0" in done.out and "T = 1" in done.out
@@ -61,6 +61,13 @@ def test_without_tasks_it_evaluates_the_tiny_world_and_shows_a_table(evaluate, t
     assert all(1 <= float(length) <= 7 for length in rows["merged"][:-1]) and "plain" not in rows
     assert "All 16 answers equal plain decoding's, token by token." in done.out
     assert f"taps-ext report {tmp_path / 'results'}" in done.out
+    report = ["report", str(tmp_path / "results"), "-o", str(tmp_path / "report"), "--json"]
+    with pytest.raises(SystemExit) as exit:
+        main(report)
+    told = json.loads(capsys.readouterr().out)
+    assert not exit.value.code and told["output"] == str(tmp_path / "report")
+    assert {str(tmp_path / "report" / name) for name in ("report.md", "index.html", "report.json")} <= {*told["files"]}
+    assert all(Path(path).is_file() for path in told["files"])
     provenance = json.loads((tmp_path / "results" / "run.json").read_text())["provenance"]
     assert {"command", "commit", "versions", "device", "date"} <= provenance.keys()
 
@@ -107,7 +114,7 @@ def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_target(*_: Any) -> None:
         raise AssertionError("the target was loaded")
 
-    monkeypatch.setattr(evaluation, "load_target", load_target)
+    monkeypatch.setattr(evaluation, "load_target_and_tokenizer", load_target)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +179,7 @@ def test_results_of_another_configuration_are_refused_before_the_target_is_loade
     assert evaluate(*short).code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "results").iterdir()}
     with monkeypatch.context() as patched:
-        patched.setattr(evaluation, "load_target", lambda *_: pytest.fail("the target was loaded"))
+        patched.setattr(evaluation, "load_target_and_tokenizer", lambda *_: pytest.fail("the target was loaded"))
         for change in ("--seed=1", "--depth=5", "--label=b", "--system-prompt=x", "--task=tiny_chat", "--limit=1"):
             done = evaluate(*short, change)
             assert done.code == 2 and "another configuration: " in done.err, change

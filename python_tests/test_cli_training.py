@@ -21,7 +21,7 @@ import pytest
 from training_cases import write_conversations
 
 from taps_ext import cli
-from taps_ext.cli.main import WORKER_PATIENCE_S
+from taps_ext.cli import WORKER_PATIENCE_S
 from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
@@ -206,15 +206,16 @@ def test_features_are_made_ahead_once_and_trained_from(run, recipe, tmp_path) ->
 
 def test_regenerated_conversations_ask_the_same_and_can_be_trained_on(run, recipe, data, tmp_path) -> None:
     output = tmp_path / "own.jsonl"
-    made = run(
-        "regenerate", "--target=tiny", f"--data={data}", f"--output={output}", "--count=8", "--max-new-tokens=80"
-    )
+    arguments = ("regenerate", "--target=tiny", f"--data={data}", "--count=8", "--max-new-tokens=80")
+    made = run(*arguments, f"--output={output}")
     assert made.code == 0, made.err
     assert f"not JSON: 1 ({data}:41)" in made.err
     own = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
     asked = {json.loads(line)["messages"][0]["content"] for line in data.read_text().splitlines()[:-1]}
     assert f"wrote {len(own)} conversations" in made.out and 4 <= len(own) <= 8
     assert {messages[0]["content"] for messages in own} <= asked
+    told = json.loads(run(*arguments, "-o", str(tmp_path / "again.jsonl"), "--json").out)
+    assert told["num_written"] == len(own) and told["output"] == str(tmp_path / "again.jsonl")
     assert run("train", *recipe, f"data.sources=[{output}]", "--dry-run").code == 0
     again = run("regenerate", "--target=tiny", f"--data={data}", f"--output={output}")
     assert again.code == 2 and f"{output} exists already" in again.err

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from transformers import LlamaForCausalLM
 import taps_ext as taps
 from taps_ext import native, ops
 from taps_ext.checkpoints import save_drafter
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, eagle
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, growth
 from taps_ext.tree import Lengths, TreeShape
 
 needs_native = pytest.mark.skipif(native.unavailable_reason() is not None, reason="the native module is not built")
@@ -163,7 +164,7 @@ def test_drafting_reads_nothing_on_the_host(target: LlamaForCausalLM, monkeypatc
     text, state = Text(target, 2, 20), drafter.reset(2)
     text.feed(drafter, state, [6, 9])
     block, roots, active = text.block([2, 3]), text.roots(), torch.tensor([True, False])
-    monkeypatch.setattr(eagle, "can_read", lambda device: False)  # as where the host would have to wait
+    monkeypatch.setattr(growth, "can_read", lambda device: False)  # as where the host would have to wait
     monkeypatch.setattr(Tensor, "tolist", None)  # goes past the dispatcher
     with NoHostRead():
         drafter.observe(state, *block)
@@ -250,7 +251,7 @@ def test_drafters_in_lockstep_propose_the_trees_of_each_alone(target: LlamaForCa
 
 @needs_native
 def test_drafters_in_lockstep_take_one_call_a_level(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eagle, "can_read", lambda device: False)  # every level
+    monkeypatch.setattr(growth, "can_read", lambda device: False)  # every level
     calls: Counter[str] = Counter()
     for name in ("expand_frontier", "prune_tree"):
         monkeypatch.setattr(ops, name, counted(getattr(ops, name), name, calls))
@@ -258,7 +259,7 @@ def test_drafters_in_lockstep_take_one_call_a_level(target: LlamaForCausalLM, mo
     head = counted(target.get_output_embeddings(), "lm_head", calls)
     head.parameters = target.get_output_embeddings().parameters
     for drafter in drafters:
-        drafter.lm_head = head
+        drafter.ends = replace(drafter.ends, lm_head=head)
     grouped, text = Together(drafters), Text(target, 2, 20)
     states = grouped.reset(2)
     grouped.observe(states, *text.block([5, 3]))

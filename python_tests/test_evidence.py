@@ -19,7 +19,8 @@ import taps_ext as taps
 from taps_ext import ops
 from taps_ext.composition import EVIDENCE_DECAY, make_composition
 from taps_ext.decode.step import DecodeStep
-from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, eagle, evidence
+from taps_ext.drafters import EagleConfig, EagleDrafter, EagleNetwork, evidence, growth
+from taps_ext.drafters.growth import SharedEnds
 from taps_ext.tree import TreeShape
 
 SHAPE = TreeShape(depth=4, branching=4, max_nodes=16)
@@ -81,9 +82,7 @@ def test_a_prompts_logits_are_made_piece_by_piece(monkeypatch: pytest.MonkeyPatc
         grouped, text = Together(drafters), Text(new_literal_target(), 3, 110)
         states, sizes = grouped.reset(3, decay=0.9), []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                EagleDrafter, "logits", noted(EagleDrafter.logits, lambda self, out: sizes.append(out.numel()))
-            )
+            patch.setattr(SharedEnds, "logits", noted(SharedEnds.logits, lambda self, out: sizes.append(out.numel())))
             for counts in ([100, 12, 1], [1, 3, 2]):
                 grouped.observe(states, *text.block(counts))
         trees = grouped.propose(states, text.roots(), SHAPE, torch.ones(3, dtype=torch.bool))
@@ -199,18 +198,18 @@ class Work:
         self.rows: Counter[str] = Counter()
         self.by_network: Counter[int] = Counter()
         patch.setattr(ops, "expand_frontier", noted(ops.expand_frontier, self._expand))
-        patch.setattr(eagle._Frontier, "forward", noted(eagle._Frontier.forward, self._forward))
-        patch.setattr(EagleDrafter, "logits", noted(EagleDrafter.logits, self._logits))
+        patch.setattr(growth._Frontier, "forward", noted(growth._Frontier.forward, self._forward))
+        patch.setattr(SharedEnds, "logits", noted(SharedEnds.logits, self._logits))
 
     def _expand(self, logits: Tensor, *rest: Any) -> None:
         self.rows["expanded"] += len(logits)
 
     def _forward(self, frontier: Any, *rest: Any) -> None:
-        for drafter in frontier.drafters:
-            self.rows["forward"] += len(frontier.lengths.host)
-            self.by_network[id(drafter.network)] += len(frontier.lengths.host)
+        for network in frontier.networks:
+            self.rows["forward"] += len(frontier.lengths)
+            self.by_network[id(network)] += len(frontier.lengths)
 
-    def _logits(self, drafter: EagleDrafter, out: Tensor) -> None:
+    def _logits(self, ends: SharedEnds, out: Tensor) -> None:
         self.rows["lm_head"] += out.shape[:-1].numel()
 
 

@@ -270,11 +270,10 @@ def test_the_first_features_of_a_text_stay_whatever_becomes_of_their_tensor(
 # --- kills, full disks, missing files --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(3))
 def test_an_extraction_that_is_killed_goes_on_and_ends_whole(
-    seed: int, target: FrozenTarget, data: TokenDataset, tmp_path: Path
+    target: FrozenTarget, data: TokenDataset, tmp_path: Path
 ) -> None:
-    rng, counts = random.Random(seed), [0]
+    rng, counts = random.Random(0), [0]
     while not survives(rng.randrange(1, 1200), lambda: extract(target, [data], new_store(tmp_path, target))):
         counts.append(len(new_store(tmp_path, target)))
     assert counts == sorted(counts) and sum(0 < count < len(data) for count in counts) >= 2, "killed in the middle"

@@ -70,7 +70,7 @@ def answers(messages: Sequence[Message]) -> list[str]:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_every_answer_is_what_the_target_says_after_its_own_earlier_answers(temperature: float, tmp_path: Path) -> None:
     target, tokenizer = models()
-    given = conversations()[4:10]
+    given = conversations()[4:8]
     run(tmp_path / "out.jsonl", given, temperature=temperature)
     for index, messages in enumerate(read(tmp_path / "out.jsonl")):
         assert left_alone(messages) == left_alone(given[index].messages)
@@ -102,8 +102,8 @@ def test_drafters_do_not_change_the_text(whole: Path, tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_other_texts(whole: Path, tmp_path: Path) -> None:
-    run(tmp_path / "other.jsonl", seed=6)
-    pairs = zip(read(tmp_path / "other.jsonl"), read(whole), strict=True)
+    run(tmp_path / "other.jsonl", conversations()[:5], seed=6)
+    pairs = zip(read(tmp_path / "other.jsonl"), read(whole)[:5], strict=True)
     assert all(other != one for other, one in pairs)
 
 
@@ -198,7 +198,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(whole: Path, tmp_path: Path) -> 
     partial = tmp_path / "out.jsonl.partial"
     left = partial.read_bytes()
     assert left.count(b"\n") == 1 + 8
-    for end in (3, rng.randrange(len(left)), rng.randrange(len(left) // 2, len(left)), len(left)):
+    for end in (3, rng.randrange(len(left) // 2, len(left))):
         partial.write_bytes(left[:end])
         run(output, batch_size=16, progress=lambda done, total: begun.append(done))
         assert output.read_bytes() == whole.read_bytes()

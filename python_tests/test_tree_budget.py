@@ -17,7 +17,7 @@ import taps_ext as taps
 from taps_ext import ops
 from taps_ext.composition import make_composition, share_budget
 from taps_ext.decode import step as device_half
-from taps_ext.drafters import EagleDrafter, eagle
+from taps_ext.drafters import EagleDrafter, growth
 from taps_ext.drafters.coupling import Calibration
 from taps_ext.tree import DraftTree, TreeShape
 
@@ -52,7 +52,7 @@ class Case:
     def trees(self, patch: pytest.MonkeyPatch, has_stop_rule: bool) -> tuple[list[DraftTree], int]:
         """What is proposed, and in how many forwards."""
         num_forwards = 0
-        forward = eagle._Frontier.forward
+        forward = growth._Frontier.forward
 
         def counted(*args: Any) -> Any:
             nonlocal num_forwards
@@ -61,8 +61,8 @@ class Case:
 
         grouped, text = Together(self.drafters), Text(new_target(), self.batch_size, 12)
         with patch.context() as inside:
-            inside.setattr(eagle, "can_read", lambda device: has_stop_rule)
-            inside.setattr(eagle._Frontier, "forward", counted)
+            inside.setattr(growth, "can_read", lambda device: has_stop_rule)
+            inside.setattr(growth._Frontier, "forward", counted)
             states = grouped.reset(self.batch_size, self.sampling)
             grouped.observe(states, *text.block(self.counts))
             choice = self.choice if self.has_choice else None
@@ -97,7 +97,7 @@ def test_the_stop_rule_looks_at_min_score(monkeypatch: pytest.MonkeyPatch) -> No
     def forward(*arguments: Any) -> None:
         raise RuntimeError("a further level is grown")
 
-    monkeypatch.setattr(eagle._Frontier, "forward", forward)
+    monkeypatch.setattr(growth._Frontier, "forward", forward)
     text.propose(drafter, state, TreeShape(4, 3, 10_000, best + 1e-3))
     with pytest.raises(RuntimeError, match="a further level is grown"):
         text.propose(drafter, state, TreeShape(4, 3, 10_000, best))

@@ -18,7 +18,7 @@ LIBRARIES = ("taps_ext", "transformers", "torch")  # through which a user's call
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the target's distribution becomes a token; each field is one value, or one a row.
+    """Say how the target's distribution becomes a token; each field is one value, or one per row.
 
     `temperature=0` is greedy. `top_k=0`, `top_p=1` and `min_p=0` switch the filters off; they apply in transformers'
     order. An int seed s means s + b for row b, so that row b equals a single run with seed s + b.
@@ -44,13 +44,15 @@ class SamplingParams:
         return any(value > 0 for value in values)
 
     def rows(self, batch_size: int, device: torch.device | str = "cpu") -> SamplingRows:
-        """The parameters as tensors, one value a row."""
+        """Return the parameters as tensors, one value per row."""
 
         def tensor(name: str, dtype: torch.dtype) -> Tensor:
             value = getattr(self, name)
             values = list(value) if isinstance(value, Sequence) else [value] * batch_size
             if len(values) != batch_size:
-                raise ValueError(f"{name} has {len(values)} values for a batch of {batch_size}; give one, or one a row")
+                raise ValueError(
+                    f"{name} has {len(values)} values for a batch of {batch_size}; give one, or one per row"
+                )
             return torch.tensor(values, dtype=dtype, device=device)
 
         seeds = tensor("seed", torch.int64)
@@ -67,7 +69,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class SamplingRows:
-    """`SamplingParams` resolved for a batch: the tensors that `ops.verify_tree` takes."""
+    """Hold `SamplingParams` resolved for a batch: the tensors that `ops.verify_tree` takes."""
 
     temperature: Tensor  # float32 [B]
     top_k: Tensor  # int64 [B]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -132,6 +133,10 @@ class TreeShape:
         branching = min(self.branching, vocab_size)
         return min(self.max_nodes, 1 + branching + (self.depth - 1) * branching * branching)
 
+    def frontier_slots(self, vocab_size: int) -> int:
+        """Return the number of nodes that a drafter expands below the root: the cache slots of a growing tree."""
+        return (self.depth - 1) * min(self.branching, vocab_size)
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -148,12 +153,12 @@ class Lengths:
         """Return these lengths, copied to the device."""
         return cls(torch.tensor(lengths, dtype=torch.int64, device=device), tuple(lengths))
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Largest length of a row."""
         return max(self.host)
 
-    @property
+    @cached_property
     def is_ragged(self) -> bool:
         """Whether the rows differ in length."""
         return min(self.host) < max(self.host)

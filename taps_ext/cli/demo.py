@@ -17,13 +17,13 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from .. import native, tiny
 from ..checkpoints import average_drafters, load_drafter, load_drafters
 from ..checkpoints.files import check_writable, json_text, write_text
 from ..decode.decoder import SpeculativeDecoder, check_drafting
 from ..decode.plain import plain_generate
+from ..decode.state import StepEvent
 from ..decode.stats import DecodeStats
 from ..drafters import Drafter
 from ..native import choose_device
@@ -143,13 +143,6 @@ class DemoResult:
         return [cell for cell in self.cells if cell.variant == variant]
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    turns: list[dict[str, str]]
-    input_ids: Tensor  # int64 [1, P]
-    options: dict[str, Any]  # of plain_generate, SpeculativeDecoder.generate and .stream
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Give torch one thread: on models of this size more threads only wait for each other."""
@@ -176,7 +169,9 @@ def run(settings: DemoSettings, tell: Tell) -> DemoResult:
         shape = replace(settings.shape, max_nodes=round(measured[-1].nodes_per_step))  # the last is the union
         control = {CONTROL: decoder(drafters, "single", drafter=_best_single(measured), shape=shape)}
         cells += [*measured, *_measure(model, domain, prompts, control, tell)]
-        samples.append(_sample(variants[MERGED], tokenizer, domain, prompts[0]))
+        turns = tiny.prompts(domain, 1, settings.seed)[0]
+        question = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        samples.append(Sample(domain, question, _spans(variants[MERGED].stream(**prompts[0]), tokenizer)))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     environment = native.installation().to_dict()
     return DemoResult(settings, list(drafters), list(tiny.DOMAINS), num_parameters, cells, samples, environment)
@@ -205,18 +200,19 @@ def _best_single(cells: Sequence[Cell]) -> str:
     return max(singles, key=lambda cell: cell.acceptance_length).variant.removeprefix(SINGLE)
 
 
-def _prompts(domain: str, tokenizer: Any, settings: DemoSettings) -> list[_Prompt]:
+def _prompts(domain: str, tokenizer: Any, settings: DemoSettings) -> list[dict[str, Any]]:
+    """Return the arguments of `generate` per prompt."""
     prompts = []
     for row, turns in enumerate(tiny.prompts(domain, settings.prompts, settings.seed)):
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         sampling = SamplingParams(settings.temperature, seed=settings.seed + row)
-        prompts.append(_Prompt(turns, input_ids, {"sampling": sampling, "max_new_tokens": settings.max_new_tokens}))
+        prompts.append({"input_ids": input_ids, "sampling": sampling, "max_new_tokens": settings.max_new_tokens})
     return prompts
 
 
 def _measure(
-    model: Any, domain: str, prompts: Sequence[_Prompt], variants: Mapping[str, SpeculativeDecoder], tell: Tell
+    model: Any, domain: str, prompts: Sequence[dict[str, Any]], variants: Mapping[str, SpeculativeDecoder], tell: Tell
 ) -> list[Cell]:
     """Return one cell per variant.
 
@@ -226,12 +222,12 @@ def _measure(
     ways: dict[str, Callable[..., Any]] = {PLAIN: partial(plain_generate, model)}
     ways |= {name: decoder.generate for name, decoder in variants.items()}
     for generate in ways.values():
-        generate(prompts[0].input_ids, max_new_tokens=4)
+        generate(prompts[0]["input_ids"], max_new_tokens=4)
     runs: dict[str, list[tuple[Any, float]]] = {name: [] for name in ways}
     for prompt in prompts:
         for name, generate in ways.items():
             started = time.perf_counter()
-            out = generate(prompt.input_ids, **prompt.options)
+            out = generate(**prompt)
             runs[name].append((out, time.perf_counter() - started))
         tell(domain)
     return [_cell(name, domain, runs[name], runs[PLAIN]) for name in variants]
@@ -261,13 +257,11 @@ def _speed(runs: Sequence[tuple[Any, float]]) -> float:
     return sum(len(out.new_tokens[0]) for out, _ in runs) / sum(seconds for _, seconds in runs)
 
 
-def _sample(decoder: SpeculativeDecoder, tokenizer: Any, domain: str, prompt: _Prompt) -> Sample:
-    """Return a prompt's text as the decoder streams it."""
+def _spans(events: Iterator[StepEvent], tokenizer: Any) -> list[Span]:
     transcript, spans = Transcript(tokenizer), list[Span]()
-    for event in decoder.stream(prompt.input_ids, **prompt.options):
+    for event in events:
         spans += transcript.add(event.new_tokens[0], event.accepted_proposers[0])
-    question = "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt.turns)
-    return Sample(domain, question, join_spans(spans + transcript.finish()))
+    return join_spans(spans + transcript.finish())
 
 
 # ---- what is shown

@@ -110,7 +110,7 @@ def calibrate(
     """Fit how strongly a drafter should follow the target's noise at each temperature and depth.
 
     Coupled drafting needs it. calibration.json is written into the drafter's directory; a picture and a report go to
-    --output if it is given. Levels below --depth use the deepest fitted one.
+    --output if it is given. Levels deeper than --depth use the last fitted one.
     """
     settings = calibrating.CalibrationSettings(tuple(sorted(set(temperature))), depth, positions, seed)
     if resolve(drafter) != drafter:
@@ -120,7 +120,7 @@ def calibrate(
         _check_output(output, folder)
     place = choose_device(device)
     terminal.keep_logs_clean()
-    model, tokenizer = terminal.load_target(target, "auto", place)
+    model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
     sources = tuple(SourceConfig(path) for path in data)
     config = DataConfig(sources, min(max_length, longest), 0, system_prompt, seed=seed)

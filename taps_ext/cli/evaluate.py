@@ -34,7 +34,7 @@ from ..target.model import TargetModel
 from ..tiny import TINY
 from ..tree import TreeShape
 from . import terminal
-from .terminal import drafter_folders, load_target, number, show, target_config
+from .terminal import drafter_folders, load_target_and_tokenizer, number, show, target_config
 from .train import STOPPED
 
 TINY_TASKS = ("tiny_math", "tiny_chat")
@@ -101,7 +101,7 @@ def evaluate(
     plan = Plan(asked, variants, temperature, settings, facts, sources, label)
     results.check_folder(output, plan.configuration())
     terminal.keep_logs_clean()
-    what = (*load_target(target, dtype, place), paths, asked, variants, temperature, settings, output)
+    what = (*load_target_and_tokenizer(target, dtype, place), paths, asked, variants, temperature, settings, output)
     name = target if target == TINY else contestants.short_name(target)
     origin: dict[str, Any] = {"label": label, "target_name": name, "sources": sources, "command": _command()}
     try:
@@ -172,7 +172,7 @@ def check_lossless(
     contestants.check_drafters(paths, target_config(target))
     terminal.keep_logs_clean()
     with terminal.progress() as update:
-        model, tokenizer = load_target(target, dtype, place)
+        model, tokenizer = load_target_and_tokenizer(target, dtype, place)
         taken = TargetModel(model)
         tokens = _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
         done, total = count(1), lossless.count_units(ways, len(questions), settings)

@@ -76,7 +76,7 @@ def generate(
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
     terminal.keep_logs_clean()
-    model, tokenizer = terminal.load_target(target, dtype, place)
+    model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
     decoder = SpeculativeDecoder(
         model,
         load_drafters(paths, model),

@@ -17,81 +17,56 @@ from typing import Annotated, Any, TypeVar
 
 import torch
 import transformers
-import typer
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from typer import Argument, Option
 
 from .. import tiny
 from ..checkpoints.files import json_text
 from ..checkpoints.load import open_target
 
 T = TypeVar("T")
-COMPOSITION_HELP = "How several drafters make one tree: single, confidence, entropy, evidence or merged."
-TEMPERATURE_HELP = "Sampling temperature; 0 is greedy decoding."
 
-Target = Annotated[T, typer.Option("--target", help="Target model: directory or hub id; 'tiny' is the embedded one.")]
-Drafters = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--drafter", help="Drafter as [NAME=]DIRECTORY-OR-HUB-ID; embedded: tiny/math, tiny/chat. Repeatable."
-    ),
-]
-DrafterArgument = Annotated[
-    T, typer.Argument(metavar="DRAFTER", help="Directory or hub id; embedded: tiny/math, tiny/chat.")
-]
-Composition = Annotated[str, typer.Option("--composition", help=COMPOSITION_HELP)]
-Compositions = Annotated[list[str], typer.Option("--composition", help=f"{COMPOSITION_HELP} Repeatable.")]
-Drafting = Annotated[
-    str,
-    typer.Option(
-        "--drafting",
-        help="'coupled' drafts with the target's noise at temperatures above 0; 'topk' drafts the likeliest tokens.",
-    ),
-]
-Depth = Annotated[int, typer.Option("--depth", help="Number of levels that a drafter drafts, below the root.")]
-Branching = Annotated[int, typer.Option("--branching", help="Number of children kept per expanded node.")]
-MaxNodes = Annotated[int, typer.Option("--max-nodes", help="Number of nodes per drafter's tree, root included.")]
-MergedNodes = Annotated[
-    int | None,
-    typer.Option("--merged-nodes", help="Number of nodes kept in the merged tree. Default: the whole union."),
-]
-Temperature = Annotated[float, typer.Option("--temperature", help=TEMPERATURE_HELP)]
-Temperatures = Annotated[list[float], typer.Option("--temperature", help=f"{TEMPERATURE_HELP} Repeatable.")]
-Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same result.")]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=1, help="Maximum number of new tokens per text or answer.")
-]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Number of texts decoded together.")]
-Prompts = Annotated[
-    Path | None, typer.Option("--prompts", help='File of your own prompts in JSON Lines: {"prompt": "..."}.')
-]
-Limit = Annotated[
-    T,
-    typer.Option("--limit", min=1, help="Maximum number of prompts; in demo and evaluate: from each domain or task."),
-]
-Data = Annotated[
-    list[str], typer.Option("--data", help="Conversations: a file, directory or data set of the hub. Repeatable.")
-]
-ChatTemplate = Annotated[
-    str | None, typer.Option("--chat-template", help="Jinja file of the chat template. Default: the tokenizer's.")
-]
-SystemPrompt = Annotated[
-    str | None, typer.Option("--system-prompt", help="System prompt for conversations that have none.")
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="Data type: float32, bfloat16, float16, or auto (as stored).")]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device", help="cpu, cuda or cuda:NUMBER. Default: a GPU if there is one and its ops are built, else cpu."
-    ),
-]
-Output = Annotated[T, typer.Option("--output", "-o", help="Path to write the result to.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object and nothing else.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Report what the run would take (time, memory, disk); write nothing.")
-]
+Target = Annotated[T, Option("--target", help="Target model: directory or hub id; 'tiny' is the embedded one.")]
+DRAFTER_HELP = "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; embedded: tiny/math, tiny/chat. Repeatable."
+Drafters = Annotated[list[str] | None, Option("--drafter", help=DRAFTER_HELP)]
+ARGUMENT_HELP = "Directory or hub id; embedded: tiny/math, tiny/chat."
+DrafterArgument = Annotated[T, Argument(metavar="DRAFTER", help=ARGUMENT_HELP)]
+COMPOSITION_HELP = "How several drafters make one tree: single, confidence, entropy, evidence or merged."
+Composition = Annotated[str, Option("--composition", help=COMPOSITION_HELP)]
+Compositions = Annotated[list[str], Option("--composition", help=f"{COMPOSITION_HELP} Repeatable.")]
+DRAFTING_HELP = "'coupled' drafts with the target's noise at temperatures above 0; 'topk' drafts the likeliest tokens."
+Drafting = Annotated[str, Option("--drafting", help=DRAFTING_HELP)]
+Depth = Annotated[int, Option("--depth", help="Number of levels that a drafter drafts, below the root.")]
+Branching = Annotated[int, Option("--branching", help="Number of children kept per expanded node.")]
+MaxNodes = Annotated[int, Option("--max-nodes", help="Number of nodes per drafter's tree, root included.")]
+MERGED_HELP = "Number of nodes kept in the merged tree. Default: the whole union."
+MergedNodes = Annotated[int | None, Option("--merged-nodes", help=MERGED_HELP)]
+TEMPERATURE_HELP = "Sampling temperature; 0 is greedy decoding."
+Temperature = Annotated[float, Option("--temperature", help=TEMPERATURE_HELP)]
+Temperatures = Annotated[list[float], Option("--temperature", help=f"{TEMPERATURE_HELP} Repeatable.")]
+Seed = Annotated[int, Option("--seed", help="Random seed; the same seed gives the same result.")]
+LENGTH_HELP = "Maximum number of new tokens per text or answer."
+MaxNewTokens = Annotated[int, Option("--max-new-tokens", min=1, help=LENGTH_HELP)]
+BatchSize = Annotated[int, Option("--batch-size", help="Number of texts decoded together.")]
+Prompts = Annotated[Path | None, Option("--prompts", help='File of your own prompts, JSON Lines: {"prompt": "..."}.')]
+LIMIT_HELP = "Maximum number of prompts; in demo and evaluate: from each domain or task."
+Limit = Annotated[T, Option("--limit", min=1, help=LIMIT_HELP)]
+DATA_HELP = "Conversations: a file, directory or data set of the hub. Repeatable."
+Data = Annotated[list[str], Option("--data", help=DATA_HELP)]
+TEMPLATE_HELP = "Jinja file of the chat template. Default: the tokenizer's."
+ChatTemplate = Annotated[str | None, Option("--chat-template", help=TEMPLATE_HELP)]
+SYSTEM_HELP = "System prompt for conversations that have none."
+SystemPrompt = Annotated[str | None, Option("--system-prompt", help=SYSTEM_HELP)]
+Dtype = Annotated[str, Option("--dtype", help="Data type: float32, bfloat16, float16, or auto (as stored).")]
+DEVICE_HELP = "cpu, cuda or cuda:NUMBER. Default: a GPU if there is one and its ops are built, else cpu."
+Device = Annotated[str | None, Option("--device", help=DEVICE_HELP)]
+Output = Annotated[T, Option("--output", "-o", help="Path to write the result to.")]
+AsJson = Annotated[bool, Option("--json", help="Print the result as one JSON object and nothing else.")]
+DRY_RUN_HELP = "Report what the run would take (time, memory, disk); write nothing."
+DryRun = Annotated[bool, Option("--dry-run", help=DRY_RUN_HELP)]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # of tables
@@ -116,7 +91,7 @@ def target_config(target: str) -> Any:
     return open_target(tiny.resolve(target)).config
 
 
-def load_target(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
+def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
     """Load a target (directory, hub id or `tiny`) in evaluation mode on a device, and its tokenizer."""
     chosen = None if check_dtype(dtype) == "auto" else getattr(torch, dtype)
     model: Any

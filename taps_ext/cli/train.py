@@ -126,7 +126,7 @@ def regenerate(
     regeneration.check_output(output)
     conversations = [one.with_system(system_prompt) for one in _conversations(data, count, seed)]
     terminal.keep_logs_clean()
-    model, tokenizer = terminal.load_target(target, "auto", place)
+    model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     tokenizer = with_chat_template(tokenizer, chat_template)
     with terminal.progress("conversations") as update:
         done = regeneration.regenerate(

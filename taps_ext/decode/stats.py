@@ -1,4 +1,4 @@
-"""What a call did, step by step: the only place that counts acceptance."""
+"""Statistics of a call, step by step: the only place that counts acceptance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class DecodeStats:
-    """Per row and decode step; the prefill and its token are no step.
+    """Count acceptance per row and decode step; the prefill and its token are no step.
 
     `num_accepted[b][s]`: draft tokens kept in row b's step s, before any cut by EOS or length, without the bonus token.
     `choices[b][s]`: the name of the drafter chosen; for merged trees the names of those that proposed the deepest
@@ -36,7 +36,7 @@ class DecodeStats:
 
     @classmethod
     def joined(cls, parts: Sequence[DecodeStats]) -> DecodeStats:
-        """The rows of several runs with the same drafters as those of one."""
+        """Return the statistics of several runs with the same drafters as those of one run."""
         total = cls(parts[0].drafters, batch_size=0)
         total.batch_size = sum(part.batch_size for part in parts)
         for part in parts:
@@ -58,7 +58,7 @@ class DecodeStats:
         self.num_nodes[row].append(num_nodes)
 
     def names(self, mask: int) -> tuple[str, ...]:
-        """The drafters whose bits are set."""
+        """Return the names of the drafters whose bits are set."""
         return tuple(name for index, name in enumerate(self.drafters) if mask >> index & 1)
 
     @property
@@ -68,12 +68,12 @@ class DecodeStats:
 
     @property
     def acceptance_length(self) -> float:
-        """tau: accepted draft tokens per decode step + 1 (micro average over all steps); NaN without a step."""
+        """Accepted draft tokens per decode step + 1 (tau; micro average over all steps); NaN without a step."""
         return _mean([count + 1 for row in self.num_accepted for count in row])
 
     @property
     def acceptance_length_macro(self) -> float:
-        """The mean over rows of each row's acceptance length."""
+        """Mean over rows of each row's acceptance length (macro average)."""
         return _mean([_mean(row) + 1 for row in self.num_accepted if row])
 
     @property
@@ -83,25 +83,25 @@ class DecodeStats:
 
     @property
     def acceptance_by_depth(self) -> list[float]:
-        """P(a node of depth d is accepted | depth d - 1 was), for d = 1, 2, ... up to the deepest acceptance."""
+        """Share of accepted nodes of depth d among steps that accepted depth d - 1, for d = 1, 2, ..."""
         counts = [count for row in self.num_accepted for count in row]
         reached = [sum(count >= depth for count in counts) for depth in range(max(counts, default=0) + 1)]
         return [_ratio(deeper, shallower) for shallower, deeper in pairwise(reached)]
 
     @property
     def proposer_share(self) -> dict[str, float]:
-        """The share of accepted draft tokens that each drafter proposed; shared proposals count for each."""
+        """Share of the accepted draft tokens that each drafter proposed; shared proposals count for each."""
         nodes = [names for row in self.accepted_proposers for step in row for names in step]
         return {name: _ratio(sum(name in names for names in nodes), len(nodes)) for name in self.drafters}
 
     @property
     def choice_share(self) -> dict[str, float]:
-        """The share of steps in which each drafter was chosen (empty for merged trees)."""
+        """Share of the steps in which each drafter was chosen (empty for merged trees)."""
         chosen = [choice for row in self.choices for choice in row if isinstance(choice, str)]
         return {name: _ratio(chosen.count(name), len(chosen)) for name in self.drafters} if chosen else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values, the summary first."""
+        """Return everything as JSON values, the summary first."""
         return {
             "acceptance_length": self.acceptance_length,
             "acceptance_length_macro": self.acceptance_length_macro,

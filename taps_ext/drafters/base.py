@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,9 +21,6 @@ class DrafterState:
     """
 
     evidence: Tensor | None = None
-
-
-State = TypeVar("State", bound=DrafterState)
 
 
 class Drafter(ABC):
@@ -120,10 +116,3 @@ class Drafter(ABC):
         """Return the trees of this drafter and of `others`, which it `drafts_with`; `states` are in the same order."""
         drafters = (self, *others)
         return [one.propose(state, root_tokens, shape, active) for one, state in zip(drafters, states, strict=True)]
-
-
-def own_state(state: DrafterState, kind: type[State]) -> State:
-    """Return `state`; raise TypeError unless it is of the class that this drafter's `reset` makes."""
-    if not isinstance(state, kind):
-        raise TypeError(f"this drafter needs the state that its reset() made, got {type(state).__name__}")
-    return state

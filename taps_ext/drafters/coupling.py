@@ -90,41 +90,47 @@ class CoupledRows:
     """
 
     seeds: Tensor  # int64 [R]
-    temperature: Tensor  # float32 [R]; 0 for a drafter without calibration: it drafts without the noise
+    temperature: Tensor  # float32 [R]; 0 where the noise is not used
     alpha: Tensor  # float32 [depths, R]
     beta: Tensor  # float32 [depths, R]
 
     @classmethod
-    def of(cls, calibration: Calibration | None, sampling: SamplingRows, device: torch.device) -> CoupledRows:
+    def of(cls, calibration: Calibration, sampling: SamplingRows, device: torch.device) -> CoupledRows:
         """Return the settings of one drafter on its device."""
-        seeds, temperature = sampling.seeds.to(device), sampling.temperature.to(device)
-        if calibration is None:
-            unused = torch.ones(1, len(seeds), device=device)
-            return cls(seeds, torch.zeros_like(temperature), unused, unused)
-        return cls(seeds, temperature, *calibration.coefficients(temperature))
+        temperature = sampling.temperature.to(device)
+        return cls(sampling.seeds.to(device), temperature, *calibration.coefficients(temperature))
 
     @classmethod
-    def join(cls, parts: Sequence[CoupledRows]) -> CoupledRows:
-        """Return the settings of several drafters as one."""
-        if len(parts) == 1:
+    def join(cls, parts: Sequence[CoupledRows | None]) -> CoupledRows | None:
+        """Return the settings of several drafters as one; None stands for a drafter that drafts without the noise."""
+        coupled = [part for part in parts if part is not None]
+        if len(parts) == 1 or not coupled:
             return parts[0]
-        depth = max(len(part.alpha) for part in parts)
+        depth = max(len(part.alpha) for part in coupled)
+        rows = [coupled[0].without_noise() if part is None else part for part in parts]
 
         def deep(table: Tensor) -> Tensor:
             return torch.cat([table, table[-1:].expand(depth - len(table), -1)])
 
         return cls(
-            torch.cat([part.seeds for part in parts]),
-            torch.cat([part.temperature for part in parts]),
-            torch.cat([deep(part.alpha) for part in parts], dim=1),
-            torch.cat([deep(part.beta) for part in parts], dim=1),
+            torch.cat([part.seeds for part in rows]),
+            torch.cat([part.temperature for part in rows]),
+            torch.cat([deep(part.alpha) for part in rows], dim=1),
+            torch.cat([deep(part.beta) for part in rows], dim=1),
         )
 
-    def at(self, depth: int, lengths: Tensor) -> ops.Coupling:
-        """Return the settings of the children at `depth` (from 1) of trees whose rows have observed `lengths` [B]."""
-        level = min(depth, len(self.alpha)) - 1
-        positions = (lengths + depth).repeat(len(self.seeds) // len(lengths))  # the root stands at `lengths`
-        return ops.Coupling(self.seeds, positions, self.temperature, self.alpha[level], self.beta[level])
+    def without_noise(self) -> CoupledRows:
+        """Return the settings of a drafter without calibration in the same rows."""
+        return CoupledRows(self.seeds, torch.zeros_like(self.temperature), self.alpha, self.beta)
+
+    def by_depth(self, depth: int, lengths: Tensor) -> list[ops.Coupling]:
+        """Return the settings of children at depths 1 to `depth`; `lengths`, int64 [B], are the observed slots."""
+        roots = lengths.repeat(len(self.seeds) // len(lengths))  # the root stands at `lengths`
+        indices = [min(level, len(self.alpha)) - 1 for level in range(1, depth + 1)]
+        return [
+            ops.Coupling(self.seeds, roots + level, self.temperature, self.alpha[index], self.beta[index])
+            for level, index in enumerate(indices, start=1)
+        ]
 
     def select(self, rows: Tensor) -> CoupledRows:
         """Return the settings of some rows, int64 [r]."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def _provenance(command: str, target: TargetModel, processes: Processes) -> dict
     is_cuda = target.device.type == "cuda"
     return {
         "command": command,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **native.installation().provenance(),
         "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
         "num_processes": processes.count,

@@ -21,6 +21,7 @@ from .. import ops
 from ..tree import DraftTree, Lengths
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
 from .support import (
+    UNSUPPORTED_ATTENTION,
     name_of,
     refuse_attention_arguments,
     refuse_changed_logits,
@@ -194,7 +195,8 @@ def tree_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return stock
-    refuse_attention_arguments(module, attention_mask, taps_tree.ancestors, kwargs)
+    if attention_mask is not taps_tree.ancestors or not UNSUPPORTED_ATTENTION.keys().isdisjoint(kwargs):
+        refuse_attention_arguments(module, attention_mask, taps_tree.ancestors, kwargs)
     return taps_tree.attend(query, key, value, scaling), None
 
 
