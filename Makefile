@@ -23,7 +23,7 @@ IN_PARALLEL := -n $(JOBS) --dist loadfile
 # On other releases than those of constraints.txt: the environments $(VENV)-latest and $(VENV)-transformers-4.57.
 RELEASES    := latest transformers-4.57
 ON_RELEASES := $(RELEASES:%=test-with-%)
-RELEASE_TESTS := $(patsubst %,python_tests/test_%.py,decoder target lossless drafters eagle_stack evidence composition \
+RELEASE_TESTS := $(patsubst %,python_tests/test_%.py,decoder target lossless drafters evidence composition \
     tree_budget coupled_drafting checkpoint averaging export trainer training_data training_resume feature_store \
     objectives acceptance_estimate calibration)
 LIBRARY      = $(shell $${CXX:-c++} -print-file-name=$(1))

@@ -411,7 +411,11 @@ def test_integer_weights_and_doubled_names_are_refused(target: LlamaForCausalLM,
         ({"rope_scaling": [2.0]}, r"rope_scaling in .* must be an object or null, got \[2.0\]"),
         ({"rope_scaling": {"type": "linear"}}, "describes no network that can be built"),
         ({"hidden_act": "sily"}, "describes no network that can be built"),
-        ({"num_attention_heads": 6, "head_dim": 8}, r"describes no network .* is not a multiple of"),
+        # transformers 4.57 builds that network, whose tensors then have other shapes than the file's
+        (
+            {"num_attention_heads": 6, "head_dim": 8},
+            r"describes no network .* is not a multiple of|must be \[32, 48\] by",
+        ),
         ({"num_key_value_heads": 3}, r"config\.json in .*: num_attention_heads must be a multiple of"),
     ],
 )

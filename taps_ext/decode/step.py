@@ -1,7 +1,8 @@
 """One decode step on the device: propose, score, verify, commit, observe.
 
-This half takes and returns tensors; the host half is `decoder.py`. It reads no value of a device, with one exception:
-a composition that chooses one drafter before any drafts (`evidence`) makes the host wait for the choice.
+This half takes and returns tensors; the host half is `decoder.py`. It reads no value from a device, with two
+exceptions: a composition that chooses one drafter before any drafts (`evidence`) makes the host wait for the choice,
+and transformers' logits processors run on the host.
 """
 
 from __future__ import annotations
