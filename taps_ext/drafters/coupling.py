@@ -84,7 +84,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CoupledRows:
-    """Hold per-row noise settings for coupled drafting; R are the rows of one drafter, or of several, one after the other.
+    """Hold per-row noise settings for coupled drafting; R: the rows of one drafter, or of several, one after the other.
 
     Depths past the last calibrated one use its coefficients.
     """
