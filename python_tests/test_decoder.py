@@ -491,7 +491,7 @@ def test_beams_and_warpers_without_an_op_are_refused_with_the_reason() -> None:
     ids, _ = prompts(1)
     with pytest.raises(ValueError, match="num_beams=3"):
         trained_target().generate(ids, custom_generate=make_decoder(), num_beams=3, max_new_tokens=4)
-    with pytest.raises(ValueError, match="output_scores is not available"):
+    with pytest.raises(ValueError, match="output_scores=True is not available"):
         trained_target().generate(
             ids, custom_generate=make_decoder(), output_scores=True, return_dict_in_generate=True, max_new_tokens=4
         )

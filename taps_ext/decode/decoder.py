@@ -17,7 +17,7 @@ from ..sampling import warn
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from .request import GenerateOptions, Request, generate_output
-from .state import DecodeState, RowText, StepEvent, StepRecord
+from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
 from .step import DecodeStep
 
@@ -181,7 +181,7 @@ class SpeculativeDecoder:
             drafter_states=self._device_half.reset(batch_size, sampling if self._is_coupled(request) else None),
             sampling=sampling,
             rules=request.rules,
-            rows=[RowText(prompt) for prompt in request.input_ids.tolist()],
+            rows=request.rows(),
             stats=DecodeStats(tuple(self.drafters), batch_size),
             last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),

@@ -15,7 +15,6 @@ from ..target.kv_cache import cache_keyword
 from ..target.model import TargetModel
 from ..tree import DraftTree
 from .request import GenerateOptions, Request
-from .state import RowText
 from .step import verify
 
 
@@ -46,7 +45,7 @@ def plain_generate(
     request = Request.build(model, input_ids, attention_mask, options)
     if bool((request.attention_mask.diff(dim=1) < 0).any()):
         raise ValueError("plain_generate takes left-padded prompts, got padding behind a prompt; pad on the left")
-    rows = [RowText(prompt) for prompt in input_ids.tolist()]
+    rows = request.rows()
     draws, num_forwards = _draws(model, request), 0
     while any(row.finish_reason is None for row in rows):
         num_forwards += 1

@@ -7,7 +7,7 @@ transformers' logits processors run on a tree in Python, node by node, since eac
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypedDict, cast
 
@@ -43,13 +43,27 @@ WARPER_PARAMETERS: dict[Any, str] = {
     logits_process.TopPLogitsWarper: "top_p",
     logits_process.MinPLogitsWarper: "min_p",
 }
+# Settings of a generation config that change the text, the output or the cache and are not honoured, with the values
+# that switch them off.
+NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups"), (0, 1)),
+    **dict.fromkeys(("output_scores", "output_logits", "output_hidden_states", "output_attentions"), (False,)),
+    **dict.fromkeys(("token_healing", "is_assistant"), (False,)),
+    **dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit"), ()),
+    **dict.fromkeys(("constraints", "force_words_ids", "cache_implementation"), ()),
+    "use_cache": (True,),
+}
+# Arguments that `generate` itself makes or that the decoder uses.
+USED_ARGUMENTS = ("attention_mask", "use_cache", "logits_to_keep", "cache_position")
+NOT_SAMPLED = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # silences what greedy does not use
 WARPERS_WITH_OP = tuple(warper.__name__ for warper in WARPER_PARAMETERS)
 
 
 class GenerateOptions(TypedDict, total=False):
     """List the options of `generate`, `stream` and `plain_generate`, beside prompts and attention mask.
 
-    sampling: temperature, filters and seed, each one value or one per row; greedy by default.
+    sampling: temperature, filters and seed, each one value or one per row. None: as the target's generation config
+        says; where that samples, the seed is drawn once from torch's global generator.
     max_new_tokens: exact, one value or one per row; 128 by default.
     eos_token_id: one, several, or () for none; by default the target's generation config decides.
     stop_strings, tokenizer: end a row with the token that completes one of the strings; the tokenizer finds them.
@@ -67,6 +81,30 @@ class GenerateOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class _Prepared:
+    """Hold what transformers' `generate` gives to a `custom_generate`."""
+
+    logits_processor: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    generation_config: Any
+    model_kwargs: dict[str, Any]
+
+    @classmethod
+    def collect(
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        *,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> _Prepared:
+        """Return the arguments; this is a `custom_generate` that generates nothing."""
+        return cls(logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+
+@dataclass(frozen=True)
 class Request:
     """Hold what to generate: everything checked, nothing computed yet."""
 
@@ -81,71 +119,91 @@ class Request:
 
     @classmethod
     def build(
-        cls,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        options: GenerateOptions,
-        criteria: Sequence[tuple[str, Any]] = (),
-        pad_token_id: int | None = None,
+        cls, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, options: GenerateOptions
     ) -> Request:
-        """Return the checked request; EOS and padding default to the target's generation config."""
+        """Return the checked request; transformers' `generate` turns the target's generation config into its parts."""
         if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
             allowed = ", ".join(GenerateOptions.__annotations__)
-            raise TypeError(f"generate does not know {', '.join(unknown)}; its options are {allowed}")
+            raise TypeError(
+                f"generate does not know {', '.join(unknown)}; its options are {allowed}; set others in the target's "
+                "generation_config"
+            )
         mask = _check_prompts(input_ids, attention_mask, model.config.get_text_config().vocab_size)
-        sampling = options.get("sampling") or SamplingParams()
-        sampling.rows(len(input_ids))
-        eos = options.get("eos_token_id")
-        eos_tokens = _token_set(model.generation_config.eos_token_id if eos is None else eos)
-        processors = LogitsProcessorList(options.get("logits_processor") or ())
-        refuse_processors(processors)
-        pad = model.generation_config.pad_token_id if pad_token_id is None else pad_token_id
         lengths = _lengths(options.get("max_new_tokens", 128), len(input_ids))
+        sampling, processors = options.get("sampling"), LogitsProcessorList(options.get("logits_processor") or ())
+        if sampling is not None:
+            sampling.rows(len(input_ids))
+        refuse_processors(processors)
+        ids, mask_on_left = _moved_left(input_ids, mask)
+        arguments: dict[str, Any] = {} if sampling is None else dict(NOT_SAMPLED)
+        if (eos := options.get("eos_token_id")) is not None:
+            arguments["eos_token_id"] = _token_list(eos)
+            if not arguments["eos_token_id"] and model.generation_config.pad_token_id is None:
+                arguments["pad_token_id"] = 0  # transformers would take the first EOS
+        generate: Any = model.generate
+        prepared: _Prepared = generate(
+            ids,
+            attention_mask=mask_on_left,
+            custom_generate=_Prepared.collect,
+            max_new_tokens=max(lengths),
+            logits_processor=processors,
+            stopping_criteria=StoppingCriteriaList(_stop_strings(options)),
+            **arguments,
+        )
+        made = cls._of(prepared, input_ids, mask, lengths, sampling)
+        return replace(made, return_log_probs=options.get("return_log_probs", False))
+
+    @classmethod
+    def from_generate(cls, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Request:
+        """Return the request that transformers' `generate` prepared, checked."""
+        prepared = _Prepared.collect(model, input_ids, **kwargs)
+        mask = prepared.model_kwargs.get("attention_mask")
+        _refuse_unused(prepared.model_kwargs, input_ids if mask is None else mask)
+        mask = _check_prompts(input_ids, mask, model.config.get_text_config().vocab_size)
+        max_new_tokens = prepared.generation_config.max_length - input_ids.shape[1]
+        return cls._of(prepared, input_ids, mask, _lengths(max_new_tokens, len(input_ids)), None)
+
+    @classmethod
+    def _of(
+        cls,
+        prepared: _Prepared,
+        input_ids: Tensor,
+        mask: Tensor,
+        max_new_tokens: tuple[int, ...],
+        sampling: SamplingParams | None,
+    ) -> Request:
+        """Return the request of what transformers prepared; `sampling` None: as the generation config says."""
+        config = prepared.generation_config
+        _refuse_not_honoured(config)
+        if config.forced_eos_token_id is not None and len(set(max_new_tokens)) > 1:
+            raise ValueError(
+                "forced_eos_token_id forces one length for all rows, got max_new_tokens per row; give one value"
+            )
+        parameters, processors = split_warpers(prepared.logits_processor)
+        refuse_processors(processors)
+        if sampling is None:
+            sampling = SamplingParams()
+            if config.do_sample:
+                seed = int(torch.randint(2**62, ()))
+                sampling = SamplingParams(**parameters, seed=seed)  # type: ignore[arg-type]
+        eos_tokens = _token_list(config.eos_token_id)
+        # EOS and length are the decoder's own stop rules.
+        built_in = (EosTokenCriteria, MaxLengthCriteria)
+        criteria = [_named(one) for one in prepared.stopping_criteria if not isinstance(one, built_in)]
         return cls(
             input_ids=input_ids,
             attention_mask=mask,
             prompt_lengths=tuple(mask.sum(dim=1).tolist()),
             sampling=sampling,
-            rules=StopRules(lengths, eos_tokens, (*criteria, *_stop_strings(options))),
-            pad_token=pad if isinstance(pad, int) else min(eos_tokens, default=0),
+            rules=StopRules(max_new_tokens, frozenset(eos_tokens), tuple(criteria)),
+            pad_token=config.pad_token_id if isinstance(config.pad_token_id, int) else next(iter(eos_tokens), 0),
             processors=processors,
-            return_log_probs=options.get("return_log_probs", False),
+            return_log_probs=False,
         )
 
-    @classmethod
-    def from_generate(
-        cls,
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        *,
-        logits_processor: Any,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: Any,
-        attention_mask: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> Request:
-        """Return what transformers' `generate` prepared, checked.
-
-        With `do_sample` the seed is drawn once from torch's global generator.
-        """
-        _refuse_generate_arguments(generation_config, model_kwargs)
-        parameters, processors = split_warpers(logits_processor)
-        sampling = SamplingParams()
-        if generation_config.do_sample:
-            seed = int(torch.randint(2**62, ()))
-            sampling = SamplingParams(**parameters, seed=seed)  # type: ignore[arg-type]
-        eos = generation_config.eos_token_id
-        options = GenerateOptions(
-            sampling=sampling,
-            max_new_tokens=generation_config.max_length - input_ids.shape[1],
-            eos_token_id=() if eos is None else eos,
-            logits_processor=processors,
-        )
-        # EOS and length are the decoder's own stop rules.
-        built_in = (EosTokenCriteria, MaxLengthCriteria)
-        criteria = [_named(one) for one in stopping_criteria if not isinstance(one, built_in)]
-        return cls.build(model, input_ids, attention_mask, options, criteria, generation_config.pad_token_id)
+    def rows(self) -> list[RowText]:
+        """Return the rows without new tokens; processors and criteria are shown prompts that are padded on the left."""
+        return [RowText(prompt) for prompt in _moved_left(self.input_ids, self.attention_mask)[0].tolist()]
 
     def packed(self, device: torch.device) -> Tensor:
         """Return the prompts moved to column 0, int64 [B, longest], with token 0 behind them."""
@@ -228,33 +286,51 @@ def split_warpers(processors: LogitsProcessorList) -> tuple[dict[str, float], Lo
     return {"temperature": 1.0, **parameters}, rest
 
 
-def _refuse_generate_arguments(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    if generation_config.num_beams > 1:
-        raise ValueError(f"speculative decoding draws one text per row, got num_beams={generation_config.num_beams}")
-    for wanted in ("output_scores", "output_logits", "output_hidden_states", "output_attentions"):
-        if getattr(generation_config, wanted, False):
-            raise ValueError(f"{wanted} is not available from speculative decoding; leave it out, or decode plainly")
-    for name in ("cache", "past_key_values"):  # the second before transformers 5.24
-        cache = model_kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"speculative decoding keeps its own cache, got {name} that holds tokens; leave it out")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise ValueError("speculative decoding needs input_ids, got inputs_embeds")
+def _refuse_not_honoured(config: Any) -> None:
+    """Raise ValueError for a setting of the generation config that speculative decoding does not honour."""
+    for name, neutral in NOT_HONOURED.items():
+        value = getattr(config, name, None)
+        if value is not None and value not in neutral:
+            raise ValueError(
+                f"{name}={value!r} is not available from speculative decoding; leave it out, or decode without it"
+            )
+
+
+def _refuse_unused(model_kwargs: dict[str, Any], mask: Tensor) -> None:
+    """Raise ValueError for an argument of `generate` that nobody would use."""
+    for name, value in model_kwargs.items():
+        if name in ("cache", "past_key_values"):  # the second before transformers 5.24
+            if value is not None and value.get_seq_length() > 0:
+                raise ValueError(
+                    f"speculative decoding keeps its own cache, got {name} that holds tokens; leave it out"
+                )
+        elif name == "position_ids":
+            counted = (mask.ne(0).cumsum(dim=-1) - 1).clamp_min(0).expand_as(mask)
+            is_counted = value is None or bool(((value == counted) | (mask == 0)).all())
+            if not is_counted:
+                raise ValueError("position_ids must count the real tokens of each prompt from 0; leave them out")
+        elif name not in USED_ARGUMENTS and value is not None:
+            raise ValueError(f"speculative decoding does not use {name}; leave it out, or decode without taps_ext")
 
 
 def _named(criterion: Any) -> tuple[str, Any]:
     return ("stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria", criterion)
 
 
-def _stop_strings(options: GenerateOptions) -> list[tuple[str, Any]]:
+def _stop_strings(options: GenerateOptions) -> list[Any]:
     """Return the criterion for `stop_strings`, if there are any."""
     strings, tokenizer = options.get("stop_strings"), options.get("tokenizer")
     if not strings:
         return []
     if tokenizer is None:
         raise ValueError("stop_strings need the tokenizer to find them in the text; pass tokenizer=...")
-    strings = [strings] if isinstance(strings, str) else list(strings)
-    return [("stop_string", StopStringCriteria(tokenizer, strings))]
+    return [StopStringCriteria(tokenizer, [strings] if isinstance(strings, str) else list(strings))]
+
+
+def _moved_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return prompts and mask with the padding moved to the left, the order of the real tokens kept."""
+    order = torch.argsort(mask, dim=1, stable=True)
+    return input_ids.gather(1, order), mask.gather(1, order)
 
 
 def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
@@ -296,8 +372,9 @@ def _lengths(max_new_tokens: int | Sequence[int], batch_size: int) -> tuple[int,
     return lengths
 
 
-def _token_set(tokens: int | Collection[int] | Tensor | None) -> frozenset[int]:
+def _token_list(tokens: int | Collection[int] | Tensor | None) -> list[int]:
+    """Return token ids in the order given."""
     if tokens is None:
-        return frozenset()
+        return []
     flat = tokens.flatten().tolist() if isinstance(tokens, Tensor) else tokens
-    return frozenset([int(flat)] if isinstance(flat, Integral) else (int(token) for token in flat))  # type: ignore[union-attr]
+    return [int(flat)] if isinstance(flat, Integral) else [int(token) for token in flat]  # type: ignore[union-attr]
