@@ -62,6 +62,7 @@ class Answering:
     target: TargetModel
     prompter: Prompter
     max_new_tokens: int
+    end_tokens: Sequence[int]  # of `end_tokens`
 
     def answer(
         self, contestant: Contestant, questions: Sequence[Question], seeds: Sequence[int], temperature: float
@@ -84,6 +85,7 @@ class Answering:
     ) -> list[Signals]:
         """One more turn for each of the answers; its signals, where anything was drafted."""
         arguments = {**padded(prompts), "sampling": sampling, "max_new_tokens": self.max_new_tokens}
+        arguments["eos_token_id"] = self.end_tokens
         self._wait()
         started = time.perf_counter()
         tokens, reasons, events = self._generate(contestant.decoder, arguments)

@@ -7,10 +7,11 @@ must come as often as the target's own probabilities say.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..composition import COMPOSITIONS, make_composition
 from ..decode.decoder import SpeculativeDecoder
@@ -68,8 +69,13 @@ def check_lossless(
     prompts: Sequence[Sequence[int]],
     settings: LosslessSettings | None = None,
     report: Report = lambda done: None,
+    end_tokens: Sequence[int] | None = None,
 ) -> LosslessReport:
-    """Decode the prompts (token ids) in every one of the `ways` and plainly, and compare."""
+    """Decode the prompts (token ids) in every one of the `ways` and plainly, and compare.
+
+    Texts end at `end_tokens`, by default at the EOS tokens of the target's generation config. Everything else in that
+    config (penalties, suppressed tokens, filters) is left out: the target's own distributions are compared.
+    """
     settings = settings or LosslessSettings()
     if not prompts or not ways:
         raise ValueError("give at least one prompt and one composition")
@@ -78,13 +84,26 @@ def check_lossless(
         {label: SpeculativeDecoder(listening, drafters, **way, shape=shape) for label, way in ways.items()}
         for shape in (settings.shape, SMALL)
     )
-    texts = [
-        check
-        for temperature in settings.temperatures
-        for check in _text_checks(decoders, _batches(prompts, temperature, settings), report)
-    ]
-    frequencies = list(_frequency_checks(listening, small, prompts, settings, report)) if settings.draws else []
+    with _own_distributions(listening.model, end_tokens):
+        texts = [
+            check
+            for temperature in settings.temperatures
+            for check in _text_checks(decoders, _batches(prompts, temperature, settings), report)
+        ]
+        frequencies = list(_frequency_checks(listening, small, prompts, settings, report)) if settings.draws else []
     return LosslessReport(str(listening.model.dtype).removeprefix("torch."), settings, texts, frequencies)
+
+
+@contextmanager
+def _own_distributions(model: PreTrainedModel, end_tokens: Sequence[int] | None) -> Iterator[None]:
+    """Give the model a generation config of EOS and padding tokens alone, for a while."""
+    before = model.generation_config
+    eos = before.eos_token_id if end_tokens is None else list(end_tokens)
+    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=before.pad_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def _batches(prompts: Sequence[Sequence[int]], temperature: float, settings: LosslessSettings) -> list[Batch]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 
 from .. import native
 from ..checkpoints.load import identify
+from ..decode.request import end_tokens
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from . import results
@@ -104,7 +105,8 @@ def evaluate(
     contestants = make_contestants(model, drafter_folders, plan.variants, shape)
     with _folder(folder, configuration, _provenance(command, model, processes), processes):
         answers = results.Answers(folder, processes.index, plan.variants[0].label)
-        answering = Answering(model, prompter, settings.max_new_tokens)
+        ends = end_tokens(target, tokenizer)
+        answering = Answering(model, prompter, settings.max_new_tokens, ends)
         _Run(plan, contestants, answering, answers, name, report or _no_report).run(processes)
         answers.close()
         processes.wait()
@@ -167,7 +169,7 @@ class _Run:
         """A few tokens that nobody measures, once a variant with noise and once without."""
         if (mark := (contestant.variant.label, batch.temperature > 0)) not in self._warm:
             self._warm.add(mark)
-            short = Answering(self._answering.target, self._answering.prompter, WARM_UP_TOKENS)
+            short = replace(self._answering, max_new_tokens=WARM_UP_TOKENS)
             short.answer(contestant, batch.questions, [0] * len(batch.questions), batch.temperature)
 
 

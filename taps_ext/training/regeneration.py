@@ -17,6 +17,7 @@ import torch
 from ..checkpoints.files import check_writable
 from ..checkpoints.load import identify
 from ..decode.plain import plain_generate
+from ..decode.request import end_tokens
 from ..sampling import SamplingParams
 from .conversations import Conversation, Message
 
@@ -133,7 +134,11 @@ class _Writer:
         self._max_new_tokens = max_new_tokens
         self._generate: Callable[..., Any] = decoder.generate if decoder else partial(plain_generate, target)
         self._max_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-        self._end_tokens = _end_tokens(target, tokenizer)
+        self._end_tokens = end_tokens(target, tokenizer)
+        if not self._end_tokens:
+            raise ValueError(
+                "neither the target nor its tokenizer names an end-of-turn token; set eos_token_id in either"
+            )
 
     def answer_all(self, drafts: Sequence[_Draft], batch_size: int) -> None:
         """Write every answer: the first of all conversations, then the second of those that have one, ..."""
@@ -185,15 +190,6 @@ class _Writer:
         for (_, draft), tokens, reason in zip(prompts, result.new_tokens, result.finish_reasons, strict=True):
             answer = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             draft.take(answer, NO_END if reason != "eos" else None if answer.strip() else NO_TEXT)
-
-
-def _end_tokens(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, as the target's generation config and the tokenizer name them."""
-    named = target.generation_config.eos_token_id if target.generation_config else None
-    tokens = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id} - {None}
-    if not tokens:
-        raise ValueError("neither the target nor its tokenizer names an end-of-turn token; set eos_token_id in either")
-    return sorted(tokens)
 
 
 def check_output(output: Path) -> None:
