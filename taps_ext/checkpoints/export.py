@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -109,8 +110,7 @@ def _canonical(files: DrafterFiles, target: TargetFiles | None, dtype: str | Non
     own = {name: value for name, value in (files.config or {}).items() if name in SPECIAL_TOKENS}
     taps = files.provenance or {"imported_from": files.folder.resolve().name}
     if target is not None and not files.provenance:
-        name = Path(target.name).resolve().name if Path(target.name).is_dir() else target.name
-        taps["target"] = {"name": name}
+        taps["target"] = {"name": Path(target.name).resolve().name if Path(target.name).is_dir() else target.name}
     return DrafterFiles(files.folder, {**published_config(config, chosen, of_target | own), "taps": taps}, tensors)
 
 
@@ -127,9 +127,9 @@ def _embedding(files: DrafterFiles, target: TargetFiles | None) -> Tensor:
     if held is None:
         if target is None:
             raise ValueError(f"{files.folder} holds no embedding; name its target, whose embedding is put in: --target")
-        return target.embedding()
+        return target.matrix(EMBEDDING)
     check_finite(files, [EMBEDDING])
-    if target is not None and not same_up_to_rounding(held, target.embedding()):
+    if target is not None and not same_up_to_rounding(held, target.matrix(EMBEDDING)):
         raise ValueError(
             f"the embedding in {files.folder} differs from that of {target.name}; give the target that it was trained "
             f"for, or none to keep the embedding"
@@ -275,57 +275,55 @@ def validate_drafter(drafter: PathOrId, target: PathOrId | None = None) -> Valid
     """
     target_files = None if target is None else open_target(target)
     target_config = None if target_files is None else target_files.config
-    checks = _Checks()
+    checks: list[Check] = []
     loaders: dict[str, tuple[str, ...]] = {}
-    files = checks.add("files", lambda: read_drafter_files(drafter), _described)
+    files = _check(checks, "files", lambda: read_drafter_files(drafter), _described)
     if files is not None and _check_files(checks, files, target_files):
         loaders = {loader: tuple(problems(loader, files, target_config)) for loader in LOADERS}
     name = None if target_files is None else target_files.name
     return ValidationReport(os.fspath(drafter), name, tuple(checks), loaders)
 
 
-class _Checks(list[Check]):
-    """The checks so far."""
-
-    def add(self, name: str, check: Callable[[], T], describe: Callable[[T], str] = str) -> T | None:
-        """Make a check and return its value: it failed (None) if it raises an error, and is a warning if it warns."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            try:
-                value = check()
-            except (ValueError, OSError) as error:
-                self.append(Check(name, "failed", " ".join(str(error).split())))
-                return None
-        texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-        self.append(Check(name, "warning" if texts else "ok", "; ".join(texts) or describe(value)))
-        return value
-
-    def holds(self, name: str, check: Callable[[], None], description: str) -> bool:
-        """Make a check that has no value; return whether it did not fail."""
-        self.add(name, check, lambda _: description)
-        return self[-1].status != "failed"
-
-
-def _check_files(checks: _Checks, files: DrafterFiles, target: TargetFiles | None) -> bool:
+def _check_files(checks: list[Check], files: DrafterFiles, target: TargetFiles | None) -> bool:
     """Add the checks that can be made, without those that depend on one that failed; return whether the shapes fit."""
-    config = checks.add("network", lambda: network_config(files, target and target.config), _described_network)
+    add = partial(_check, checks)
+    config = add("network", lambda: network_config(files, target and target.config), _described_network)
     if config is not None or files.config is None:
-        checks.add("config", lambda: _published(files))
-    checks.add("provenance", lambda: _made(files))
-    checks.add("calibration", lambda: _calibration(files))
-    if config is None or not checks.holds("names", lambda: check_names(files, config), "exactly the published ones"):
+        add("config", lambda: _published(files))
+    add("provenance", lambda: _made(files))
+    add("calibration", lambda: _calibration(files))
+    if config is None:
         return False
-    checks.add("extras", lambda: _extras(files))
-    if not checks.holds("shapes", lambda: check_shapes(files, config), "as config.json says"):
+    shapes = add("names", lambda: check_names(files, config), "exactly the published ones")
+    if shapes is None:
         return False
-    checks.add("dtype", lambda: _dtypes(files))
-    checks.holds("values", lambda: check_finite(files, files.tensors), "all finite")
+    add("extras", lambda: _extras(files))
+    dtypes = add("shapes", lambda: check_shapes(files, shapes), "as config.json says")
+    if dtypes is None:
+        return False
+    add("dtype", lambda: _one_dtype(dtypes))
+    add("values", lambda: check_finite(files, files.tensors), "all finite")
     if target is not None:
         fits = "vocabulary, hidden size and rope are the target's"
-        checks.holds("target", lambda: check_fits(files, config, target.config), fits)
-        checks.add("context", lambda: _length(config, target))
-        checks.add("embedding", lambda: _embedding_of(files, target))
+        add("target", lambda: check_fits(files, config, target.config), fits)
+        add("context", lambda: _length(config, target))
+        add("embedding", lambda: _embedding_of(files, target))
     return True
+
+
+def _check(checks: list[Check], name: str, check: Callable[[], T], says: Callable[[T], str] | str = str) -> T | None:
+    """Add a check and return its value: it failed (None) if it raises an error, and is a warning if it warns."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            value = check()
+        except (ValueError, OSError) as error:
+            checks.append(Check(name, "failed", " ".join(str(error).split())))
+            return None
+    texts = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+    sentence = "; ".join(texts) or (says if isinstance(says, str) else says(value))
+    checks.append(Check(name, "warning" if texts else "ok", sentence))
+    return value
 
 
 def _described(files: DrafterFiles) -> str:
@@ -375,11 +373,10 @@ def _extras(files: DrafterFiles) -> str:
     return "the embedding is inside, no lm_head is"
 
 
-def _dtypes(files: DrafterFiles) -> str:
-    dtypes = sorted({dtype_name(tensor.dtype) for tensor in files.tensors.values()})
+def _one_dtype(dtypes: set[str]) -> str:
     if len(dtypes) > 1:
-        warn(" and ".join(dtypes))
-    return dtypes[0]
+        warn(" and ".join(sorted(dtypes)))
+    return min(dtypes)
 
 
 def _length(config: EagleConfig, target: TargetFiles) -> str:
@@ -394,7 +391,7 @@ def _embedding_of(files: DrafterFiles, target: TargetFiles) -> str:
     if EMBEDDING not in files.tensors:
         warn("not inside, the target's is used")
         return ""
-    own, expected = files.tensors[EMBEDDING], target.embedding()
+    own, expected = files.tensors[EMBEDDING], target.matrix(EMBEDDING)
     if torch.equal(own, expected.to(own.dtype)):
         return "the target's, bit for bit"
     if same_up_to_rounding(own, expected):

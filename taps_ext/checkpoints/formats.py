@@ -124,8 +124,7 @@ def checked_config(files: DrafterFiles, target_config: Any | None = None) -> Eag
     config = network_config(files, target_config)
     if target_config is not None:
         check_fits(files, config, target_config)
-    check_names(files, config)
-    check_shapes(files, config)
+    check_shapes(files, check_names(files, config))
     check_finite(files, [name for name in files.tensors if name not in (EMBEDDING, *LM_HEADS)])
     return config
 
@@ -154,9 +153,16 @@ def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> 
         )
 
 
-def check_names(files: DrafterFiles, config: EagleConfig) -> None:
-    """Raise ValueError if a tensor of the network is missing, or if there is one that the network does not have."""
-    present, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, _network_shapes(files, config).keys()
+def check_names(files: DrafterFiles, config: EagleConfig) -> dict[str, list[int]]:
+    """Return the shapes of the network's tensors and the embedding; raise ValueError if other tensors are there."""
+    try:
+        with torch.device("meta"):
+            network = EagleNetwork(config)
+    except Exception as error:  # transformers raises anything for an unknown rope or activation
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"config.json in {files.folder} describes no network that can be built ({reason})") from error
+    shapes = {name: [*value.shape] for name, value in network.state_dict().items()}
+    present, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, shapes.keys()
     if "d2t" in present or any(name.startswith("midlayer.") for name in present):
         raise ValueError(f"{files.folder} holds an EAGLE-3 drafter; only EAGLE-2 and HASS drafters are supported")
     if expected != present:
@@ -165,17 +171,18 @@ def check_names(files: DrafterFiles, config: EagleConfig) -> None:
             f"{files.folder} is not an EAGLE-2 drafter: missing {missing or 'nothing'}; "
             f"unexpected {unexpected or 'nothing'}"
         )
+    return shapes | {EMBEDDING: [config.vocab_size, config.hidden_size]}
 
 
-def check_shapes(files: DrafterFiles, config: EagleConfig) -> None:
-    """Raise ValueError unless every tensor has the shape that the config gives it, and holds floats."""
-    expected = {**_network_shapes(files, config), EMBEDDING: [config.vocab_size, config.hidden_size]}
+def check_shapes(files: DrafterFiles, expected: Mapping[str, list[int]]) -> set[str]:
+    """Return the names of the dtypes; raise ValueError unless every tensor has its expected shape and holds floats."""
     for name, tensor in files.tensors.items():
         where = f"{name} in {files.folder}"
         if name not in LM_HEADS and [*tensor.shape] != expected[name]:
             raise ValueError(f"{where} must be {expected[name]} by its config, got {[*tensor.shape]}")
         if tensor.dtype not in PLAIN_DTYPES:
             raise ValueError(f"{where} is of {dtype_name(tensor.dtype)}; quantised drafters are not supported")
+    return {dtype_name(tensor.dtype) for tensor in files.tensors.values()}
 
 
 def check_finite(files: DrafterFiles, names: Iterable[str]) -> None:
@@ -183,17 +190,6 @@ def check_finite(files: DrafterFiles, names: Iterable[str]) -> None:
     for name in names:
         if not all(bool(torch.isfinite(part).all()) for part in files.tensors[name].split(CHECKED_ROWS)):
             raise ValueError(f"{name} in {files.folder} holds NaN or infinite values; the checkpoint is broken")
-
-
-def _network_shapes(files: DrafterFiles, config: EagleConfig) -> dict[str, list[int]]:
-    """Return the shape of each of the network's tensors by name, without the embedding."""
-    try:
-        with torch.device("meta"):
-            network = EagleNetwork(config)
-    except Exception as error:  # transformers raises anything for an unknown rope or activation
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"config.json in {files.folder} describes no network that can be built ({reason})") from error
-    return {name: [*value.shape] for name, value in network.state_dict().items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -110,13 +110,12 @@ def save_drafter(
     """
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     assert isinstance(weight, Tensor)
-    config = network.config
-    if weight.shape != (config.vocab_size, config.hidden_size):
+    config, dtype = network.config, network.fc.weight.dtype
+    if [*weight.shape] != (expected := [config.vocab_size, config.hidden_size]):
         raise ValueError(
-            f"the embedding must be {[config.vocab_size, config.hidden_size]}, got {list(weight.shape)}; "
+            f"the embedding must be {expected}, got {[*weight.shape]}; "
             f"save a drafter with the embedding of its own target"
         )
-    dtype = network.fc.weight.dtype
     tensors = {EMBEDDING: weight.to(dtype), **network.state_dict()}
     return write_drafter_files(folder, published_config(config, dtype, target_config), tensors, dict(metadata or {}))
 
@@ -163,16 +162,8 @@ class TargetFiles:
     revision: str | None
     config: Any  # transformers' config of the text model
 
-    def embedding(self) -> Tensor:
-        """Return the input embedding [V, H], mapped from its file."""
-        return self._matrix(EMBEDDING)
-
-    def lm_head(self) -> Tensor:
-        """Return the output matrix [V, H], mapped from its file; the embedding where the two are tied."""
-        return self._matrix(EMBEDDING if self.config.tie_word_embeddings else LM_HEADS[0])
-
-    def _matrix(self, suffix: str) -> Tensor:
-        """Return the one tensor whose name ends in `suffix`; families of models differ in what stands before it."""
+    def matrix(self, suffix: str) -> Tensor:
+        """Map the embedding or lm_head [V, H]: the one tensor with that suffix; what stands before it differs."""
         file, parts = find_weights(self.name, suffix, revision=self.revision)
         matching = {name: tensor for name, tensor in read_tensors(parts).items() if name.endswith(suffix)}
         if len(matching) != 1:
@@ -254,8 +245,8 @@ def load_target_ends(path_or_id: PathOrId, revision: str | None = None) -> Targe
     Raise OSError or ValueError in one sentence when there is no such target or its files lack these tensors.
     """
     files = open_target(path_or_id, revision)
-    embedding = files.embedding().clone()  # the file is not needed any more
-    head = embedding if files.config.tie_word_embeddings else files.lm_head().clone()
+    embedding = files.matrix(EMBEDDING).clone()  # the file is not needed any more
+    head = embedding if files.config.tie_word_embeddings else files.matrix(LM_HEADS[0]).clone()
     return TargetEnds(embedding, head, files.config, _identity(files.config, embedding, head, None))
 
 
