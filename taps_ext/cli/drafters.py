@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .. import checkpoints
 from ..checkpoints.files import CALIBRATION_FILE, check_writable, write_text
@@ -143,9 +144,9 @@ def _checks(report: checkpoints.ValidationReport) -> Table:
     """Return a row per check, then a row per program."""
     table = Table(show_header=False, **terminal.PLAIN)
     for check in report.checks:
-        table.add_row(f"[{STYLES[check.status]}]{check.status}", check.name, check.message.replace("[", r"\["))
+        table.add_row(Text(check.status, STYLES[check.status]), check.name, check.message)
     for loader, reasons in report.loaders.items():
-        table.add_row("reads it" if not reasons else "no", loader, "; ".join(reasons).replace("[", r"\["))
+        table.add_row("no" if reasons else "reads it", loader, "; ".join(reasons))
     return table
 
 

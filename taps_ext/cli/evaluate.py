@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..checkpoints import load_drafters
+from ..checkpoints.load import open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
 from ..evaluation import contestants, lossless, results, runner
@@ -31,10 +32,10 @@ from ..evaluation.tasks import TASKS, Question, find_task, load_prompts
 from ..evaluation.variants import parse_variants
 from ..native import choose_device
 from ..target.model import TargetModel
-from ..tiny import TINY
+from ..tiny import TINY, resolve
 from ..tree import TreeShape
 from . import terminal
-from .terminal import drafter_folders, load_target_and_tokenizer, number, show, target_config
+from .terminal import drafter_folders, load_target_and_tokenizer, number, show
 from .train import STOPPED
 
 TINY_TASKS = ("tiny_math", "tiny_chat")
@@ -97,7 +98,7 @@ def evaluate(
     variants = parse_variants(variant or [], list(paths), temperature, max_nodes)
     place = choose_device(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, limit)
-    facts = contestants.drafter_facts(contestants.check_drafters(paths, target_config(target)), paths)
+    facts = contestants.drafter_facts(contestants.check_drafters(paths, open_target(resolve(target)).config), paths)
     plan = Plan(asked, variants, temperature, settings, facts, sources, label)
     results.check_folder(output, plan.configuration())
     terminal.keep_logs_clean()
@@ -110,7 +111,7 @@ def evaluate(
     except KeyboardInterrupt:
         print(f"stopped; the same command resumes it in {output}", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
-    if terminal.is_main_process():
+    if not terminal.process_index():
         _show_summary(summarise(output), output, as_json)
 
 
@@ -169,7 +170,7 @@ def check_lossless(
     paths = drafter_folders(target, drafter)
     ways = lossless.make_ways(list(paths), composition, check_drafting(drafting), merged_nodes)
     questions, place = _questions(target, prompts, limit), choose_device(device)
-    contestants.check_drafters(paths, target_config(target))
+    contestants.check_drafters(paths, open_target(resolve(target)).config)
     terminal.keep_logs_clean()
     with terminal.progress() as update:
         model, tokenizer = load_target_and_tokenizer(target, dtype, place)

@@ -55,7 +55,7 @@ def train(
     from ..training import run  # needs accelerate, which the recipe's errors do not wait for
 
     terminal.keep_logs_clean()
-    observer = watching.choose(recipe.training.log_every, sys.stderr) if terminal.is_main_process() else None
+    observer = watching.choose(recipe.training.log_every, sys.stderr) if not terminal.process_index() else None
     if observer:
         observer.note(f"{recipe.objective.name} drafter for {recipe.target}, in {recipe.output}")
     if dry_run:
