@@ -259,13 +259,8 @@ class ValidationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        return {
-            "drafter": self.drafter,
-            "target": self.target,
-            "passed": self.passed,
-            "checks": [asdict(check) for check in self.checks],
-            "loaders": {name: {"reads": not why, "reasons": list(why)} for name, why in self.loaders.items()},
-        }
+        loaders = {name: {"reads": not why, "reasons": list(why)} for name, why in self.loaders.items()}
+        return {**asdict(self), "passed": self.passed, "loaders": loaders}
 
 
 def validate_drafter(drafter: PathOrId, target: PathOrId | None = None) -> ValidationReport:

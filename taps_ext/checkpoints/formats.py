@@ -7,9 +7,9 @@ may be inside or not. Everything else that is unexpected or missing is an error 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from math import isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from ..drafters.coupling import Calibration
 from ..drafters.network import EagleConfig, EagleNetwork, rope_of
 from ..sampling import warn
-from .files import CALIBRATION_FILE, CONFIG_FILE, DrafterFiles, read_json, write_text
+from .files import CALIBRATION_FILE, CONFIG_FILE, DrafterFiles, write_text
 
 EMBEDDING = "embed_tokens.weight"
 FC_BIAS = "fc.bias"
@@ -29,19 +29,10 @@ SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN_DTYPES = (torch.float64, *DTYPES.values())  # others are quantised
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-# The values that config.json may have: names, whether a value is allowed, and what is allowed.
-VALUES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
-    (
-        (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"),
-        lambda value: type(value) is int and value > 0,
-        "a positive whole number",
-    ),
-    (
-        ("rms_norm_eps", "rope_theta"),
-        lambda value: type(value) in (int, float) and isfinite(value) and value > 0,
-        "a positive number",
-    ),
-    (("rope_scaling", "rope_parameters"), lambda value: isinstance(value, dict), "an object or null"),
+VALUES = (  # of config.json: names, types, and what is allowed
+    ((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), (int,), "a positive whole number"),
+    (("rms_norm_eps", "rope_theta"), (int, float), "a positive number"),
+    (("rope_scaling", "rope_parameters"), (dict,), "an object or null"),
 )
 CHECKED_ROWS = 8192  # of a tensor at a time, to bound the memory
 CALIBRATION_FORMAT = 1
@@ -56,9 +47,10 @@ def network_config(files: DrafterFiles, target_config: Any | None) -> EagleConfi
     given = {name: value for name, value in config.items() if value is not None}
     if missing := [name for name in SIZES if name not in given]:
         raise ValueError(f"config.json in {files.folder} does not give {', '.join(missing)}")
-    for names, is_allowed, allowed in VALUES:
-        if wrong := next((name for name in names if name in given and not is_allowed(given[name])), None):
-            raise ValueError(f"{wrong} in {files.folder / CONFIG_FILE} must be {allowed}, got {given[wrong]!r}")
+    for names, types, allowed in VALUES:
+        for name, value in given.items():
+            if name in names and not (type(value) in types and (types == (dict,) or 0 < value < inf)):
+                raise ValueError(f"{name} in {files.folder / CONFIG_FILE} must be {allowed}, got {value!r}")
     heads = given["num_attention_heads"]
     defaults = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads, "rms_norm_eps": 1e-6}
     theta, scaling = rope_of(config)
@@ -215,8 +207,8 @@ def read_calibration(folder: Path, digest: str | None) -> Calibration | None:
     if not path.is_file():
         return None
     try:
-        content = read_json(path)
-        if content.get("format") != CALIBRATION_FORMAT:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("format") != CALIBRATION_FORMAT:
             raise ValueError(f"its format is not {CALIBRATION_FORMAT}")
         calibration = Calibration.from_dict(content)
     except ValueError as error:

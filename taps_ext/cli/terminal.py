@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -175,7 +176,7 @@ class Transcript:
     """Turn the tokens of one row into text as they arrive; hold tokens back while a character is unfinished."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._tokens: list[int] = []
         self._window = 0  # decoding starts here: a token's text depends on the one before it (leading spaces)
         self._shown = 0  # tokens whose text has been returned
@@ -194,16 +195,12 @@ class Transcript:
         return join_spans([Span(self._new_text(final=True), ())])
 
     def _new_text(self, final: bool = False) -> str:
-        before = self._decode(self._tokens[self._window : self._shown])
-        after = self._decode(self._tokens[self._window :])
+        before: str = self._decode(self._tokens[self._window : self._shown])
+        after: str = self._decode(self._tokens[self._window :])
         if after.endswith(UNFINISHED) and not final:
             return ""
         self._window, self._shown = self._shown, len(self._tokens)
         return after[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
 
 def join_spans(spans: Iterable[Span]) -> list[Span]:
