@@ -380,7 +380,7 @@ def test_of_a_sharded_target_only_the_shard_of_the_embedding_is_read(target: Lla
     exported = export_drafter(folder, "hass", tmp_path / "out", target=tmp_path / "target")
     assert stored(exported)["embed_tokens.weight"].equal(target.get_input_embeddings().weight)
     holding[0].unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no model-.*\.safetensors, which its index names"):
+    with pytest.raises(FileNotFoundError, match=r"index\.json names model-.*\.safetensors, which is not there"):
         export_drafter(folder, "hass", tmp_path / "out", target=tmp_path / "target")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from .average import average_drafters, sweep
-from .export import export_drafter
+from .export import ValidationReport, export_drafter, validate_drafter
 from .load import load_drafter, load_drafters, load_network, save_drafter
-from .validate import ValidationReport, validate_drafter
 
 __all__ = [
     "ValidationReport",

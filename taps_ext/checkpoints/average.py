@@ -5,30 +5,20 @@ The parents are mapped from their files; only the average is in memory. Tensors 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from decimal import Decimal, InvalidOperation
 from math import isclose
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..drafters.network import EagleConfig
-from .files import DrafterFiles, PathOrId, check_drafter_output, read_drafter_files, write_drafter_files
-from .formats import EMBEDDING, LM_HEADS, check_tensors, dtype_name, network_config, published_config
+from .files import DIGEST, DrafterFiles, PathOrId, check_drafter_output, read_drafter_files, write_drafter_files
+from .formats import EMBEDDING, LM_HEADS, checked_config, dtype_name, published_config
 
 MIN_STEP = Decimal("0.001")  # of a sweep: each of its weights is a whole drafter on disk
-
-
-@dataclass(frozen=True)
-class Parents:
-    """Drafters that can be averaged, and the shape that they share."""
-
-    files: tuple[DrafterFiles, ...]
-    names: tuple[str, ...]
-    config: EagleConfig
 
 
 def average_drafters(folders: Sequence[PathOrId], weights: Sequence[float] | None, output: PathOrId) -> Path:
@@ -37,10 +27,15 @@ def average_drafters(folders: Sequence[PathOrId], weights: Sequence[float] | Non
     `weights` lie within 0 and 1 and sum to 1 (None: equal weights). Raise ValueError, before anything is written, for
     drafters of different targets, shapes, biases, rope or dtypes.
     """
-    weights = [1 / len(folders)] * len(folders) if weights is None else list(weights)
-    _check_weights(len(folders), weights)
-    check_drafter_output(Path(output))
-    return _write(_read_parents(folders), weights, output)
+    count = len(folders)
+    weights = [1 / count] * count if weights is None else list(weights)
+    in_range = all(0 <= weight <= 1 for weight in weights)
+    if count < 2 or len(weights) != count or not in_range or not isclose(sum(weights), 1, abs_tol=1e-6):
+        raise ValueError(
+            f"averaging takes at least 2 drafters and as many weights within 0 and 1 that sum to 1, "
+            f"got {count} drafters and the weights {weights}"
+        )
+    return _write(folders, {Path(output): weights})[0]
 
 
 def sweep(first: PathOrId, second: PathOrId, weights: str, output: PathOrId) -> list[Path]:
@@ -49,12 +44,7 @@ def sweep(first: PathOrId, second: PathOrId, weights: str, output: PathOrId) -> 
     `weights` is start:stop:step, the end included, such as 0.1:0.9:0.1.
     """
     steps = sweep_weights(weights)
-    outputs = [Path(output) / f"{weight:f}" for weight in steps]
-    for path in outputs:
-        check_drafter_output(path)
-    parents = _read_parents([first, second])
-    shares = [[float(weight), float(1 - weight)] for weight in steps]
-    return [_write(parents, share, path) for share, path in zip(shares, outputs, strict=True)]
+    return _write([first, second], {Path(output) / f"{step:f}": [float(step), float(1 - step)] for step in steps})
 
 
 def sweep_weights(text: str) -> list[Decimal]:
@@ -72,31 +62,27 @@ def sweep_weights(text: str) -> list[Decimal]:
     return [(start + index * step).normalize() + 0 for index in range(int((stop - start) / step) + 1)]
 
 
-def _check_weights(num_drafters: int, weights: Sequence[float]) -> None:
-    in_range = all(0 <= weight <= 1 for weight in weights)
-    if num_drafters < 2 or len(weights) != num_drafters or not in_range or not isclose(sum(weights), 1, abs_tol=1e-6):
-        raise ValueError(
-            f"averaging takes at least 2 drafters and as many weights within 0 and 1 that sum to 1, "
-            f"got {num_drafters} drafters and the weights {list(weights)}"
-        )
-
-
-def _write(parents: Parents, weights: Sequence[float], output: PathOrId) -> Path:
-    first = parents.files[0]
-    tensors = {
-        name: _average([files.tensors[name] for files in parents.files], weights)
-        for name in first.tensors
-        if name not in LM_HEADS
-    }
+def _write(folders: Sequence[PathOrId], weights: Mapping[Path, Sequence[float]]) -> list[Path]:
+    """Write an average into each of the directories in `weights`, and return them."""
+    for path in weights:
+        check_drafter_output(path)
+    parents = [read_drafter_files(folder) for folder in folders]
+    config, first = _common_config(parents), parents[0]
+    published = published_config(config, first.tensors["fc.weight"].dtype, first.config or {})
     ancestors = [
-        {"name": name, **files.provenance, **({"sha256": files.digest} if files.digest else {})}
-        for name, files in zip(parents.names, parents.files, strict=True)
+        {"name": Path(folder).resolve().name, **files.provenance, **({DIGEST: files.digest} if files.digest else {})}
+        for folder, files in zip(folders, parents, strict=True)
     ]
-    metadata: dict[str, Any] = {"algorithm": "average", "weights": list(weights), "parents": ancestors}
-    if target := first.provenance.get("target"):
-        metadata["target"] = target
-    config = published_config(parents.config, tensors["fc.weight"].dtype, first.config or {})
-    return write_drafter_files(output, config, tensors, metadata)
+    of_target = {"target": target} if (target := first.provenance.get("target")) else {}
+    for path, shares in weights.items():
+        tensors = {
+            name: _average([files.tensors[name] for files in parents], shares)
+            for name in first.tensors
+            if name not in LM_HEADS
+        }
+        metadata = {"algorithm": "average", "weights": list(shares), "parents": ancestors, **of_target}
+        write_drafter_files(path, published, tensors, metadata)
+    return list(weights)
 
 
 def _average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -108,18 +94,14 @@ def _average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total.to(tensors[0].dtype)
 
 
-def _read_parents(folders: Sequence[PathOrId]) -> Parents:
-    """Read drafters of one kind; the longest context length is the common one. Raise ValueError if they differ."""
-    inputs = [read_drafter_files(folder) for folder in folders]
-    configs = [network_config(files, None) for files in inputs]
-    for files, config in zip(inputs, configs, strict=True):
-        check_tensors(files, config)
+def _common_config(parents: Sequence[DrafterFiles]) -> EagleConfig:
+    """Return the drafters' shape, with the longest context length. Raise ValueError if they are not of one kind."""
+    configs = [checked_config(files) for files in parents]
     longest = max(config.max_position_embeddings for config in configs)
     first, *others = (replace(config, max_position_embeddings=longest) for config in configs)
-    for files, config in zip(inputs[1:], others, strict=True):
-        _check_alike(inputs[0], files, first, config)
-    names = tuple(Path(folder).resolve().name for folder in folders)
-    return Parents(tuple(inputs), names, first)
+    for files, config in zip(parents[1:], others, strict=True):
+        _check_alike(parents[0], files, first, config)
+    return first
 
 
 def _check_alike(one: DrafterFiles, other: DrafterFiles, first: EagleConfig, second: EagleConfig) -> None:

@@ -13,8 +13,6 @@ import ctypes
 import glob
 import hashlib
 import json
-import logging
-import math
 import os
 import re
 import shutil
@@ -31,23 +29,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
-
 PathOrId = str | os.PathLike[str]
 
 CONFIG_FILE = "config.json"
 CALIBRATION_FILE = "calibration.json"
 SAFETENSORS_FILE = "model.safetensors"
 BIN_FILE = "pytorch_model.bin"
-SHARDS = {SAFETENSORS_FILE: "model-*.safetensors", BIN_FILE: "pytorch_model-*.bin"}
-WEIGHT_FILES = tuple(file for whole in SHARDS for file in (whole, f"{whole}.index.json"))
-# `accelerate.save_state` in the HASS trainer writes the frozen lm_head beside the drafter.
-ACCELERATE_HEADS = ("pytorch_model_1.bin", "model_1.safetensors")
 # Prefixes of published names: wrappers of torch and accelerate, EAGLE's model, this library's training.
-WRAPPERS = ("module.", "model.", "ea_layer.", "_orig_mod.", "network.")
+WRAPPERS = re.compile(r"^((module|model|ea_layer|_orig_mod|network)\.)+")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 DIGEST = "sha256"  # of model.safetensors, in config.json under `taps`
-HASHED_BYTES = 1 << 22  # of a file at a time
 RESUME = "a training run resumes from its last checkpoint when it is started again"
 
 
@@ -63,13 +54,13 @@ class DrafterFiles:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Return what config.json says of the drafter's making, without the digest of the weights."""
+        """Return how the drafter was made, from config.json, without the digest of the weights."""
         return {key: value for key, value in self._taps.items() if key != DIGEST}
 
     @property
     def target(self) -> dict[str, Any]:
         """Return the name of the drafter's target and, where training wrote it, a fingerprint of the weights."""
-        target = self.provenance.get("target")
+        target = self._taps.get("target")
         return target if isinstance(target, dict) else {"name": target} if target else {}
 
     @property
@@ -92,27 +83,53 @@ def read_drafter_files(path_or_id: PathOrId) -> DrafterFiles:
     path = Path(name).expanduser()
     if not path.is_dir() and (path.exists() or not HUB_ID.fullmatch(name)):
         raise FileNotFoundError(f"no drafter at {name}: it is neither a directory nor a hub id such as owner/name")
-    file = find_weights(name, also=(CONFIG_FILE, CALIBRATION_FILE))
-    config_file = file.with_name(CONFIG_FILE)
-    config = read_json(config_file) if config_file.is_file() else None
-    tensors, is_renamed = _read_published(file)
-    files = DrafterFiles(file.parent, config, tensors, file.suffix == ".json", is_renamed)
-    _check_digest(files)
+    file, parts = find_weights(name, also=(CONFIG_FILE, CALIBRATION_FILE))
+    folder = file.parent
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else None
+    stored = read_tensors(parts)
+    names: dict[str, str] = {}  # in the files, by published name
+    for given in stored:
+        published = WRAPPERS.sub("", given)
+        if published in names:
+            raise ValueError(f"{folder} holds {published} twice, as {names[published]} and {given}; keep one")
+        if not published.endswith("rotary_emb.inv_freq"):
+            names[published] = given
+    tensors = {published: stored[given] for published, given in names.items()}
+    is_renamed = any(published != given for published, given in names.items())
+    files = DrafterFiles(folder, config, tensors, file.suffix == ".json", is_renamed)
+    weights = folder / SAFETENSORS_FILE
+    if files.digest is not None and weights.is_file() and sha256(weights) != files.digest:
+        raise ValueError(
+            f"{weights} is damaged or was changed: its SHA-256 is not the one in {CONFIG_FILE}; "
+            f"fetch it again, or remove taps.{DIGEST} there if the change is meant"
+        )
     return files
 
 
-def find_weights(name: str, also: Iterable[str] = (), revision: str | None = None, shards: bool = True) -> Path:
-    """Return the first of WEIGHT_FILES in a directory or hub repository. Raise FileNotFoundError if there is none.
+def find_weights(
+    name: str, suffix: str = "", also: Iterable[str] = (), revision: str | None = None
+) -> tuple[Path, list[Path]]:
+    """Return the file of weights in a directory or hub repository, or the index of its shards, and the files to read.
 
-    From the hub come the file, the small files `also` and the shards (unless `shards` is False); .bin files are fetched
-    only where there is no safetensors file.
+    From the hub come these files and the small files `also`, and .bin files only where there is no safetensors file.
+    Shards without a tensor whose name ends in `suffix` are left out. Raise FileNotFoundError if there are no weights.
     """
-    for whole, pattern in SHARDS.items():
-        files = (whole, f"{whole}.index.json")
-        folder = fetch(name, (*also, *files, *((pattern,) if shards else ())), revision)
-        if file := next((folder / file for file in files if (folder / file).is_file()), None):
-            return file
-    raise FileNotFoundError(f"no weights in {name}: none of {', '.join(WEIGHT_FILES)} is there")
+    looked_for = []
+    for whole in (SAFETENSORS_FILE, BIN_FILE):
+        index = f"{whole}.index.json"
+        looked_for += [whole, index]
+        folder = fetch(name, (*also, whole, index), revision)
+        if (folder / whole).is_file():
+            return folder / whole, [folder / whole]
+        if (folder / index).is_file():
+            shards = _shards(folder / index, suffix)
+            folder = fetch(name, shards, revision)
+            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise FileNotFoundError(
+                    f"{folder / index} names {', '.join(missing)}, which is not there; fetch it again"
+                )
+            return folder / index, [folder / shard for shard in shards]
+    raise FileNotFoundError(f"no weights in {name}: none of {', '.join(looked_for)} is there")
 
 
 def fetch(name: str, patterns: Iterable[str], revision: str | None = None) -> Path:
@@ -125,33 +142,35 @@ def fetch(name: str, patterns: Iterable[str], revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise FileNotFoundError(
-            f"there is no directory {name}, and the hub gave no files of that name ({reason}); give a directory"
+            f"there is no directory {name}, and the hub gave no files of that name ({first_line(error)}); "
+            f"give a directory"
         ) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Map the tensors of one file, by name. Raise ValueError in one sentence for a file that holds anything else.
+def read_tensors(paths: Iterable[Path]) -> dict[str, Tensor]:
+    """Map the tensors of some files, by name. Raise ValueError in one sentence for a file that holds anything else.
 
     Files of torch before 1.6 are no archives and cannot be mapped; they are read into memory.
     """
-    with path.open("rb") as file:  # a file that cannot be opened raises OSError here
-        is_archive = zipfile.is_zipfile(file)
-    try:
-        if path.suffix == ".safetensors":
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except Exception as error:  # a damaged file raises anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
-            f"{path} cannot be read as tensors and nothing else ({reason}); "
-            f"fetch it again, or save the drafter's state_dict() as model.safetensors"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} must hold a dict of tensors; save the drafter's state_dict() there")
-    return {str(name): tensor.detach() for name, tensor in tensors.items()}
+    stored: dict[str, Tensor] = {}
+    for path in paths:
+        with path.open("rb") as file:  # a file that cannot be opened raises OSError here
+            is_archive = zipfile.is_zipfile(file)
+        try:
+            if path.suffix == ".safetensors":
+                tensors = load_file(path)
+            else:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        except Exception as error:  # a damaged file raises anything
+            raise ValueError(
+                f"{path} cannot be read as tensors and nothing else ({first_line(error)}); "
+                f"fetch it again, or save the drafter's state_dict() as model.safetensors"
+            ) from error
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise ValueError(f"{path} must hold a dict of tensors; save the drafter's state_dict() there")
+        stored |= {str(name): tensor.detach() for name, tensor in tensors.items()}
+    return stored
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -165,64 +184,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weight_map(index_file: Path) -> dict[str, str]:
-    """Return the file name of each tensor from an index of shards; all of them lie beside the index."""
-    shards = read_json(index_file).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ValueError(f"{index_file} has no weight_map of tensor names to files; fetch it again")
-    if any(Path(shard).name != shard for shard in shards.values()):
-        raise ValueError(f"{index_file} names shards outside of its directory; it is not read")
-    return shards
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(HASHED_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shards(file: Path) -> list[Path]:
-    """Return the files that hold the tensors: `file` itself, or the shards that it names."""
-    if file.suffix != ".json":
-        return [file]
-    shards = sorted(set(read_weight_map(file).values()))
-    if missing := [shard for shard in shards if not (file.parent / shard).is_file()]:
-        raise FileNotFoundError(f"{file} names {', '.join(missing)}, which is not there; fetch it again")
-    return [file.parent / shard for shard in shards]
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, its type where there is none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _read_published(file: Path) -> tuple[dict[str, Tensor], bool]:
-    """Return a drafter's tensors under their published names, and whether any had another name in its file."""
-    for head in ACCELERATE_HEADS:
-        if (path := file.with_name(head)).is_file():
-            logger.info("%s is the lm_head of a training state and is not read; the target's is used", path)
-    stored = {name: tensor for shard in _shards(file) for name, tensor in read_tensors(shard).items()}
-    names: dict[str, str] = {}
-    for name in stored:
-        plain = _without_wrappers(name)
-        if plain in names:
-            raise ValueError(f"{file.parent} holds {plain} twice, as {names[plain]} and {name}; keep one")
-        if not plain.endswith("rotary_emb.inv_freq"):
-            names[plain] = name
-    return {plain: stored[name] for plain, name in names.items()}, any(p != name for p, name in names.items())
-
-
-def _without_wrappers(name: str) -> str:
-    while (wrapper := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None)) is not None:
-        name = name[len(wrapper) :]
-    return name
-
-
-def _check_digest(files: DrafterFiles) -> None:
-    path = files.folder / SAFETENSORS_FILE
-    if files.digest is not None and path.is_file() and sha256(path) != files.digest:
-        raise ValueError(
-            f"{path} is damaged or was changed: its SHA-256 is not the one in {CONFIG_FILE}; "
-            f"fetch it again, or remove taps.{DIGEST} there if the change is meant"
-        )
+def _shards(index: Path, suffix: str) -> list[str]:
+    """Return the shards with a tensor whose name ends in `suffix`; all of them lie beside the index."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to files; fetch it again")
+    if any(Path(shard).name != shard for shard in shards.values()):
+        raise ValueError(f"{index} names shards outside of its directory; it is not read")
+    return sorted({shard for name, shard in shards.items() if name.endswith(suffix)})
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -315,7 +295,8 @@ def write_text(path: Path, text: str) -> None:
 
 def json_text(value: Any) -> str:
     """Return strict JSON, indented by two; NaN and infinity (an empty mean) become null."""
-    return json.dumps(_without_nan(value), indent=2, ensure_ascii=False, allow_nan=False)
+    strict = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(strict, indent=2, ensure_ascii=False)
 
 
 @contextmanager
@@ -324,9 +305,12 @@ def written(what: str, folder: Path, way_out: str = RESUME) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        if "inline_container" in reason:  # torch.save names a line of its own code
+            reason = "the disk took a part of a file"
         free = shutil.disk_usage(folder).free / 2**30
         raise OSError(
-            f"{what} could not be written to {folder} ({_reason(error)}; {free:.1f} GiB are free there); {way_out}"
+            f"{what} could not be written to {folder} ({reason}; {free:.1f} GiB are free there); {way_out}"
         ) from error
 
 
@@ -366,21 +350,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if "inline_container" in str(error):  # torch.save names a line of its own code
-        return "the disk took a part of a file"
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
-    return value

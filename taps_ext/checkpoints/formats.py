@@ -7,9 +7,9 @@ may be inside or not. Everything else that is unexpected or missing is an error 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,23 @@ import torch
 from ..drafters.coupling import Calibration
 from ..drafters.network import EagleConfig, EagleNetwork, rope_of
 from ..sampling import warn
-from .files import CALIBRATION_FILE, DrafterFiles, write_text
+from .files import CALIBRATION_FILE, CONFIG_FILE, DrafterFiles, write_text
 
 EMBEDDING = "embed_tokens.weight"
 FC_BIAS = "fc.bias"
 QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
 LM_HEADS = ("lm_head.weight", "head.weight")  # some trainers save the target's frozen lm_head with the drafter
 ARCHITECTURE = "LlamaForCausalLM"
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN_DTYPES = (torch.float64, *DTYPES.values())  # others are quantised
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+VALUES = (  # of config.json: names, types, and what is allowed
+    ((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), (int,), "a positive whole number"),
+    (("rms_norm_eps", "rope_theta"), (int, float), "a positive number"),
+    (("rope_scaling", "rope_parameters"), (dict,), "an object or null"),
+)
 CHECKED_ROWS = 8192  # of a tensor at a time, to bound the memory
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 CALIBRATION_FORMAT = 1
 
 
@@ -39,21 +44,20 @@ def network_config(files: DrafterFiles, target_config: Any | None) -> EagleConfi
     biases = {"fc_bias": FC_BIAS in tensors, "qkv_bias": QKV_BIASES[0] in tensors}
     if config is None:
         return _config_without_file(files, target_config, biases)
-    _check_values(files, config)
-    heads = config["num_attention_heads"]
+    given = {name: value for name, value in config.items() if value is not None}
+    if missing := [name for name in SIZES if name not in given]:
+        raise ValueError(f"config.json in {files.folder} does not give {', '.join(missing)}")
+    for names, types, allowed in VALUES:
+        for name, value in given.items():
+            if name in names and not (type(value) in types and (types == (dict,) or 0 < value < inf)):
+                raise ValueError(f"{name} in {files.folder / CONFIG_FILE} must be {allowed}, got {value!r}")
+    heads = given["num_attention_heads"]
+    defaults = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads, "rms_norm_eps": 1e-6}
     theta, scaling = rope_of(config)
+    rope = {"rope_theta": 10000.0 if theta is None else theta, "rope_scaling": scaling}
+    own = {field.name: given[field.name] for field in fields(EagleConfig) if field.name in given}
     try:
-        return EagleConfig(
-            **{name: config[name] for name in SIZES},
-            num_key_value_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=10000.0 if theta is None else theta,
-            rope_scaling=scaling,
-            max_position_embeddings=config.get("max_position_embeddings") or 2048,
-            hidden_act=config.get("hidden_act", "silu"),
-            **biases,
-        )
+        return EagleConfig(**{**defaults, **own, **rope, **biases})
     except ValueError as error:
         raise ValueError(f"config.json in {files.folder}: {error}") from error
 
@@ -69,8 +73,7 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
     def of_target(name: str) -> Any:
         return target_config.get(name) if isinstance(target_config, dict) else getattr(target_config, name, None)
 
-    scaling = config.rope_scaling
-    legacy_scaling = scaling
+    scaling = legacy_scaling = config.rope_scaling
     if scaling is not None and scaling["rope_type"] == "linear":
         # The only form that EAGLE's reader takes, and only with a float.
         legacy_scaling = {"type": "linear", "factor": float(scaling["factor"])}
@@ -91,42 +94,49 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
         "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": config.rope_theta},
         "torch_dtype": dtype_name(dtype),
         "dtype": dtype_name(dtype),
-        "bias": False,
+        **({} if config.fc_bias else {"bias": False}),  # without the key readers assume fc.bias, rightly
         "attention_bias": False,  # of all four projections; the drafter's own are of three: qkv_bias
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "use_cache": True,
         "transformers_version": "4.28.1",
     }
-    if config.fc_bias:
-        del published["bias"]  # readers of the published format then assume fc.bias, rightly
     if config.qkv_bias:
         published["qkv_bias"] = True
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         published["head_dim"] = config.head_dim
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        published[name] = of_target(name)
-    return published
+    return published | {name: of_target(name) for name in SPECIAL_TOKENS}
+
+
+def checked_config(files: DrafterFiles, target_config: Any | None = None) -> EagleConfig:
+    """Return the network's shape after every check of the files; they must fit the target's config if it is given.
+
+    The embedding and an lm_head may be among the tensors. Raise ValueError in one sentence.
+    """
+    config = network_config(files, target_config)
+    if target_config is not None:
+        check_fits(files, config, target_config)
+    check_shapes(files, check_names(files, config))
+    check_finite(files, [name for name in files.tensors if name not in (EMBEDDING, *LM_HEADS)])
+    return config
 
 
 def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> None:
     """Raise ValueError unless vocabulary, hidden size and rope theta are the target's; warn of other rope scaling."""
-    if config.vocab_size != target_config.vocab_size:
-        raise ValueError(
-            f"drafter vocabulary {config.vocab_size} differs from target vocabulary {target_config.vocab_size}; "
-            f"use a drafter trained on this target's tokenizer"
-        )
-    if config.hidden_size != target_config.hidden_size:
-        raise ValueError(
-            f"drafter hidden size {config.hidden_size} differs from target hidden size {target_config.hidden_size}; "
-            f"use a drafter trained on this target's features"
-        )
     theta, scaling = rope_of(target_config)
-    if theta is not None and config.rope_theta != theta:
-        raise ValueError(
-            f"drafter rope theta {config.rope_theta:g} differs from target rope theta {theta:g}; "
-            f"use a drafter of this target, or correct rope_theta in {files.folder / 'config.json'}"
-        )
+    path = files.folder / CONFIG_FILE
+    for name, own, other, way_out in (
+        ("vocabulary", config.vocab_size, target_config.vocab_size, "use a drafter trained on this target's tokenizer"),
+        (
+            "hidden size",
+            config.hidden_size,
+            target_config.hidden_size,
+            "use a drafter trained on this target's features",
+        ),
+        ("rope theta", config.rope_theta, theta, f"use a drafter of this target, or correct rope_theta in {path}"),
+    ):
+        if other is not None and own != other:
+            raise ValueError(f"drafter {name} {own:.12g} differs from target {name} {other:.12g}; {way_out}")
     if (config.rope_scaling or {}).get("rope_type") != (scaling or {}).get("rope_type"):
         # No error: published drafters of targets with scaled rope were trained without it, and work.
         warn(
@@ -135,59 +145,43 @@ def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> 
         )
 
 
-def check_tensors(files: DrafterFiles, config: EagleConfig) -> None:
-    """Raise ValueError unless exactly the network's tensors are there, in its shapes, with finite numbers.
-
-    The embedding and an lm_head may be there too.
-    """
-    check_names(files, config)
-    check_shapes(files, config)
-    check_finite(files, [name for name in files.tensors if name not in (EMBEDDING, *LM_HEADS)])
-
-
-def check_names(files: DrafterFiles, config: EagleConfig) -> None:
-    """Raise ValueError if a tensor of the network is missing, or if there is one that the network does not have."""
-    present, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, network_shapes(files, config).keys()
-    if "d2t" in present or any(name.startswith("midlayer.") for name in present):
-        raise ValueError(f"{files.folder} holds an EAGLE-3 drafter; only EAGLE-2 and HASS drafters are supported")
-    missing, unexpected = sorted(expected - present), sorted(present - expected)
-    if missing or unexpected:
-        raise ValueError(
-            f"{files.folder} is not an EAGLE-2 drafter: missing {', '.join(missing) or 'nothing'}; "
-            f"unexpected {', '.join(unexpected) or 'nothing'}"
-        )
-
-
-def check_shapes(files: DrafterFiles, config: EagleConfig) -> None:
-    """Raise ValueError unless every tensor has the shape that the config gives it, and holds floats."""
-    expected = {**network_shapes(files, config), EMBEDDING: (config.vocab_size, config.hidden_size)}
-    for name, tensor in files.tensors.items():
-        if name not in LM_HEADS and tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{name} in {files.folder} must be {list(expected[name])} by its config, got {list(tensor.shape)}"
-            )
-        if tensor.dtype not in PLAIN_DTYPES:
-            raise ValueError(
-                f"{name} in {files.folder} is of {dtype_name(tensor.dtype)}; quantised drafters are not supported"
-            )
-
-
-def check_finite(files: DrafterFiles, names: list[str]) -> None:
-    """Raise ValueError if one of these tensors holds NaN or an infinite value."""
-    for name in names:
-        if not all(bool(torch.isfinite(part).all()) for part in files.tensors[name].split(CHECKED_ROWS)):
-            raise ValueError(f"{name} in {files.folder} holds NaN or infinite values; the checkpoint is broken")
-
-
-def network_shapes(files: DrafterFiles, config: EagleConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of the network's tensors by name, without the embedding."""
+def check_names(files: DrafterFiles, config: EagleConfig) -> dict[str, list[int]]:
+    """Return the shapes of the network's tensors and the embedding; raise ValueError if other tensors are there."""
     try:
         with torch.device("meta"):
             network = EagleNetwork(config)
     except Exception as error:  # transformers raises anything for an unknown rope or activation
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"config.json in {files.folder} describes no network that can be built ({reason})") from error
-    return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    shapes = {name: [*value.shape] for name, value in network.state_dict().items()}
+    present, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, shapes.keys()
+    if "d2t" in present or any(name.startswith("midlayer.") for name in present):
+        raise ValueError(f"{files.folder} holds an EAGLE-3 drafter; only EAGLE-2 and HASS drafters are supported")
+    if expected != present:
+        missing, unexpected = (", ".join(sorted(names)) for names in (expected - present, present - expected))
+        raise ValueError(
+            f"{files.folder} is not an EAGLE-2 drafter: missing {missing or 'nothing'}; "
+            f"unexpected {unexpected or 'nothing'}"
+        )
+    return shapes | {EMBEDDING: [config.vocab_size, config.hidden_size]}
+
+
+def check_shapes(files: DrafterFiles, expected: Mapping[str, list[int]]) -> set[str]:
+    """Return the names of the dtypes; raise ValueError unless every tensor has its expected shape and holds floats."""
+    for name, tensor in files.tensors.items():
+        where = f"{name} in {files.folder}"
+        if name not in LM_HEADS and [*tensor.shape] != expected[name]:
+            raise ValueError(f"{where} must be {expected[name]} by its config, got {[*tensor.shape]}")
+        if tensor.dtype not in PLAIN_DTYPES:
+            raise ValueError(f"{where} is of {dtype_name(tensor.dtype)}; quantised drafters are not supported")
+    return {dtype_name(tensor.dtype) for tensor in files.tensors.values()}
+
+
+def check_finite(files: DrafterFiles, names: Iterable[str]) -> None:
+    """Raise ValueError if one of these tensors holds NaN or an infinite value."""
+    for name in names:
+        if not all(bool(torch.isfinite(part).all()) for part in files.tensors[name].split(CHECKED_ROWS)):
+            raise ValueError(f"{name} in {files.folder} holds NaN or infinite values; the checkpoint is broken")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -201,12 +195,6 @@ class CalibrationRecord:
 
     calibration: Calibration
     facts: Mapping[str, Any]  # JSON values: target, data, seed, the gain; nothing that differs from run to run
-
-    def text(self, digest: str | None) -> str:
-        """Return the file's content; `digest` is the SHA-256 of its drafter's weights, None where they have none."""
-        content = {"format": CALIBRATION_FORMAT, **self.calibration.to_dict(), "drafter": digest, **self.facts}
-        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def read_calibration(folder: Path, digest: str | None) -> Calibration | None:
@@ -232,31 +220,15 @@ def read_calibration(folder: Path, digest: str | None) -> Calibration | None:
 
 
 def write_calibration(folder: Path, record: CalibrationRecord, digest: str | None) -> Path:
-    """Write calibration.json into a drafter's directory, whole or not at all, and return its path."""
+    """Write calibration.json into a drafter's directory, whole or not at all, and return its path.
+
+    `digest` is the SHA-256 of the drafter's weights, None where config.json does not give one.
+    """
     path = folder / CALIBRATION_FILE
-    write_text(path, record.text(digest))
+    content = {"format": CALIBRATION_FORMAT, **record.calibration.to_dict(), "drafter": digest, **record.facts}
+    lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
-
-
-def _check_values(files: DrafterFiles, config: dict[str, Any]) -> None:
-    """Raise ValueError unless the values of config.json have the types that the format gives them."""
-    if missing := [name for name in SIZES if not isinstance(config.get(name), int)]:
-        raise ValueError(f"config.json in {files.folder} does not give {', '.join(missing)}")
-
-    def wrong(name: str, expected: str) -> ValueError:
-        return ValueError(f"{name} in {files.folder / 'config.json'} must be {expected}, got {config[name]!r}")
-
-    for name in (*SIZES, *OPTIONAL_SIZES):
-        value = config.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise wrong(name, "a positive whole number")
-    for name in ("rms_norm_eps", "rope_theta"):
-        value = config.get(name, 1.0)
-        if value is not None and not (isinstance(value, (int, float)) and isfinite(value) and value > 0):
-            raise wrong(name, "a positive number")
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise wrong(name, "an object or null")
 
 
 def _config_without_file(files: DrafterFiles, target_config: Any | None, biases: dict[str, bool]) -> EagleConfig:
@@ -270,4 +242,4 @@ def _config_without_file(files: DrafterFiles, target_config: Any | None, biases:
         f"no config.json in {files.folder}: heads, rope and norm are taken from the target; "
         f"copy the one of the drafter's training there"
     )
-    return EagleConfig.for_target(target_config, intermediate_size=gate.shape[0], **biases)
+    return EagleConfig.for_target(target_config, intermediate_size=len(gate), **biases)

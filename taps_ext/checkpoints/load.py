@@ -24,21 +24,18 @@ from ..sampling import warn
 from .files import (
     DrafterFiles,
     PathOrId,
-    fetch,
     find_weights,
+    first_line,
     read_drafter_files,
     read_tensors,
-    read_weight_map,
     write_drafter_files,
 )
 from .formats import (
     EMBEDDING,
     LM_HEADS,
     PLAIN_DTYPES,
-    check_fits,
-    check_tensors,
+    checked_config,
     dtype_name,
-    network_config,
     published_config,
     read_calibration,
 )
@@ -46,7 +43,6 @@ from .formats import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LM_HEAD = LM_HEADS[0]
 TARGET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
 COMPARED_ROWS = 8192  # of two embeddings at a time, to bound the memory
 NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
@@ -75,9 +71,8 @@ def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> 
     files = read_drafter_files(path_or_id)
     network = network_of(files, config)
     calibration = read_calibration(files.folder, files.digest)
-    _warn_of_foreign(files, EMBEDDING, "embedding", embedding)
-    for key in LM_HEADS:
-        _warn_of_foreign(files, key, "lm_head", lm_head)
+    for key, module in ((EMBEDDING, embedding), *((key, lm_head) for key in LM_HEADS)):
+        _warn_of_foreign(files, key, module)
     dtype, device = compute_dtype_and_device(lm_head, embedding)
     network = network.to(device, dtype).eval().requires_grad_(False)
     return EagleDrafter(network, embedding, lm_head, name or Path(path_or_id).resolve().name, calibration)
@@ -86,6 +81,15 @@ def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> 
 def load_network(path_or_id: PathOrId) -> EagleNetwork:
     """Load the network of a checkpoint for training: in the dtype of its file, without a target."""
     return network_of(read_drafter_files(path_or_id))
+
+
+def network_of(files: DrafterFiles, target_config: Any | None = None) -> EagleNetwork:
+    """Build the network of a drafter's files, checked against its config and, where it is given, the target's."""
+    config = checked_config(files, target_config)
+    with torch.device("meta"):
+        network = EagleNetwork(config)
+    network.load_state_dict({name: files.tensors[name] for name in network.state_dict()}, assign=True)
+    return network
 
 
 def save_drafter(
@@ -106,27 +110,14 @@ def save_drafter(
     """
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     assert isinstance(weight, Tensor)
-    config = network.config
-    if weight.shape != (config.vocab_size, config.hidden_size):
+    config, dtype = network.config, network.fc.weight.dtype
+    if [*weight.shape] != (expected := [config.vocab_size, config.hidden_size]):
         raise ValueError(
-            f"the embedding must be {[config.vocab_size, config.hidden_size]}, got {list(weight.shape)}; "
+            f"the embedding must be {expected}, got {[*weight.shape]}; "
             f"save a drafter with the embedding of its own target"
         )
-    dtype = network.fc.weight.dtype
     tensors = {EMBEDDING: weight.to(dtype), **network.state_dict()}
     return write_drafter_files(folder, published_config(config, dtype, target_config), tensors, dict(metadata or {}))
-
-
-def network_of(files: DrafterFiles, target_config: Any | None = None) -> EagleNetwork:
-    """Build the network of a drafter's files, checked against its config and, where it is given, the target's."""
-    config = network_config(files, target_config)
-    if target_config is not None:
-        check_fits(files, config, target_config)
-    check_tensors(files, config)
-    with torch.device("meta"):
-        network = EagleNetwork(config)
-    network.load_state_dict({name: files.tensors[name] for name in network.state_dict()}, assign=True)
-    return network
 
 
 def same_up_to_rounding(held: Tensor, expected: Tensor) -> bool:
@@ -145,19 +136,18 @@ def _parts_of(target: Any) -> tuple[nn.Module, nn.Module, Any]:
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or lm_head is None:
         raise ValueError(f"the target {type(model).__name__} has no lm_head; load it with AutoModelForCausalLM")
-    config = model.config
-    return embedding, lm_head, config.get_text_config() if hasattr(config, "get_text_config") else config
+    return embedding, lm_head, model.config.get_text_config()
 
 
-def _warn_of_foreign(files: DrafterFiles, key: str, what: str, module: nn.Module) -> None:
+def _warn_of_foreign(files: DrafterFiles, key: str, module: nn.Module) -> None:
     """Warn when the checkpoint holds another embedding or lm_head than the target's, which is the one in use."""
     held, used = files.tensors.get(key), getattr(module, "weight", None)
     if held is None or used is None or used.device.type == "meta" or not used.is_floating_point():
         return  # quantised and offloaded weights cannot be compared
     if not same_up_to_rounding(held, used.detach()):
         warn(
-            f"the {what} in {files.folder} differs from the target's, which is used instead; "
-            f"the drafter may have been trained for another target"
+            f"the {'embedding' if key == EMBEDDING else 'lm_head'} in {files.folder} differs from the target's, which "
+            f"is used instead; the drafter may have been trained for another target"
         )
 
 
@@ -172,30 +162,14 @@ class TargetFiles:
     revision: str | None
     config: Any  # transformers' config of the text model
 
-    @property
-    def short_name(self) -> str:
-        """Return the hub id, or the directory's own name."""
-        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
-
-    def embedding(self) -> Tensor:
-        """Return the input embedding [V, H], mapped from its file."""
-        return self._matrix(EMBEDDING)
-
-    def lm_head(self) -> Tensor:
-        """Return the output matrix [V, H], mapped from its file; the embedding where the two are tied."""
-        return self._matrix(EMBEDDING if self.config.tie_word_embeddings else LM_HEAD)
-
-    def _matrix(self, suffix: str) -> Tensor:
-        """Return the one tensor whose name ends in `suffix`; families of models differ in what stands before it."""
-        file = find_weights(self.name, revision=self.revision, shards=False)
-        if file.suffix == ".json":
-            shards = read_weight_map(file)
-            shard = shards[_only(suffix, shards, file)]
-            if not (file := fetch(self.name, [shard], self.revision) / shard).is_file():
-                raise FileNotFoundError(f"the target {self.name} has no {shard}, which its index names")
-        tensors = read_tensors(file)
-        name = _only(suffix, tensors, file)
-        tensor, expected = tensors[name], (self.config.vocab_size, self.config.hidden_size)
+    def matrix(self, suffix: str) -> Tensor:
+        """Map the embedding or lm_head [V, H]: the one tensor with that suffix; what stands before it differs."""
+        file, parts = find_weights(self.name, suffix, revision=self.revision)
+        matching = {name: tensor for name, tensor in read_tensors(parts).items() if name.endswith(suffix)}
+        if len(matching) != 1:
+            raise ValueError(f"{file} must hold one tensor named ...{suffix}, got {', '.join(matching) or 'none'}")
+        [(name, tensor)] = matching.items()
+        expected = (self.config.vocab_size, self.config.hidden_size)
         if tensor.shape != expected or tensor.dtype not in PLAIN_DTYPES:
             raise ValueError(
                 f"{name} of {self.name} must be {list(expected)} of floats by its config, "
@@ -257,8 +231,7 @@ def open_target(path_or_id: PathOrId, revision: str | None = None) -> TargetFile
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # transformers raises anything for a bad config
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise FileNotFoundError(f"the config of the target {name} cannot be read ({reason})") from error
+        raise FileNotFoundError(f"the config of the target {name} cannot be read ({first_line(error)})") from error
     return TargetFiles(name, revision, config.get_text_config())
 
 
@@ -272,8 +245,8 @@ def load_target_ends(path_or_id: PathOrId, revision: str | None = None) -> Targe
     Raise OSError or ValueError in one sentence when there is no such target or its files lack these tensors.
     """
     files = open_target(path_or_id, revision)
-    embedding = files.embedding().clone()  # the file is not needed any more
-    head = embedding if files.config.tie_word_embeddings else files.lm_head().clone()
+    embedding = files.matrix(EMBEDDING).clone()  # the file is not needed any more
+    head = embedding if files.config.tie_word_embeddings else files.matrix(LM_HEADS[0]).clone()
     return TargetEnds(embedding, head, files.config, _identity(files.config, embedding, head, None))
 
 
@@ -282,13 +255,6 @@ def identify(model: PreTrainedModel) -> TargetIdentity:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert isinstance(embedding, Tensor) and isinstance(head, Tensor)
     return _identity(model.config, embedding, head, _fingerprint(model.config, model.parameters()))
-
-
-def _only(suffix: str, names: Iterable[str], file: Path) -> str:
-    matching = [name for name in names if name.endswith(suffix)]
-    if len(matching) != 1:
-        raise ValueError(f"{file} must hold one tensor named ...{suffix}, got {', '.join(matching) or 'none'}")
-    return matching[0]
 
 
 def _identity(config: Any, embedding: Tensor, head: Tensor, weights: str | None) -> TargetIdentity:

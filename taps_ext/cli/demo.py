@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from ..checkpoints import average_drafters, load_drafter, load_drafters
 from ..checkpoints.files import check_writable, json_text, write_text
 from ..decode.decoder import SpeculativeDecoder, check_drafting
 from ..decode.plain import plain_generate
-from ..decode.state import StepEvent
 from ..decode.stats import DecodeStats
 from ..drafters import Drafter
 from ..native import choose_device
@@ -32,19 +32,9 @@ from ..tree import TreeShape
 from . import terminal
 from .terminal import Palette, Span, Transcript, join_spans, number
 
-PLAIN, SINGLE, MERGED = (
-    "plain decoding",
-    "single ",
-    "merged",
-)  # names of variants; SINGLE begins those of single drafters
+PLAIN, MERGED = "plain decoding", "merged"
+SINGLE = "single "  # begins the names of the variants with one drafter
 CONTROL = "single, union's size"  # the domain's best single drafter with as many nodes as the union has on average
-HEADINGS = (
-    "tokens/s and\ntimes plain's",
-    "acceptance\nlength",
-    "forwards\nper token",
-    "nodes\nper step",
-    "equal\ntexts",
-)
 Tell = Callable[[str], None]  # called with the domain after each prompt, once for the variants, once for the control
 
 
@@ -64,9 +54,8 @@ def demo(
     """
     SamplingParams(temperature)  # checks it before the models are loaded
     check_writable(output)
-    settings = DemoSettings(
-        limit, max_new_tokens, temperature, seed, str(choose_device(device)), check_drafting(drafting)
-    )
+    place, drafting = str(choose_device(device)), check_drafting(drafting)
+    settings = DemoSettings(limit, max_new_tokens, temperature, seed, place, drafting)
     terminal.keep_logs_clean()
     done, total = count(1), 2 * len(tiny.DOMAINS) * limit
     with terminal.progress() as update, one_thread():
@@ -118,15 +107,6 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A text of the merged tree, in spans of equal proposers."""
-
-    domain: str
-    prompt: str
-    spans: list[Span]
-
-
-@dataclass(frozen=True)
 class DemoResult:
     """All figures of the demo, and where it ran."""
 
@@ -135,12 +115,8 @@ class DemoResult:
     domains: list[str]
     num_target_parameters: int
     cells: list[Cell]  # variant by variant within a domain, in the table's order
-    samples: list[Sample]
+    samples: list[dict[str, Any]]  # a text of the merged tree per domain: domain, prompt, spans
     environment: dict[str, Any]
-
-    def row(self, variant: str) -> list[Cell]:
-        """Return the cells of a variant, domain by domain."""
-        return [cell for cell in self.cells if cell.variant == variant]
 
 
 @contextmanager
@@ -162,19 +138,22 @@ def run(settings: DemoSettings, tell: Tell) -> DemoResult:
     drafters = load_drafters({name: str(path) for name, path in tiny.drafter_paths().items()}, model)
     decoder = partial(SpeculativeDecoder, model, shape=settings.shape, drafting=settings.drafting)
     variants = _variants(decoder, drafters, settings.shape.max_nodes)
-    cells, samples = list[Cell](), list[Sample]()
+    cells, samples = list[Cell](), []
     for domain in tiny.DOMAINS:
         prompts = _prompts(domain, tokenizer, settings)
         measured = _measure(model, domain, prompts, variants, tell)
         shape = replace(settings.shape, max_nodes=round(measured[-1].nodes_per_step))  # the last is the union
-        control = {CONTROL: decoder(drafters, "single", drafter=_best_single(measured), shape=shape)}
-        cells += [*measured, *_measure(model, domain, prompts, control, tell)]
+        best = max(measured[: len(drafters)], key=lambda cell: cell.acceptance_length)  # the first are single drafters
+        control = decoder(drafters, "single", drafter=best.variant.removeprefix(SINGLE), shape=shape)
+        cells += [*measured, *_measure(model, domain, prompts, {CONTROL: control}, tell)]
         turns = tiny.prompts(domain, 1, settings.seed)[0]
         question = "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
-        samples.append(Sample(domain, question, _spans(variants[MERGED].stream(**prompts[0]), tokenizer)))
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        transcript, spans = Transcript(tokenizer), list[Span]()
+        for event in variants[MERGED].stream(**prompts[0]):
+            spans += transcript.add(event.new_tokens[0], event.accepted_proposers[0])
+        samples.append({"domain": domain, "prompt": question, "spans": join_spans(spans + transcript.finish())})
     environment = native.installation().to_dict()
-    return DemoResult(settings, list(drafters), list(tiny.DOMAINS), num_parameters, cells, samples, environment)
+    return DemoResult(settings, [*drafters], [*tiny.DOMAINS], model.num_parameters(), cells, samples, environment)
 
 
 def _variants(
@@ -195,17 +174,11 @@ def _variants(
     }
 
 
-def _best_single(cells: Sequence[Cell]) -> str:
-    singles = [cell for cell in cells if cell.variant.startswith(SINGLE)]
-    return max(singles, key=lambda cell: cell.acceptance_length).variant.removeprefix(SINGLE)
-
-
 def _prompts(domain: str, tokenizer: Any, settings: DemoSettings) -> list[dict[str, Any]]:
     """Return the arguments of `generate` per prompt."""
     prompts = []
     for row, turns in enumerate(tiny.prompts(domain, settings.prompts, settings.seed)):
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        input_ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        input_ids = terminal.encode(tokenizer, turns)["input_ids"]
         sampling = SamplingParams(settings.temperature, seed=settings.seed + row)
         prompts.append({"input_ids": input_ids, "sampling": sampling, "max_new_tokens": settings.max_new_tokens})
     return prompts
@@ -257,13 +230,6 @@ def _speed(runs: Sequence[tuple[Any, float]]) -> float:
     return sum(len(out.new_tokens[0]) for out, _ in runs) / sum(seconds for _, seconds in runs)
 
 
-def _spans(events: Iterator[StepEvent], tokenizer: Any) -> list[Span]:
-    transcript, spans = Transcript(tokenizer), list[Span]()
-    for event in events:
-        spans += transcript.add(event.new_tokens[0], event.accepted_proposers[0])
-    return join_spans(spans + transcript.finish())
-
-
 # ---- what is shown
 
 
@@ -272,8 +238,9 @@ def _page(result: DemoResult) -> list[Any]:
     palette, coloured = Palette(result.drafters), terminal.has_colours(Console())
     parts = [_table(result), "", Group(*map(Text, _conclusions(result))), "", palette.legend(coloured)]
     for sample in result.samples:
-        body = Text.assemble((sample.prompt, "dim"), "\n", palette.text(sample.spans, coloured))
-        parts.append(Panel(body, title=f"{sample.domain}: the merged tree's text", title_align="left", width=100))
+        body = Text.assemble((sample["prompt"], "dim"), "\n", palette.text(sample["spans"], coloured))
+        title = f"{sample['domain']}: the merged tree's text"
+        parts.append(Panel(body, title=title, title_align="left", width=100))
     return parts
 
 
@@ -281,55 +248,49 @@ def _conclusions(result: DemoResult) -> list[str]:
     """Return in sentences whether the texts are the target's, and what they cost on this machine."""
     num_texts = sum(cell.num_prompts for cell in result.cells)
     num_other = num_texts - sum(cell.num_identical for cell in result.cells)
-    merged = result.row(MERGED)
-    speed = sum(cell.speedup for cell in merged) / len(merged)
-    forwards = sum(cell.target_forwards_per_token for cell in merged) / len(merged)
+    merged = [cell for cell in result.cells if cell.variant == MERGED]
+    speed = mean(cell.speedup for cell in merged)
+    forwards = mean(cell.target_forwards_per_token for cell in merged)
     place = "one torch thread" if result.settings.device == "cpu" else result.settings.device
-    lossless = f"All {num_texts} texts equal plain decoding's, token by token."
-    broken = f"{num_other} of {num_texts} texts differ from plain decoding's: a bug, please report it."
-    cost = (
+    sentences = [
+        f"{num_other} of {num_texts} texts differ from plain decoding's: a bug, please report it."
+        if num_other
+        else f"All {num_texts} texts equal plain decoding's, token by token.",
         f"The merged tree runs at {speed:.2f} times the speed of plain decoding ({place}) and takes {forwards:.2f} "
-        "target forwards per token, where plain decoding takes 1."
-    )
-    small = (
-        f"A target of {result.num_target_parameters / 1e6:.1f} million parameters is too small to gain: its forward "
-        "costs about as much as a drafter's, and a step drafts several levels. With a large target, saved forwards are "
-        "saved time."
-    )
-    return [broken if num_other else lossless, cost, *([small] if speed < 1 else [])]
+        "target forwards per token, where plain decoding takes 1.",
+    ]
+    if speed < 1:
+        sentences.append(
+            f"A target of {result.num_target_parameters / 1e6:.1f} million parameters is too small to gain: its "
+            "forward costs about as much as a drafter's, and a step drafts several levels. With a large target, saved "
+            "forwards are saved time."
+        )
+    return sentences
 
 
 def _table(result: DemoResult) -> Table:
     """Return a row per variant; each column holds one figure for every domain, side by side."""
-    variants = dict.fromkeys(cell.variant for cell in result.cells)
-    rows = {PLAIN: [_plain_figures(cell) for cell in result.row(MERGED)]}
-    rows |= {variant: [_figures(cell) for cell in result.row(variant)] for variant in variants}
+    rows: dict[str, list[Cell]] = {PLAIN: []}
+    for cell in result.cells:
+        rows.setdefault(cell.variant, []).append(cell)
+    ones = {"acceptance_length": 1, "target_forwards_per_token": 1, "nodes_per_step": 1}
+    for cell in rows[MERGED]:
+        plain: dict[str, Any] = {**ones, "num_identical": cell.num_prompts}
+        rows[PLAIN].append(replace(cell, tokens_per_second=cell.plain_tokens_per_second, **plain))
     table = Table("\n\nvariant", box=None, padding=(0, 1, 0, 0))  # 80 columns
-    columns = []
-    for index, heading in enumerate(HEADINGS):
-        domains, *column = _aligned([result.domains, *([figures[index] for figures in row] for row in rows.values())])
-        table.add_column(f"{heading}\n{domains}", no_wrap=True)
-        columns.append(column)
-    for name, *cells in zip(rows, *columns, strict=True):
-        table.add_row(name, *cells, style="bold" if name == MERGED else "")
+    for heading, width, _ in COLUMNS:
+        table.add_column(f"{heading}\n{' '.join(f'{domain:>{width}}' for domain in result.domains)}", no_wrap=True)
+    for name, cells in rows.items():
+        entries = (" ".join(f"{figure(cell):>{width}}" for cell in cells) for _, width, figure in COLUMNS)
+        table.add_row(name, *entries, style="bold" if name == MERGED else "")
     return table
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return each row's entries side by side, right-aligned with those of the other rows."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [" ".join(entry.rjust(width) for entry, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _plain_figures(cell: Cell) -> list[str]:
-    return [f"{cell.plain_tokens_per_second:.0f}      ", "1   ", "1   ", "1", ""]
-
-
-def _figures(cell: Cell) -> list[str]:
-    return [
-        f"{cell.tokens_per_second:.0f} {cell.speedup:.2f}x",
-        number(cell.acceptance_length),
-        f"{cell.target_forwards_per_token:.2f}",
-        f"{cell.nodes_per_step:.0f}",
-        f"{cell.num_identical}/{cell.num_prompts}",
-    ]
+# headings, the width of a figure, and the figure of a cell
+COLUMNS: tuple[tuple[str, int, Callable[[Cell], str]], ...] = (
+    ("tokens/s and\ntimes plain's", 10, lambda cell: f"{cell.tokens_per_second:.0f} {cell.speedup:.2f}x"),
+    ("acceptance\nlength", 4, lambda cell: number(cell.acceptance_length)),
+    ("forwards\nper token", 4, lambda cell: f"{cell.target_forwards_per_token:.2f}"),
+    ("nodes\nper step", 4, lambda cell: f"{cell.nodes_per_step:.0f}"),
+    ("equal\ntexts", 4, lambda cell: f"{cell.num_identical}/{cell.num_prompts}"),
+)

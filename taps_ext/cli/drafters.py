@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .. import checkpoints
 from ..checkpoints.files import CALIBRATION_FILE, check_writable, write_text
@@ -43,7 +44,9 @@ def average(
     """Average the weights of two or more drafters of one target into an ordinary drafter."""
     folders = [resolve(drafter) for drafter in drafters]
     if sweep is None:
-        written = [checkpoints.average_drafters(folders, _weights(weight, len(folders)), output)]
+        if weight and len(weight) == 1 and len(folders) == 2:
+            weight = [weight[0], round(1 - weight[0], 12)]
+        written = [checkpoints.average_drafters(folders, weight or None, output)]
     elif weight or len(folders) != 2:
         raise ValueError("--sweep takes two drafters and no --weight, such as A B --sweep 0.1:0.9:0.1")
     else:
@@ -128,24 +131,26 @@ def calibrate(
     with terminal.progress("conversations") as update:
         texts = prepare(config, tokenizer, lambda done, total: update("conversations", done, total)).training
         report = calibrating.calibrate_drafter(folder, model, texts, settings, update, target_name=resolve(target))
-    files = [str(path) for path in (folder / CALIBRATION_FILE, *(_save(report, output) if output else ()))]
-    lines = [*_sentences(report), *(f"wrote {path}" for path in files)]
+    files = [str(folder / CALIBRATION_FILE)]
+    if output is not None:
+        files += [str(calibration_picture.save(report, output / PICTURE)), str(output / REPORT)]  # makes the directory
+        write_text(output / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
+    lines = (
+        f"fitted at {report.num_fitted:,} positions of the texts, measured at {report.num_held_out:,} of other texts",
+        f"nats: gained per drawn token; hits: the token is among the {NUM_CHILDREN} best children",
+        "misplaced: probability given to these children that is too high or too low, in sum",
+        *(f"wrote {path}" for path in files),
+    )
     show(as_json, {**report.to_dict(), "files": files}, _table(report), "", *lines)
-
-
-def _weights(given: list[float] | None, num_drafters: int) -> list[float] | None:
-    if given and len(given) == 1 and num_drafters == 2:
-        return [given[0], round(1 - given[0], 12)]
-    return given or None
 
 
 def _checks(report: checkpoints.ValidationReport) -> Table:
     """Return a row per check, then a row per program."""
     table = Table(show_header=False, **terminal.PLAIN)
     for check in report.checks:
-        table.add_row(f"[{STYLES[check.status]}]{check.status}", check.name, check.message.replace("[", r"\["))
+        table.add_row(Text(check.status, STYLES[check.status]), check.name, check.message)
     for loader, reasons in report.loaders.items():
-        table.add_row("reads it" if not reasons else "no", loader, "; ".join(reasons).replace("[", r"\["))
+        table.add_row("no" if reasons else "reads it", loader, "; ".join(reasons))
     return table
 
 
@@ -156,12 +161,6 @@ def _check_output(output: Path, folder: Path) -> None:
     if find_spec("matplotlib") is None:
         raise ValueError("the picture needs matplotlib: pip install 'taps_ext[cli]', or omit --output")
     check_writable(output)
-
-
-def _save(report: CalibrationReport, output: Path) -> list[Path]:
-    picture = calibration_picture.save(report, output / PICTURE)
-    write_text(output / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
-    return [picture, output / REPORT]
 
 
 def _table(report: CalibrationReport) -> Table:
@@ -178,12 +177,3 @@ def _table(report: CalibrationReport) -> Table:
             f"{cell.coupled.calibration_error:.3f}",
         )
     return table
-
-
-def _sentences(report: CalibrationReport) -> tuple[str, ...]:
-    """Return what the columns are."""
-    return (
-        f"fitted at {report.num_fitted:,} positions of the texts, measured at {report.num_held_out:,} of other texts",
-        f"nats: gained per drawn token; hits: the token is among the {NUM_CHILDREN} best children",
-        "misplaced: probability given to these children that is too high or too low, in sum",
-    )

@@ -10,14 +10,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..checkpoints import load_drafters
+from ..checkpoints.load import open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
 from ..evaluation import contestants, lossless, results, runner
@@ -31,10 +33,10 @@ from ..evaluation.tasks import TASKS, Question, find_task, load_prompts
 from ..evaluation.variants import parse_variants
 from ..native import choose_device
 from ..target.model import TargetModel
-from ..tiny import TINY
+from ..tiny import TINY, resolve
 from ..tree import TreeShape
 from . import terminal
-from .terminal import drafter_folders, load_target_and_tokenizer, number, show, target_config
+from .terminal import drafter_folders, load_target_and_tokenizer, number, show
 from .train import STOPPED
 
 TINY_TASKS = ("tiny_math", "tiny_chat")
@@ -97,21 +99,26 @@ def evaluate(
     variants = parse_variants(variant or [], list(paths), temperature, max_nodes)
     place = choose_device(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, limit)
-    facts = contestants.drafter_facts(contestants.check_drafters(paths, target_config(target)), paths)
+    facts = contestants.drafter_facts(contestants.check_drafters(paths, open_target(resolve(target)).config), paths)
     plan = Plan(asked, variants, temperature, settings, facts, sources, label)
     results.check_folder(output, plan.configuration())
     terminal.keep_logs_clean()
     what = (*load_target_and_tokenizer(target, dtype, place), paths, asked, variants, temperature, settings, output)
     name = target if target == TINY else contestants.short_name(target)
-    origin: dict[str, Any] = {"label": label, "target_name": name, "sources": sources, "command": _command()}
     try:
         with terminal.progress() as update:
-            runner.evaluate(*what, update, **origin)
+            runner.evaluate(*what, update, label=label, target_name=name, sources=sources, command=_command())
     except KeyboardInterrupt:
         print(f"stopped; the same command resumes it in {output}", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
-    if terminal.is_main_process():
-        _show_summary(summarise(output), output, as_json)
+    if terminal.process_index():
+        return
+    summary = summarise(output)
+    verdict = Text(summary.verdict(), style=FAULT if summary.is_broken else "")
+    where = f"answers in {output}; tables and figures: taps-ext report {output} -o DIRECTORY"
+    show(as_json, summary.to_dict(), _lengths(summary), "", verdict, where)
+    if summary.is_broken:
+        raise typer.Exit(1)
 
 
 def report(
@@ -169,12 +176,14 @@ def check_lossless(
     paths = drafter_folders(target, drafter)
     ways = lossless.make_ways(list(paths), composition, check_drafting(drafting), merged_nodes)
     questions, place = _questions(target, prompts, limit), choose_device(device)
-    contestants.check_drafters(paths, target_config(target))
+    contestants.check_drafters(paths, open_target(resolve(target)).config)
     terminal.keep_logs_clean()
     with terminal.progress() as update:
         model, tokenizer = load_target_and_tokenizer(target, dtype, place)
         taken = TargetModel(model)
-        tokens = _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
+        tokens = [_encode(tokenizer, question) for question in questions]
+        for question, prompt in zip(questions, tokens, strict=True):
+            refuse_long(question, len(prompt) + max(max_new_tokens, settings.num_first_tokens), taken)
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
         drafters = load_drafters(paths, taken)
         report = lossless.check_lossless(
@@ -227,27 +236,16 @@ def _without_folders(argument: str) -> str:
     return head + Path(value).expanduser().resolve().name if is_path else argument
 
 
-def _show_summary(summary: Summary, output: Path, as_json: bool) -> None:
-    verdict = Text(summary.verdict(), style=FAULT if summary.is_broken else "")
-    where = f"answers in {output}; tables and figures: taps-ext report {output} -o DIRECTORY"
-    show(as_json, summary.to_dict(), _lengths(summary), "", verdict, where)
-    if summary.is_broken:
-        raise typer.Exit(1)
-
-
 def _lengths(summary: Summary) -> Table:
     """Return a row per variant: its acceptance length per task and temperature, and its texts equal to plain's."""
     columns = sorted(dict.fromkeys((t, task) for _, task, t in summary.cells), key=lambda column: column[0])
-    table = Table(**terminal.PLAIN)
-    table.add_column("acceptance length", overflow="fold")
-    for temperature, task in columns:
-        table.add_column(f"{task}\nT = {temperature:g}", justify="right")
-    table.add_column("as plain", justify="right")
+    headings = [Column(f"{task}\nT = {temperature:g}", justify="right") for temperature, task in columns]
+    first, last = Column("acceptance length", overflow="fold"), Column("as plain", justify="right")
+    table = Table(first, *headings, last, **terminal.PLAIN)
     for variant in dict.fromkeys(variant for variant, _, _ in summary.cells):
-        cells = [summary.cells.get((variant, task, temperature)) for temperature, task in columns]
-        there = [cell for cell in cells if cell is not None]
-        equal, total = sum(cell.num_equal for cell in there), sum(cell.num_questions for cell in there)
-        lengths = ["" if cell is None else f"{cell.acceptance_length:.2f}" for cell in cells]
+        cells = {(t, task): cell for (name, task, t), cell in summary.cells.items() if name == variant}
+        lengths = [f"{cells[column].acceptance_length:.2f}" if column in cells else "" for column in columns]
+        equal, total = (sum(getattr(cell, name) for cell in cells.values()) for name in ("num_equal", "num_questions"))
         table.add_row(variant, *lengths, f"{equal}/{total}", style=FAULT if equal < total else "")
     return table
 
@@ -259,21 +257,9 @@ def _questions(target: str, prompts: Path | None, limit: int) -> list[Question]:
     if prompts is not None:
         return load_prompts(prompts, limit)
     if target == TINY:
-        chat = limit // 2
-        math = TASKS["tiny_math"].load(limit=limit - chat)
-        return [*math, *(TASKS["tiny_chat"].load(limit=chat) if chat else [])]
+        halves = zip(TINY_TASKS, (limit - limit // 2, limit // 2), strict=True)
+        return [question for task, half in halves if half for question in TASKS[task].load(limit=half)]
     return [Question(str(number), "built-in", (text,)) for number, text in enumerate(SENTENCES)][:limit]
-
-
-def _encoded(
-    tokenizer: Any, questions: Sequence[Question], target: TargetModel, max_new_tokens: int
-) -> list[list[int]]:
-    """Return the tokens of each first turn; raise ValueError if the target's context has no room for the answer."""
-    encoded = []
-    for question in questions:
-        encoded.append(_encode(tokenizer, question))
-        refuse_long(question, len(encoded[-1]) + max_new_tokens, target)
-    return encoded
 
 
 def _encode(tokenizer: Any, question: Question) -> list[int]:
@@ -300,34 +286,28 @@ def _page(report: LosslessReport, tokenizer: Any) -> Iterator[Any]:
 
 def _verdicts(report: LosslessReport) -> Table:
     """Return a row per way of decoding: its texts at each temperature, and the frequencies of its first tokens."""
-    table = Table(**terminal.PLAIN)
-    table.add_column("texts equal\nto plain's", no_wrap=True)
-    for temperature in report.settings.temperatures:
-        table.add_column(f"\nT = {temperature:g}", no_wrap=True)
-    table.add_column("acceptance\nlength", justify="right", no_wrap=True)
-    if report.frequencies:
-        table.add_column("first tokens\nchi-square", no_wrap=True)
-        table.add_column("\np-value", no_wrap=True)
+    headings = ["texts equal\nto plain's", *(f"\nT = {temperature:g}" for temperature in report.settings.temperatures)]
+    headings += ["acceptance\nlength", *(["first tokens\nchi-square", "\np-value"] if report.frequencies else [])]
+    table = Table(*(Column(heading, no_wrap=True) for heading in headings), **terminal.PLAIN)
     frequencies = {check.way: check for check in report.frequencies}
     for way in dict.fromkeys([*frequencies, *(check.way for check in report.texts)]):
         checks = [check for check in report.texts if check.way == way]
         cells = [_text_cell(check) for check in checks] or [Text("")] * len(report.settings.temperatures)
         lengths = [check.acceptance_length for check in checks if not math.isnan(check.acceptance_length)]
-        length = number(sum(lengths) / len(lengths)) if lengths else ""
+        length = number(mean(lengths)) if lengths else ""
         table.add_row(way, *cells, length, *(_frequency_cells(frequencies[way]) if way in frequencies else ()))
     return table
 
 
 def _text_cell(check: TextCheck) -> Text:
     equal = f"{check.num_texts - len(check.divergences)}/{check.num_texts}"
-    words = equal if check.verdict == "equal" else f"{equal} {check.verdict}"
-    return Text(words, style=STYLES.get(check.verdict, FAULT))
+    return Text(equal if check.verdict == "equal" else f"{equal} {check.verdict}", STYLES.get(check.verdict, FAULT))
 
 
 def _frequency_cells(check: FrequencyCheck) -> tuple[str, Text]:
     unexpected = "" if check.verdict == "as expected" else f", {check.verdict}"
-    words = Text(f"{check.test.p_value:.2g}{unexpected}", style=STYLES.get(check.verdict, FAULT))
-    return f"{check.test.statistic:.1f} in {check.test.num_cells} cells", words
+    p_value = Text(f"{check.test.p_value:.2g}{unexpected}", STYLES.get(check.verdict, FAULT))
+    return f"{check.test.statistic:.1f} in {check.test.num_cells} cells", p_value
 
 
 def _divergences(report: LosslessReport, tokenizer: Any) -> Iterator[Text]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,6 @@ from .. import native
 from ..checkpoints import load_drafters
 from ..composition import make_composition
 from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
-from ..decode.state import StepEvent
 from ..decode.stats import DecodeStats
 from ..native import choose_device
 from ..sampling import SamplingParams
@@ -87,12 +86,24 @@ def generate(
         drafting=drafting,
         evidence_decay=evidence_decay,
     )
-    inputs = {**_encode(tokenizer, text, raw), "sampling": sampling, "max_new_tokens": max_new_tokens}
-    inputs |= {"stop_strings": stop, "tokenizer": tokenizer}
-    if as_json:
-        show(True, _facts(decoder, tokenizer, text, inputs))
-    else:
-        _stream(decoder, tokenizer, inputs)
+    messages = [{"role": "user", "content": text if raw else text.strip()}]
+    inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
+    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer}
+    started = time.perf_counter()
+    if not as_json:
+        result = _stream(decoder, tokenizer, inputs)
+        show(False, {}, facts_table(_figures(result.stats, time.perf_counter() - started)))
+        return
+    result = decoder.generate(**inputs)
+    facts = {
+        "prompt": text,
+        "text": tokenizer.decode(result.new_tokens[0], skip_special_tokens=True),
+        "new_tokens": result.new_tokens[0],
+        "finish_reason": result.finish_reasons[0],
+        "seconds": time.perf_counter() - started,
+        "stats": result.stats.to_dict(),
+    }
+    show(True, facts)
 
 
 def info(as_json: terminal.AsJson = False) -> None:
@@ -115,55 +126,22 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     return prompt
 
 
-def _encode(tokenizer: Any, text: str, raw: bool) -> dict[str, Any]:
-    """Return `input_ids` and `attention_mask` of a prompt: as a user's turn if the tokenizer has a chat template."""
-    if not raw and getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": text.strip()}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        encoded = tokenizer(text, return_tensors="pt")
-    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
-
-
-def _facts(decoder: SpeculativeDecoder, tokenizer: Any, prompt: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    started = time.perf_counter()
-    out = decoder.generate(**inputs)
-    return {
-        "prompt": prompt,
-        "text": tokenizer.decode(out.new_tokens[0], skip_special_tokens=True),
-        "new_tokens": out.new_tokens[0],
-        "finish_reason": out.finish_reasons[0],
-        "seconds": time.perf_counter() - started,
-        "stats": out.stats.to_dict(),
-    }
-
-
-def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> None:
+def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> GenerationResult:
+    """Print the text of each step as it arrives, and what the colours mean."""
     console = Console(highlight=False, soft_wrap=True)
-    palette = terminal.Palette(list(decoder.drafters))
-    started = time.perf_counter()
-    result = _print_steps(decoder.stream(**inputs), tokenizer, palette, console)
-    seconds = time.perf_counter() - started
-    if terminal.has_colours(console):
-        console.print(palette.legend())
-    console.print(facts_table(_figures(result.stats, seconds)))
-
-
-def _print_steps(
-    events: Generator[StepEvent, None, GenerationResult], tokenizer: Any, palette: terminal.Palette, console: Console
-) -> GenerationResult:
-    """Print the text of each step as it arrives; return the generator's result."""
-    transcript = terminal.Transcript(tokenizer)
+    palette, transcript = terminal.Palette(list(decoder.drafters)), terminal.Transcript(tokenizer)
+    events = decoder.stream(**inputs)
     while True:
         try:
             event = next(events)
         except StopIteration as end:
-            console.print(palette.text(transcript.finish()))
-            console.print()
             result: GenerationResult = end.value
-            return result
+            break
         console.print(palette.text(transcript.add(event.new_tokens[0], event.accepted_proposers[0])), end="")
+    console.print(palette.text(transcript.finish()), end="\n\n")
+    if terminal.has_colours(console):
+        console.print(palette.legend())
+    return result
 
 
 def _figures(stats: DecodeStats, seconds: float) -> Iterator[tuple[str, str]]:

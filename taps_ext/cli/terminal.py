@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -21,6 +22,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 from typer import Argument, Option
 
 from .. import tiny
@@ -29,40 +31,33 @@ from ..checkpoints.load import open_target
 
 T = TypeVar("T")
 
-Target = Annotated[T, Option("--target", help="Target model: directory or hub id; 'tiny' is the embedded one.")]
+Target = Annotated[T, Option(help="Target model: directory or hub id; 'tiny' is the embedded one.")]
 DRAFTER_HELP = "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; embedded: tiny/math, tiny/chat. Repeatable."
-Drafters = Annotated[list[str] | None, Option("--drafter", help=DRAFTER_HELP)]
-ARGUMENT_HELP = "Directory or hub id; embedded: tiny/math, tiny/chat."
-DrafterArgument = Annotated[T, Argument(metavar="DRAFTER", help=ARGUMENT_HELP)]
+Drafters = Annotated[list[str] | None, Option(help=DRAFTER_HELP)]
+DrafterArgument = Annotated[T, Argument(metavar="DRAFTER", help="Directory or hub id; embedded: tiny/math, tiny/chat.")]
 COMPOSITION_HELP = "How several drafters make one tree: single, confidence, entropy, evidence or merged."
-Composition = Annotated[str, Option("--composition", help=COMPOSITION_HELP)]
-Compositions = Annotated[list[str], Option("--composition", help=f"{COMPOSITION_HELP} Repeatable.")]
+Composition = Annotated[str, Option(help=COMPOSITION_HELP)]
+Compositions = Annotated[list[str], Option(help=f"{COMPOSITION_HELP} Repeatable.")]
 DRAFTING_HELP = "'coupled' drafts with the target's noise at temperatures above 0; 'topk' drafts the likeliest tokens."
-Drafting = Annotated[str, Option("--drafting", help=DRAFTING_HELP)]
-Depth = Annotated[int, Option("--depth", help="Number of levels that a drafter drafts, below the root.")]
-Branching = Annotated[int, Option("--branching", help="Number of children kept per expanded node.")]
-MaxNodes = Annotated[int, Option("--max-nodes", help="Number of nodes per drafter's tree, root included.")]
-MERGED_HELP = "Number of nodes kept in the merged tree. Default: the whole union."
-MergedNodes = Annotated[int | None, Option("--merged-nodes", help=MERGED_HELP)]
+Drafting = Annotated[str, Option(help=DRAFTING_HELP)]
+Depth = Annotated[int, Option(help="Number of levels that a drafter drafts, below the root.")]
+Branching = Annotated[int, Option(help="Number of children kept per expanded node.")]
+MaxNodes = Annotated[int, Option(help="Number of nodes per drafter's tree, root included.")]
+MergedNodes = Annotated[int | None, Option(help="Number of nodes kept in the merged tree. Default: the whole union.")]
 TEMPERATURE_HELP = "Sampling temperature; 0 is greedy decoding."
-Temperature = Annotated[float, Option("--temperature", help=TEMPERATURE_HELP)]
-Temperatures = Annotated[list[float], Option("--temperature", help=f"{TEMPERATURE_HELP} Repeatable.")]
-Seed = Annotated[int, Option("--seed", help="Random seed; the same seed gives the same result.")]
-LENGTH_HELP = "Maximum number of new tokens per text or answer."
-MaxNewTokens = Annotated[int, Option("--max-new-tokens", min=1, help=LENGTH_HELP)]
-BatchSize = Annotated[int, Option("--batch-size", help="Number of texts decoded together.")]
-Prompts = Annotated[Path | None, Option("--prompts", help='File of your own prompts, JSON Lines: {"prompt": "..."}.')]
-LIMIT_HELP = "Maximum number of prompts; in demo and evaluate: from each domain or task."
-Limit = Annotated[T, Option("--limit", min=1, help=LIMIT_HELP)]
-DATA_HELP = "Conversations: a file, directory or data set of the hub. Repeatable."
-Data = Annotated[list[str], Option("--data", help=DATA_HELP)]
-TEMPLATE_HELP = "Jinja file of the chat template. Default: the tokenizer's."
-ChatTemplate = Annotated[str | None, Option("--chat-template", help=TEMPLATE_HELP)]
-SYSTEM_HELP = "System prompt for conversations that have none."
-SystemPrompt = Annotated[str | None, Option("--system-prompt", help=SYSTEM_HELP)]
-Dtype = Annotated[str, Option("--dtype", help="Data type: float32, bfloat16, float16, or auto (as stored).")]
+Temperature = Annotated[float, Option(help=TEMPERATURE_HELP)]
+Temperatures = Annotated[list[float], Option(help=f"{TEMPERATURE_HELP} Repeatable.")]
+Seed = Annotated[int, Option(help="Random seed; the same seed gives the same result.")]
+MaxNewTokens = Annotated[int, Option(min=1, help="Maximum number of new tokens per text or answer.")]
+BatchSize = Annotated[int, Option(help="Number of texts decoded together.")]
+Prompts = Annotated[Path | None, Option(help='File of your own prompts, JSON Lines: {"prompt": "..."}.')]
+Limit = Annotated[T, Option(min=1, help="Maximum number of prompts; in demo and evaluate: from each domain or task.")]
+Data = Annotated[list[str], Option(help="Conversations: a file, directory or data set of the hub. Repeatable.")]
+ChatTemplate = Annotated[str | None, Option(help="Jinja file of the chat template. Default: the tokenizer's.")]
+SystemPrompt = Annotated[str | None, Option(help="System prompt for conversations that have none.")]
+Dtype = Annotated[str, Option(help="Data type: float32, bfloat16, float16, or auto (as stored).")]
 DEVICE_HELP = "cpu, cuda or cuda:NUMBER. Default: a GPU if there is one and its ops are built, else cpu."
-Device = Annotated[str | None, Option("--device", help=DEVICE_HELP)]
+Device = Annotated[str | None, Option(help=DEVICE_HELP)]
 Output = Annotated[T, Option("--output", "-o", help="Path to write the result to.")]
 AsJson = Annotated[bool, Option("--json", help="Print the result as one JSON object and nothing else.")]
 DRY_RUN_HELP = "Report what the run would take (time, memory, disk); write nothing."
@@ -86,9 +81,14 @@ def check_dtype(dtype: str) -> str:
     return dtype
 
 
-def target_config(target: str) -> Any:
-    """Return the config of a target's language model; raise FileNotFoundError if there is none."""
-    return open_target(tiny.resolve(target)).config
+def encode(tokenizer: Any, messages: Sequence[dict[str, str]], raw: bool = False) -> dict[str, Tensor]:
+    """Return `input_ids` and `attention_mask` of chat messages, through the chat template if there is one."""
+    if raw or not getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
+    else:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
 def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
@@ -109,7 +109,7 @@ def drafter_folders(target: str, drafters: Sequence[str] | None) -> dict[str, st
     if not drafters and target != tiny.TINY:
         raise ValueError("give at least one drafter: --drafter NAME=DIRECTORY-OR-HUB-ID")
     paths: dict[str, str] = {}
-    for entry in drafters or [f"{name}={tiny.TINY}/{name}" for name in tiny.drafter_paths()]:
+    for entry in drafters or [f"{tiny.TINY}/{name}" for name in tiny.drafter_paths()]:
         name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)
         if not (name and path):
             raise ValueError(f"--drafter must be NAME=DIRECTORY-OR-HUB-ID, got {entry!r}")
@@ -123,13 +123,8 @@ def drafter_folders(target: str, drafters: Sequence[str] | None) -> dict[str, st
 
 
 def process_index() -> int:
-    """Return the index of this process in its launch (torchrun, accelerate launch); 0 is the main process."""
+    """Return the index of this process in its launch (torchrun, accelerate launch); the main process, 0, prints."""
     return int(os.environ.get("RANK", "0"))
-
-
-def is_main_process() -> bool:
-    """Return whether this is the process that prints."""
-    return process_index() == 0
 
 
 def keep_logs_clean() -> None:
@@ -142,7 +137,7 @@ def keep_logs_clean() -> None:
 def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None], None]]:
     """Show a bar on stderr, on terminals only; the value is called with what is done, how many, and of how many."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    is_shown = is_main_process() and sys.stderr.isatty()
+    is_shown = not process_index() and sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as bars:
         bar = bars.add_task(what, total=None)
         yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
@@ -150,20 +145,20 @@ def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None],
 
 def note(*sentences: str) -> None:
     """Print lines on stderr."""
-    for sentence in sentences if is_main_process() else ():
+    for sentence in () if process_index() else sentences:
         print(sentence, file=sys.stderr, flush=True)
 
 
 def show(as_json: bool, facts: dict[str, Any], *parts: RenderableType) -> None:
     """Print a result on stdout: `facts` as JSON for programs, or `parts` for people."""
-    if not is_main_process():
+    if process_index():
         return
     if as_json:
         print(json_text(facts))
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     for part in parts:
-        console.print(Text(part) if isinstance(part, str) else part, soft_wrap=isinstance(part, (str, Text)))
+        console.print(part, soft_wrap=isinstance(part, (str, Text)))
 
 
 # ---- text in the colours of its proposers
@@ -181,7 +176,7 @@ class Transcript:
     """Turn the tokens of one row into text as they arrive; hold tokens back while a character is unfinished."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self._decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         self._tokens: list[int] = []
         self._window = 0  # decoding starts here: a token's text depends on the one before it (leading spaces)
         self._shown = 0  # tokens whose text has been returned
@@ -200,16 +195,12 @@ class Transcript:
         return join_spans([Span(self._new_text(final=True), ())])
 
     def _new_text(self, final: bool = False) -> str:
-        before = self._decode(self._tokens[self._window : self._shown])
-        after = self._decode(self._tokens[self._window :])
+        before: str = self._decode(self._tokens[self._window : self._shown])
+        after: str = self._decode(self._tokens[self._window :])
         if after.endswith(UNFINISHED) and not final:
             return ""
         self._window, self._shown = self._shown, len(self._tokens)
         return after[len(before) :]
-
-    def _decode(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
 
 def join_spans(spans: Iterable[Span]) -> list[Span]:
@@ -280,5 +271,5 @@ def facts_table(rows: Iterable[tuple[str, str]]) -> Table:
     """Return a table of names and facts."""
     table = Table(show_header=False, **PLAIN)
     for row in rows:
-        table.add_row(*(entry.replace("[", r"\[") for entry in row))
+        table.add_row(*row)
     return table

@@ -24,6 +24,7 @@ from ..training import progress as watching
 from ..training.config import DataConfig, Recipe, SourceConfig
 from ..training.data import prepare, with_chat_template
 from ..training.feature_shards import DTYPES
+from ..training.feature_store import size
 from ..training.progress import duration, percents
 from . import terminal
 from .terminal import facts_table, note, show
@@ -55,7 +56,7 @@ def train(
     from ..training import run  # needs accelerate, which the recipe's errors do not wait for
 
     terminal.keep_logs_clean()
-    observer = watching.choose(recipe.training.log_every, sys.stderr) if terminal.is_main_process() else None
+    observer = watching.choose(recipe.training.log_every, sys.stderr) if not terminal.process_index() else None
     if observer:
         observer.note(f"{recipe.objective.name} drafter for {recipe.target}, in {recipe.output}")
     if dry_run:
@@ -208,11 +209,15 @@ def _show_run(
 ) -> None:
     """Print the step of a run, its best and latest drafter, its files and what to do next."""
     log = Path(recipe.output).expanduser() / LOG
-    drawn = _draw(log, note)
+    drawn = None
+    try:
+        drawn = picture.save(log)
+    except (ValueError, OSError) as error:  # the run itself is done
+        note(str(error))
     records = picture.read_log(log, "validation")
     best = max(records, key=lambda record: float(record["acceptance_length"]), default=None)
     latest = records[-1] if records else None
-    facts = {
+    facts: dict[str, Any] = {
         "finished": result.is_finished,
         "step": result.step,
         "num_steps": result.num_steps,
@@ -222,43 +227,28 @@ def _show_run(
         "log": str(log),
         "picture": drawn and str(drawn),
     }
+    table = Table("", "step", "loss", "estimated\nacceptance length", "accuracy by depth", **terminal.PLAIN)
+    for name, record in (("best", best), ("final" if result.is_finished else "latest", latest)):
+        if record is not None:
+            length, accuracy = f"{record['acceptance_length']:.2f}", percents(record["accuracy"])
+            table.add_row(name, f"{record['step']:,}", f"{record['loss']:.4f}", length, accuracy)
     paths = {"best drafter": result.best, "final drafter": result.final, "log": log, "picture": drawn}
     lines = [f"{name}: {path}" for name, path in paths.items() if path]
     lines.append(f"{result.step:,} of {result.num_steps:,} steps, {duration(seconds)} in this command")
-    table: list[Any] = [] if best is None or latest is None else [_validations(best, latest, result.is_finished), ""]
-    show(as_json, facts, *table, *lines, *_next_steps(result, recipe.target))
-
-
-def _draw(log: Path, note: Callable[[str], None]) -> Path | None:
-    """Draw the picture of a run; where that fails, note the reason: the run itself is done."""
-    try:
-        return picture.save(log)
-    except (ValueError, OSError) as error:
-        note(str(error))
-        return None
+    drafter = result.best or result.final
+    if drafter is not None and result.is_finished:
+        folder, target = shlex.quote(str(drafter)), shlex.quote(recipe.target)
+        lines += ["", "next:", f"  taps-ext validate {folder} --target {target}"]
+        lines += [f'  taps-ext generate --target {target} --drafter {folder} --prompt "..."']
+    parts: list[Any] = [table, "", *lines] if records else lines
+    show(as_json, facts, *parts)
 
 
 def _figures(folder: Path | None, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if folder is None:
+        return None
     names = ("step", "loss", "accuracy", "acceptance_length")
-    figures = {name: record and record[name] for name in names}
-    return None if folder is None else {"folder": str(folder), **figures}
-
-
-def _validations(best: Mapping[str, Any], latest: Mapping[str, Any], is_finished: bool) -> Table:
-    table = Table("", "step", "loss", "estimated\nacceptance length", "accuracy by depth", **terminal.PLAIN)
-    for name, record in (("best", best), ("final" if is_finished else "latest", latest)):
-        length, accuracy = f"{record['acceptance_length']:.2f}", percents(record["accuracy"])
-        table.add_row(name, f"{record['step']:,}", f"{record['loss']:.4f}", length, accuracy)
-    return table
-
-
-def _next_steps(result: TrainingResult, target: str) -> Sequence[str]:
-    drafter = result.best or result.final
-    if drafter is None or not result.is_finished:
-        return ()
-    folder, name = shlex.quote(str(drafter)), shlex.quote(target)
-    validate = f"  taps-ext validate {folder} --target {name}"
-    return "", "next:", validate, f'  taps-ext generate --target {name} --drafter {folder} --prompt "..."'
+    return {"folder": str(folder), **{name: record and record[name] for name in names}}
 
 
 def _dry_run_rows(facts: DryRun) -> Iterator[tuple[str, str]]:
@@ -266,10 +256,6 @@ def _dry_run_rows(facts: DryRun) -> Iterator[tuple[str, str]]:
     yield "training data", f"{facts.num_sequences:,} conversations, {facts.num_tokens:,} tokens"
     yield "steps", f"{facts.num_steps:,} of {facts.seconds_per_step:.3g} s"
     yield "time", f"{duration(3600 * facts.hours)}, without validations"
-    yield "peak memory", f"{_size(facts.peak_memory_bytes)}, of this process or its GPU"
-    yield "each checkpoint", _size(facts.checkpoint_bytes)
-    yield "stored features", "none" if facts.feature_bytes is None else _size(facts.feature_bytes)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:,.1f} MiB"
+    yield "peak memory", f"{size(facts.peak_memory_bytes)}, of this process or its GPU"
+    yield "each checkpoint", size(facts.checkpoint_bytes)
+    yield "stored features", "none" if facts.feature_bytes is None else size(facts.feature_bytes)

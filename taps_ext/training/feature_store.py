@@ -43,7 +43,7 @@ class SpaceEstimate:
     def __str__(self) -> str:
         return (
             f"the features of {self.num_sequences:,} sequences ({self.num_tokens:,} tokens x {self.position_bytes:,} "
-            f"bytes) take {_size(self.num_bytes)} in {self.folder}, where {_size(self.free_bytes)} are free"
+            f"bytes) take {size(self.num_bytes)} in {self.folder}, where {size(self.free_bytes)} are free"
         )
 
     def check(self) -> None:
@@ -218,5 +218,6 @@ def _remove_abandoned(folder: Path) -> None:
             pass  # its writer finished it, or another process was faster
 
 
-def _size(num_bytes: int) -> str:
+def size(num_bytes: int) -> str:
+    """Return a number of bytes in GiB or MiB."""
     return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:,.1f} MiB"
