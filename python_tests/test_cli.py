@@ -21,10 +21,12 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.models import OptionInfo
+from typer.testing import CliRunner
 
 import taps_ext as taps
+from taps_ext import tiny
 from taps_ext.checkpoints import save_drafter
-from taps_ext.cli import app, main
+from taps_ext.cli import app, main, terminal
 
 PROMPT = "t2 t10 t11 t12"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -280,3 +282,25 @@ def test_every_command_says_what_it_does_and_is_in_the_documentation(name: str) 
     assert re.fullmatch(r"[A-Z][a-z]+ .*[.]", first, re.DOTALL), first
     pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     assert re.search(rf"(taps-ext|-m taps_ext) {name}\b|`{name} --", pages)
+
+
+def test_without_a_temperature_the_generation_config_decides(tmp_path: Path) -> None:
+    """The command writes what the decoder writes behind the same seed, and says where a text may end."""
+    model, tokenizer = tiny.load_target()
+    model.generation_config.update(do_sample=True, temperature=0.8, top_k=30, repetition_penalty=1.2)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ["--target", str(tmp_path), "--drafter", "math=tiny/math", "--prompt", "What is 2 + 3?", "--json"]
+    result = CliRunner().invoke(app, ["generate", *options, "--seed", "11", "--max-new-tokens", "24"])
+    found = json.loads(result.stdout)
+    decoder = taps.SpeculativeDecoder(model, taps.load_drafters({"math": tiny.resolve("tiny/math")}, model))
+    torch.manual_seed(11)
+    inputs = terminal.encode(tokenizer, [{"role": "user", "content": "What is 2 + 3?"}])
+    assert found["new_tokens"] == decoder.generate(**inputs, max_new_tokens=24).new_tokens[0]
+    assert found["end_tokens"] == {tokenizer.eos_token: tokenizer.eos_token_id}
+    assert "temperature too" in str(CliRunner().invoke(app, ["generate", *options, "--top-k", "3"]).exception)
+
+
+def test_a_text_that_leaves_the_targets_context_is_refused() -> None:
+    result = CliRunner().invoke(app, ["generate", "--prompt", "x", "--max-new-tokens", "100000"])
+    assert "and the target's context is" in str(result.exception) and "lower --max-new-tokens" in str(result.exception)

@@ -22,6 +22,7 @@ from ..checkpoints import load_drafters
 from ..checkpoints.load import open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
+from ..decode.request import end_tokens
 from ..evaluation import contestants, lossless, results, runner
 from ..evaluation.divergence import Divergence
 from ..evaluation.lossless_report import TEMPERATURES, FrequencyCheck, LosslessReport, LosslessSettings, TextCheck
@@ -187,7 +188,13 @@ def check_lossless(
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
         drafters = load_drafters(paths, taken)
         report = lossless.check_lossless(
-            taken, drafters, ways, tokens, settings, lambda what: update(what, next(done), total)
+            taken,
+            drafters,
+            ways,
+            tokens,
+            settings,
+            lambda what: update(what, next(done), total),
+            end_tokens(model, tokenizer) or None,
         )
     show(as_json, report.to_dict(), *_page(report, tokenizer))
     if not report.passed:

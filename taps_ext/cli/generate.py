@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from .. import native
 from ..checkpoints import load_drafters
 from ..composition import make_composition
 from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
+from ..decode.request import end_tokens
 from ..decode.stats import DecodeStats
 from ..native import choose_device
 from ..sampling import SamplingParams
@@ -36,12 +38,14 @@ def generate(
     prompt_file: Annotated[Path | None, typer.Option(help="File with the text of one prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Do not apply the tokenizer's chat template.")] = False,
     max_new_tokens: terminal.MaxNewTokens = 128,
-    temperature: terminal.Temperature = 0.0,
-    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability; 1 is off.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help=terminal.TEMPERATURE_HELP)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens; 0 is off.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample from the likeliest tokens of this probability; 1 is off.")
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(help="Drop tokens less probable than this times the likeliest; 0 is off.")
-    ] = 0.0,
+        float | None, typer.Option(help="Drop tokens less probable than this times the likeliest; 0 is off.")
+    ] = None,
     seed: terminal.Seed = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End with the token that completes this text. Repeatable.")
@@ -64,10 +68,12 @@ def generate(
 ) -> None:
     """Generate a text, streamed in the colours of the drafters that proposed each piece, then print the figures.
 
-    The text is a function of target, prompt and seed: no drafter or composition changes it.
+    The text is a function of target, prompt and seed: no drafter or composition changes it. Without --temperature the
+    target's generation config decides whether and how the text is sampled.
     """
     text, place = _read_prompt(prompt, prompt_file), choose_device(device)
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, seed)
+    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    sampling = _sampling({name: value for name, value in filters.items() if value is not None}, seed)
     shape = TreeShape(depth, branching, max_nodes, min_score)
     make_composition(composition, merged_nodes, evidence_decay)  # checks it before a large target is loaded
     check_drafting(drafting)
@@ -88,7 +94,10 @@ def generate(
     )
     messages = [{"role": "user", "content": text if raw else text.strip()}]
     inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
-    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer}
+    _check_prompt(model, tokenizer, inputs["input_ids"].shape[1] + max_new_tokens, raw)
+    ends = end_tokens(model, tokenizer)
+    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": ends}
+    torch.manual_seed(seed)  # of the noise where the generation config samples
     started = time.perf_counter()
     if not as_json:
         result = _stream(decoder, tokenizer, inputs)
@@ -100,6 +109,7 @@ def generate(
         "text": tokenizer.decode(result.new_tokens[0], skip_special_tokens=True),
         "new_tokens": result.new_tokens[0],
         "finish_reason": result.finish_reasons[0],
+        "end_tokens": dict(zip(tokenizer.convert_ids_to_tokens(ends), ends, strict=True)),
         "seconds": time.perf_counter() - started,
         "stats": result.stats.to_dict(),
     }
@@ -124,6 +134,28 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if not prompt.strip():
         raise ValueError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     return prompt
+
+
+def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:
+    """Return what the options ask for; None if they ask for nothing: then the generation config decides."""
+    if not filters:
+        return None
+    sampling = SamplingParams(**filters, seed=seed)
+    if "temperature" not in filters:
+        raise ValueError(f"--{next(iter(filters)).replace('_', '-')} filters what is sampled; give --temperature too")
+    return sampling
+
+
+def _check_prompt(model: Any, tokenizer: Any, length: int, raw: bool) -> None:
+    """Raise ValueError for a text that leaves the target's context; say if a prompt is decoded as it is."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise ValueError(
+            f"prompt and new tokens can reach {length} tokens, and the target's context is {context}; shorten the "
+            "prompt, or lower --max-new-tokens"
+        )
+    if not raw and not getattr(tokenizer, "chat_template", None):
+        print("the tokenizer has no chat template, so the prompt is decoded as it is", file=sys.stderr)
 
 
 def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> GenerationResult:

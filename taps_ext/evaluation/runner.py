@@ -103,9 +103,9 @@ def evaluate(
     results.check_folder(folder, configuration)
     shape = TreeShape(settings.depth, settings.branching, settings.max_nodes)
     contestants = make_contestants(model, drafter_folders, plan.variants, shape)
-    with _folder(folder, configuration, _provenance(command, model, processes), processes):
+    ends = end_tokens(target, tokenizer)
+    with _folder(folder, configuration, _provenance(command, model, processes, ends), processes):
         answers = results.Answers(folder, processes.index, plan.variants[0].label)
-        ends = end_tokens(target, tokenizer)
         answering = Answering(model, prompter, settings.max_new_tokens, ends)
         _Run(plan, contestants, answering, answers, name, report or _no_report).run(processes)
         answers.close()
@@ -194,7 +194,7 @@ def _refuse_long_questions(plan: Plan, prompter: Prompter, target: TargetModel) 
             refuse_long(question, prompt + len(question.turns) * plan.settings.max_new_tokens, target)
 
 
-def _provenance(command: str, target: TargetModel, processes: Processes) -> dict[str, Any]:
+def _provenance(command: str, target: TargetModel, processes: Processes, ends: Sequence[int]) -> dict[str, Any]:
     """How the results came about, as JSON values; none of it must be the same when a run goes on."""
     is_cuda = target.device.type == "cuda"
     return {
@@ -203,6 +203,7 @@ def _provenance(command: str, target: TargetModel, processes: Processes) -> dict
         **native.installation().provenance(),
         "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
         "num_processes": processes.count,
+        "end_tokens": list(ends),
     }
 
 
