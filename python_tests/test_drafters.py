@@ -405,3 +405,101 @@ def storages(networks: Sequence[EagleNetwork]) -> dict[int, int]:
 def num_bytes(networks: Sequence[EagleNetwork]) -> int:
     """What the networks' parameters need, without anything beside them."""
     return sum(parameter.nbytes for network in networks for parameter in network.parameters())
+
+
+# --- drafters of one's own --------------------------------------------------------------------------------------------
+
+
+class Chain(taps.Drafter):
+    """Proposes a chain of the tokens that followed the root's token at first, `length` of them at most."""
+
+    def __init__(self, length: int) -> None:
+        config = trained_target().config
+        self.name, self.vocab_size, self.hidden_size, self.length = (
+            "chain",
+            config.vocab_size,
+            config.hidden_size,
+            length,
+        )
+        self.calls = 0
+
+    def reset(self, batch_size: int, sampling: Any = None, decay: float | None = None) -> Any:
+        state: Any = taps.DrafterState()
+        state.texts = [[] for _ in range(batch_size)]
+        return state
+
+    def observe(self, state: Any, features: Tensor, next_tokens: Tensor, num_tokens: taps.Lengths) -> None:
+        for text, tokens, count in zip(state.texts, next_tokens.tolist(), num_tokens.host, strict=True):
+            text += tokens[:count]
+
+    def propose(self, state: Any, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> Any:
+        self.calls += 1
+        capacity = max(shape.capacity(self.vocab_size), self.length + 1)
+        tree = taps.DraftTree.of_roots(root_tokens).padded(capacity)
+        for row, text in enumerate(state.texts):
+            places = [place for place, token in enumerate(text[:-1]) if token == text[-1]]
+            chain = text[places[0] + 1 :][: self.length] if places and active[row] else []
+            for node, token in enumerate(chain, start=1):
+                tree.tokens[row, node], tree.parents[row, node], tree.scores[row, node] = token, node - 1, -0.1 * node
+            tree.num_nodes[row] = len(chain) + 1
+        return tree
+
+
+@needs_native
+@pytest.mark.parametrize("composition", ["single", "merged"])
+def test_a_tree_deeper_than_its_shape_changes_no_text(composition: str) -> None:
+    target, (ids, mask) = trained_target(), prompts(3)
+    shape = TreeShape(depth=2, branching=3, max_nodes=9)
+    decoder = taps.SpeculativeDecoder(target, {"chain": Chain(5)}, composition, shape=shape)
+    result = decoder.generate(ids, mask, max_new_tokens=40, return_log_probs=True, eos_token_id=())
+    assert result.new_tokens == taps.plain_generate(target, ids, mask, max_new_tokens=40, eos_token_id=()).new_tokens
+    assert max(map(max, result.stats.num_accepted)) > shape.depth
+    assert result.log_probs is not None and [len(row) for row in result.log_probs] == [40] * 3
+
+
+@needs_native
+def test_a_tree_of_another_capacity_is_refused_by_the_drafters_name() -> None:
+    decoder = taps.SpeculativeDecoder(trained_target(), {"chain": Chain(9)}, shape=TreeShape(2, 3, 6))
+    with pytest.raises(ValueError, match=r"drafter 'chain' proposed a tree of 10 slots; pad it to the 6 of"):
+        decoder.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4)
+
+
+def test_what_is_no_drafter_is_refused_with_the_class_to_subclass() -> None:
+    with pytest.raises(ValueError, match=r"drafter 'mine' must be a taps\.Drafter, got object; subclass it"):
+        taps.SpeculativeDecoder(trained_target(), {"mine": object()})  # type: ignore[dict-item]
+
+
+class Counted(EagleDrafter):
+    """A subclass that proposes nothing, and counts how often it is asked."""
+
+    calls = 0
+
+    def propose(self, state: Any, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> Any:
+        self.calls += 1
+        return taps.DraftTree.of_roots(root_tokens).padded(shape.capacity(self.vocab_size))
+
+
+@needs_native
+@pytest.mark.parametrize("composition", ["confidence", "merged", "evidence"])
+def test_a_subclass_proposes_what_it_says(composition: str) -> None:
+    own = trained_drafters()
+    drafters = {
+        name: Counted(one.network, one.embedding, one.lm_head, name, one.calibration) for name, one in own.items()
+    }
+    decoder = taps.SpeculativeDecoder(trained_target(), drafters, composition, shape=TreeShape(3, 3, 9))
+    stats = decoder.generate(*prompts(3), max_new_tokens=12, eos_token_id=()).stats
+    assert stats.acceptance_length == 1.0
+    assert all(drafter.calls > 0 for drafter in drafters.values())
+
+
+@needs_native
+@pytest.mark.parametrize("is_inside", [True, False])
+def test_a_stream_goes_on_in_another_mode_than_it_was_made_in(is_inside: bool) -> None:
+    decoder = taps.SpeculativeDecoder(trained_target(), trained_drafters(), shape=TreeShape(3, 3, 9))
+    ids, mask = prompts(2)
+    expected = decoder.generate(ids, mask, max_new_tokens=[9, 20]).new_tokens
+    with torch.inference_mode(is_inside):
+        steps = decoder.stream(ids, mask, max_new_tokens=[9, 20])
+    with torch.inference_mode(not is_inside):
+        events = list(steps)
+    assert [[token for event in events for token in event.new_tokens[row]] for row in range(2)] == expected

@@ -164,3 +164,12 @@ def test_the_examples_in_the_docstrings_are_true() -> None:
     result = doctest.testmod(ops)
     assert result.attempted > 15
     assert result.failed == 0
+
+
+def test_ops_can_be_traced_after_an_eager_call_and_nothing_else() -> None:
+    code = (
+        "import torch; from taps_ext import ops; parents, count = torch.tensor([[-1, 0]]), torch.tensor([2]); "
+        "ops.tree_depths(parents, count); "
+        "torch.library.opcheck(torch.ops.taps_ext.tree_depths.default, (parents, count), test_utils='test_faketensor')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

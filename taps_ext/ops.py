@@ -79,7 +79,10 @@ def _ops() -> Any:
     if torch.compiler.is_compiling():
         load_for_tracing()
         return torch.ops.taps_ext
-    return native.load()
+    module = native.load()
+    if not _registered:
+        load_for_tracing()
+    return module
 
 
 def expand_frontier(

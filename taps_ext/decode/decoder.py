@@ -176,6 +176,8 @@ class SpeculativeDecoder:
             raise ValueError(f"joint_budget {self.joint_budget} is less than a node for each of the {batch_size} rows")
         self._warn_of_uncalibrated(request)
         sampling = request.sampling.rows(batch_size, device)
+        with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
+            active = torch.ones(batch_size, dtype=torch.bool, device=device)
         return DecodeState(
             kv=self.target.new_cache(batch_size),
             drafter_states=self._device_half.reset(batch_size, sampling if self._is_coupled(request) else None),
@@ -185,7 +187,7 @@ class SpeculativeDecoder:
             stats=DecodeStats(tuple(self.drafters), batch_size),
             last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
-            active=torch.ones(batch_size, dtype=torch.bool, device=device),
+            active=active,
         )
 
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
@@ -235,6 +237,9 @@ def _select_drafters(drafters: Mapping[str, Drafter], composition: str, name: st
         raise ValueError(f"drafters must be a dict from name to drafter, got {type(drafters).__name__}")
     if not 1 <= len(drafters) <= 63:
         raise ValueError(f"give 1 to 63 drafters, got {len(drafters)}")
+    for one, drafter in drafters.items():
+        if not isinstance(drafter, Drafter):
+            raise ValueError(f"drafter {one!r} must be a taps.Drafter, got {type(drafter).__name__}; subclass it")
     if composition != "single":
         if name is not None:
             raise ValueError(f'drafter={name!r} goes with composition="single", got {composition!r}')

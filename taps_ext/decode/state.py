@@ -77,8 +77,7 @@ class StepOutput:
     next_tokens: Tensor  # int64 [B, N], the token behind each node of the accepted path; in a prefill [B, P]
     num_committed: Tensor  # int64 [B], tokens that join the prefix, 0 for a row that had ended
     choice: Tensor | None = None  # int64 [B], the drafter chosen; None: all took part
-    log_probs: Tensor | None = None  # float32 [B, path_length], if asked for
-    path_length: int = 1  # nodes on the longest path there can be, root included
+    log_probs: Tensor | None = None  # float32 [B, N], if asked for
 
     @property
     def is_prefill(self) -> bool:
@@ -106,11 +105,10 @@ class StepRecord:
             "num_accepted": acceptance.num_accepted,
             "is_invalid": acceptance.is_invalid,
             "num_nodes": tree.num_nodes,
-            "tokens": acceptance.tokens[:, : output.path_length],
+            "tokens": acceptance.tokens,
         }
         if tree.proposers is not None:
-            accepted = acceptance.path[:, 1 : output.path_length].clamp_min(0)
-            wanted["proposers"] = tree.proposers.gather(1, accepted)
+            wanted["proposers"] = tree.proposers.gather(1, acceptance.path[:, 1:].clamp_min(0))
         if output.choice is not None:
             wanted["choice"] = output.choice
         if output.log_probs is not None:

@@ -41,6 +41,7 @@ class DecodeStep:
         self.shape = shape
         self.joint_budget = joint_budget
         self.groups = group_drafters(self.drafters)
+        self.capacities = [shape.capacity(drafter.vocab_size) for drafter in self.drafters]
 
     def reset(self, batch_size: int, sampling: SamplingRows | None) -> list[DrafterState]:
         """Return a fresh state per drafter; `sampling` is for coupled drafting, None for drafting without the noise."""
@@ -74,7 +75,6 @@ class DecodeStep:
             num_committed=torch.where(state.active, acceptance.num_accepted + 1, 0),
             choice=composed.choice,
             log_probs=log_probs,
-            path_length=self._path_length(composed.tree),
         )
 
     def propose(self, state: DecodeState) -> Composed:
@@ -90,6 +90,7 @@ class DecodeStep:
             is_over = [row.finish_reason is not None for row in state.rows]
             chosen = [-1 if over else index for over, index in zip(is_over, choice.tolist(), strict=True)]
             trees = draft_chosen(self.drafters, chosen, state.drafter_states, *rows)
+        self._refuse_other_capacities(trees)
         composed = self.composition.compose(trees, evidence)
         if self.joint_budget is not None:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
@@ -100,7 +101,7 @@ class DecodeStep:
     def verify(
         self, request: Request, state: DecodeState, tree: DraftTree, logits: Tensor, positions: Tensor
     ) -> tuple[Acceptance, Tensor | None]:
-        """Return the acceptance and, if asked for, the raw log-probabilities [B, path length] of its tokens.
+        """Return the acceptance and, if asked for, the raw log-probabilities [B, N] of its tokens.
 
         `positions`, int64 [B], are those of the tokens drawn at the roots.
         """
@@ -111,10 +112,9 @@ class DecodeStep:
         acceptance = verify(processed, tree, state.sampling, positions)
         if not request.return_log_probs:
             return acceptance, None
-        length = self._path_length(tree)
         rows = torch.arange(len(logits), device=logits.device)[:, None]
-        log_probs = logits[rows, acceptance.path[:, :length].clamp_min(0)].float().log_softmax(dim=-1)
-        return acceptance, log_probs.gather(2, acceptance.tokens[:, :length].clamp_min(0)[:, :, None])[:, :, 0]
+        log_probs = logits[rows, acceptance.path.clamp_min(0)].float().log_softmax(dim=-1)
+        return acceptance, log_probs.gather(2, acceptance.tokens.clamp_min(0)[:, :, None])[:, :, 0]
 
     @torch.inference_mode()
     def commit(self, output: StepOutput, committed: Lengths, state: DecodeState) -> None:
@@ -142,6 +142,14 @@ class DecodeStep:
         for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
             drafter.observe(drafter_state, features, next_tokens, num_tokens)
 
+    def _refuse_other_capacities(self, trees: Sequence[DraftTree]) -> None:
+        for drafter, tree, capacity in zip(self.drafters, trees, self.capacities, strict=True):
+            if (num_slots := tree.tokens.shape[1]) != capacity:
+                raise ValueError(
+                    f"drafter {drafter.name!r} proposed a tree of {num_slots} slots; pad it to the {capacity} of "
+                    "shape.capacity(vocab_size)"
+                )
+
     def _evidence(self, states: Sequence[DrafterState]) -> Tensor:
         """Return the evidence for every drafter, float32 [D, B]."""
         parts = []
@@ -153,10 +161,6 @@ class DecodeStep:
                 )
             parts.append(state.evidence)
         return torch.stack([part.to(parts[0].device) for part in parts])
-
-    def _path_length(self, tree: DraftTree) -> int:
-        """Return the number of nodes on the longest path there can be, root included."""
-        return min(self.shape.depth + 1, tree.capacity)
 
 
 def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: Tensor) -> Acceptance:
@@ -206,7 +210,10 @@ def draft(
     for group in groups:
         first, *others = (drafters[index] for index in group)
         own_states = [states[index] for index in group]
-        together = first.propose_together(others, own_states, root_tokens, shape, active)
+        if others:
+            together = first.propose_together(others, own_states, root_tokens, shape, active)
+        else:
+            together = [first.propose(own_states[0], root_tokens, shape, active)]
         trees |= zip(group, together, strict=True)
     return [trees[index] for index in sorted(trees)]
 

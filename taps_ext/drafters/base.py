@@ -30,7 +30,8 @@ class Drafter(ABC):
     never sees the target: it is fed with committed tokens and with the target's features (the hidden states behind the
     final norm). Dims: B rows, T slots, H hidden, V vocabulary.
 
-    Any proposal is allowed: a bad tree costs speed and never changes the text.
+    Any tree is allowed that `DraftTree.validate` accepts and whose root is the given token: a bad guess costs speed and
+    never changes the text.
 
     >>> class Repeat(Drafter):  # propose the last token once more: one node below the root
     ...     def __init__(self, vocab_size, hidden_size):

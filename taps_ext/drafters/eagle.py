@@ -99,11 +99,14 @@ class EagleDrafter(Drafter):
         self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor, rows: Sequence[int]
     ) -> DraftTree:
         """See `Drafter.propose_rows`: the other rows take no part in any forward."""
+        if type(self) is not EagleDrafter:  # a subclass may propose otherwise
+            return super().propose_rows(state, root_tokens, shape, active, rows)
         state = _own_state(state)
         places, device = torch.tensor(rows, device=self.device), root_tokens.device
         root_tokens, active = root_tokens.to(self.device), active.to(self.device)
-        state.reserve(state.lengths.longest + shape.frontier_slots(self.vocab_size))  # or each copy would grow
-        part = state.select(rows, places)
+        num_slots = state.lengths.longest + shape.frontier_slots(self.vocab_size)
+        state.reserve(num_slots)  # or each copy would grow
+        part = state.select(rows, places, num_slots)
         grown = grow([self.network], [part], self.ends, root_tokens[places], shape, active[places])
         return DraftTree.of_roots(root_tokens).padded(grown.capacity).with_rows(places, grown).to(device)
 

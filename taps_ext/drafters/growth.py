@@ -51,14 +51,14 @@ class EagleState(DrafterState):
             new[:, :, : old.shape[2]] = old
         self.keys, self.values = grown
 
-    def select(self, rows: Sequence[int], places: Tensor) -> EagleState:
-        """Return a copy of some rows to draft from; `places` is `rows` as int64 [r]."""
+    def select(self, rows: Sequence[int], places: Tensor, num_slots: int) -> EagleState:
+        """Return a copy of some rows to draft from, with `num_slots` cache slots; `places` is `rows` as int64 [r]."""
         host = self.lengths.host
         return EagleState(
             lengths=Lengths(self.lengths.tensor[places], tuple(host[row] for row in rows)),
             last_output=self.last_output[places],
-            keys=self.keys[places],
-            values=self.values[places],
+            keys=self.keys[places, :, :num_slots],
+            values=self.values[places, :, :num_slots],
             coupled=None if self.coupled is None else self.coupled.select(places),
             last_logits=None if self.last_logits is None else self.last_logits[places],
         )
