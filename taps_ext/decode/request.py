@@ -127,8 +127,8 @@ class Request:
         if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
             allowed = ", ".join(GenerateOptions.__annotations__)
             raise TypeError(
-                f"generate does not know {', '.join(unknown)}; its options are {allowed}; set others in the target's "
-                "generation_config"
+                f"unknown option {', '.join(unknown)}; the options of a call are {allowed}; others are settings of the "
+                "target's generation_config"
             )
         mask = _check_prompts(input_ids, attention_mask, model.config.get_text_config().vocab_size)
         lengths = _lengths(options.get("max_new_tokens", 128), len(input_ids))
@@ -339,7 +339,7 @@ def _refuse_unused(model_kwargs: dict[str, Any], mask: Tensor) -> None:
         if name in ("cache", "past_key_values"):  # the second before transformers 5.24
             if value is not None and value.get_seq_length() > 0:
                 raise ValueError(
-                    f"speculative decoding keeps its own cache, got {name} that holds tokens; leave it out"
+                    "speculative decoding keeps its own cache, but cache (past_key_values) holds tokens; leave it out"
                 )
         elif name == "position_ids":
             counted = (mask.ne(0).cumsum(dim=-1) - 1).clamp_min(0).expand_as(mask)
