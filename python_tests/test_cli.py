@@ -168,7 +168,7 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(generate, tmp_pa
     [
         (["--composition", "average"], "composition must be one of single, confidence, entropy, evidence, merged"),
         (["--composition", "single"], "--single-drafter, one of math, chat"),
-        (["--drafter", "other=tiny/other"], "there is no embedded drafter tiny/other; there are math, chat"),
+        (["--drafter", "other=tiny/other"], "there is no embedded drafter tiny/other; there are tiny/math, tiny/chat"),
         (["--drafter", "math="], "NAME=DIRECTORY-OR-HUB-ID, got 'math='"),
         (["--drafter", "math=twice"], "'math' is given twice"),
         (["--prompt-file", "p"], "not both"),

@@ -78,5 +78,6 @@ def resolve(path_or_id: str) -> str:
         return path_or_id
     domain, drafters = path_or_id.removeprefix(f"{TINY}/"), drafter_paths()
     if domain not in drafters:
-        raise ValueError(f"there is no embedded drafter {path_or_id}; there are {', '.join(drafters)}")
+        names = ", ".join(f"{TINY}/{name}" for name in drafters)
+        raise ValueError(f"there is no embedded drafter {path_or_id}; there are {names}")
     return str(drafters[domain])

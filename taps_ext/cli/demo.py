@@ -168,8 +168,8 @@ def _variants(
         **{f"{SINGLE}{name}": decoder(drafters, "single", drafter=name) for name in drafters},
         "averaged weights": decoder({"average": average}, "single", drafting="topk"),  # it has no calibration
         **{name: decoder(drafters, name) for name in ("confidence", "entropy", "evidence")},
-        budgeted: decoder(drafters, "merged", max_nodes=max_nodes, evidence_decay=0),
-        f"{budgeted}, evidence": decoder(drafters, "merged", max_nodes=max_nodes),
+        f"{budgeted}, no evidence": decoder(drafters, "merged", max_nodes=max_nodes, evidence_decay=0),
+        budgeted: decoder(drafters, "merged", max_nodes=max_nodes),
         MERGED: decoder(drafters, "merged"),
     }
 

@@ -79,7 +79,8 @@ def generate(
     check_drafting(drafting)
     paths = terminal.drafter_folders(target, drafter)
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
-        raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}")
+        given = "" if single_drafter is None else f", got {single_drafter!r}"
+        raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}{given}")
     terminal.keep_logs_clean()
     model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
     decoder = SpeculativeDecoder(
@@ -126,7 +127,12 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
     if prompt_file is not None:
-        prompt = prompt_file.read_text(encoding="utf-8")
+        if not prompt_file.is_file():
+            raise ValueError(f"--prompt-file {prompt_file} is not a file; give a file with the text of one prompt")
+        try:
+            prompt = prompt_file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--prompt-file {prompt_file} is not UTF-8 text ({error.reason}); convert it") from error
     elif prompt is None:
         if sys.stdin.isatty():
             print("reading the prompt from standard input, end it with Ctrl-D", file=sys.stderr)

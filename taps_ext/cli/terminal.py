@@ -107,7 +107,9 @@ def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any
 def drafter_folders(target: str, drafters: Sequence[str] | None) -> dict[str, str]:
     """Return the directory or hub id of each drafter by name; without any, the embedded target has its own."""
     if not drafters and target != tiny.TINY:
-        raise ValueError("give at least one drafter: --drafter NAME=DIRECTORY-OR-HUB-ID")
+        raise ValueError(
+            "give at least one drafter: --drafter NAME=DIRECTORY-OR-HUB-ID (the embedded ones are for --target tiny)"
+        )
     paths: dict[str, str] = {}
     for entry in drafters or [f"{tiny.TINY}/{name}" for name in tiny.drafter_paths()]:
         name, path = entry.split("=", 1) if "=" in entry else (Path(entry).name, entry)

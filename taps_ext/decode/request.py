@@ -12,7 +12,6 @@ from numbers import Integral
 from typing import Any, TypedDict, cast
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
@@ -262,6 +261,8 @@ def _end_of_turn(tokenizer: Any) -> list[int]:
     """Return the special token behind an assistant's answer in the chat template, if there is one."""
     if not getattr(tokenizer, "chat_template", None):
         return []
+    from jinja2 import TemplateError  # there whenever a chat template is
+
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
