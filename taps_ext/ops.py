@@ -225,7 +225,7 @@ def verify_tree(
     The draw at a node of depth d is y = argmax over the kept tokens of logits / T + gumbel(seed, position + d, token),
     T = 0: the argmax (ties to the lowest token). The filters apply in transformers' order to the temperature-scaled
     distribution: top-k (ties are kept), top-p (a token is kept while the probability of all strictly likelier tokens
-    is below top_p, so equally likely tokens are kept or dropped together), min-p. The noise is Philox4x32-10 (see
+    is below top_p, so equally likely tokens are kept or dropped together), min-p. The noise is Philox4x32-7 (see
     `csrc/common/philox.h`), so the text depends on logits, seed and position alone, never on the tree. Only the rows
     that the walk visits are read.
 
