@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import string
 import warnings
@@ -553,6 +554,24 @@ def test_batches_of_consecutive_seeds_do_not_repeat_each_others_texts(door: str)
     ids, mask = (tensor[:1].repeat(4, 1) for tensor in prompts(1))
     batches = [DOORS[door](ids, mask, taps.SamplingParams(1.5, seed=seed)) for seed in range(4)]
     assert len({tuple(text) for batch in batches for text in batch}) == 16
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_rows_that_ended_are_padded_as_by_transformers(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first EOS where there is no pad token, through every door; the rows end at tokens of their texts."""
+    ids, mask = prompts(6)
+    free = make_decoder().generate(ids, mask, max_new_tokens=40, eos_token_id=()).new_tokens
+    ends = list(dict.fromkeys(free[row][place] for row, place in ((0, 9), (1, 17), (2, 4))))
+    assert len(ends) == 3
+    config = trained_target().generation_config
+    monkeypatch.setattr(config, "pad_token_id", None)
+    monkeypatch.setattr(config, "eos_token_id", [ends[i] for i in order])
+    call: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 40}
+    stock = trained_target().generate(ids, **call)
+    assert (stock[:, -2:] == ends[order[0]]).all(-1).any()  # a row that ended sooner than another
+    assert torch.equal(trained_target().generate(ids, custom_generate=make_decoder(), **call), stock)
+    assert torch.equal(make_decoder().generate(ids, mask, max_new_tokens=40).sequences, stock)
+    assert torch.equal(taps.plain_generate(trained_target(), ids, mask, max_new_tokens=40).sequences, stock)
 
 
 def test_own_criteria_may_answer_with_a_bool() -> None:

@@ -97,7 +97,7 @@ class Request:
         sampling = options.get("sampling") or SamplingParams()
         sampling.rows(len(input_ids))
         eos = options.get("eos_token_id")
-        eos_tokens = _token_set(model.generation_config.eos_token_id if eos is None else eos)
+        eos_tokens = _token_ids(model.generation_config.eos_token_id if eos is None else eos)
         processors = LogitsProcessorList(options.get("logits_processor") or ())
         refuse_processors(processors)
         pad = model.generation_config.pad_token_id if pad_token_id is None else pad_token_id
@@ -107,8 +107,8 @@ class Request:
             attention_mask=mask,
             prompt_lengths=tuple(mask.sum(dim=1).tolist()),
             sampling=sampling,
-            rules=StopRules(lengths, eos_tokens, (*criteria, *_stop_strings(options))),
-            pad_token=pad if isinstance(pad, int) else min(eos_tokens, default=0),
+            rules=StopRules(lengths, frozenset(eos_tokens), (*criteria, *_stop_strings(options))),
+            pad_token=pad if isinstance(pad, int) else next(iter(eos_tokens), 0),
             processors=processors,
             return_log_probs=options.get("return_log_probs", False),
         )
@@ -296,8 +296,9 @@ def _lengths(max_new_tokens: int | Sequence[int], batch_size: int) -> tuple[int,
     return lengths
 
 
-def _token_set(tokens: int | Collection[int] | Tensor | None) -> frozenset[int]:
+def _token_ids(tokens: int | Collection[int] | Tensor | None) -> tuple[int, ...]:
+    """Return the tokens in the order given: without a pad token transformers pads with the first EOS."""
     if tokens is None:
-        return frozenset()
+        return ()
     flat = tokens.flatten().tolist() if isinstance(tokens, Tensor) else tokens
-    return frozenset([int(flat)] if isinstance(flat, Integral) else (int(token) for token in flat))  # type: ignore[union-attr]
+    return (int(flat),) if isinstance(flat, Integral) else tuple(int(token) for token in flat)  # type: ignore[union-attr]
