@@ -107,10 +107,10 @@ def expand_frontier(
     >>> expand_frontier(logits, torch.zeros(1, 1), 2).tokens
     tensor([[[0, 1]]])
     >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
-    >>> coupling = Coupling(zero, zero + 9, one, one, one)  # with this noise the target would draw token 2
+    >>> coupling = Coupling(zero, zero + 9, one, one, one)  # with this noise the target would draw token 1
     >>> coupled = expand_frontier(logits, torch.zeros(1, 1), 2, coupling)
     >>> coupled.tokens, coupled.scores.exp()
-    (tensor([[[2, 1]]]), tensor([[[0.7579, 0.1280]]]))
+    (tensor([[[1, 0]]]), tensor([[[0.8159, 0.1266]]]))
     """
     return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *(coupling or _NOT_COUPLED)))
 
