@@ -101,7 +101,28 @@ def test_prompts_and_texts_of_different_lengths_are_decoded_side_by_side(monkeyp
     assert [len(row) for row in lengths] == [5, 3]
     assert [len(set(row)) for row in lengths] == [5, 3]
     assert new_tokens[0] == [24, 21, 18, 15, 24]
-    assert list(itertools.chain(*seeds)) == list(range(7, 15))
+    assert list(itertools.chain(*seeds)) == [taps.row_seed(7, prompt) for prompt in range(8)]
+
+
+def test_checks_with_consecutive_seeds_share_no_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in their texts nor in their draws of one prompt, whose frequencies would be the same tokens again."""
+    seen: dict[int, list[int]] = {}
+
+    def spy(target: Any, *args: Any, **options: Any) -> taps.PlainResult:
+        seen[seed] += options["sampling"].seed
+        return taps.plain_generate(target, *args, **options)
+
+    monkeypatch.setattr("taps_ext.evaluation.lossless.plain_generate", spy)
+    for seed in (2**63 - 2, 2**63 - 1):
+        seen[seed] = []
+        check(replace(FREQUENCIES, num_draws=100, draws_together=50, seed=seed))
+    one, other = (set(seeds) for seeds in seen.values())
+    assert len(one) == len(other) == 100 and not one & other
+
+
+def test_a_seed_of_more_than_64_bits_is_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match=r"^seed must be a 64-bit integer, got 9223372036854775808$"):
+        replace(SETTINGS, seed=2**63)
 
 
 # ---- rules that are wrong

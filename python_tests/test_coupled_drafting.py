@@ -33,7 +33,8 @@ SHAPE = TreeShape(depth=4, branching=3, max_nodes=26)
 
 def draws(temperatures: list[float], seed: int = 40) -> tuple[taps.SamplingParams, list[Draw]]:
     """The sampling of a batch, and of each row by itself."""
-    return taps.SamplingParams(temperatures, seed=seed), [Draw(seed + b, t) for b, t in enumerate(temperatures)]
+    rows = [Draw(taps.row_seed(seed, b), t) for b, t in enumerate(temperatures)]
+    return taps.SamplingParams(temperatures, seed=seed), rows
 
 
 @pytest.mark.parametrize("min_score", [None, -4.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import string
 import warnings
@@ -24,7 +25,7 @@ from small_models import (
     trained_target,
 )
 from tokenizers import Tokenizer, decoders, models
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -505,13 +506,72 @@ def test_beams_and_warpers_without_an_op_are_refused_with_the_reason() -> None:
         trained_target().generate(ids, custom_generate=make_decoder(), do_sample=True, typical_p=0.5, max_new_tokens=4)
 
 
-def test_seeds_wrap_around_and_numpy_numbers_are_numbers() -> None:
+def by_generate(ids: Tensor, mask: Tensor, sampling: taps.SamplingParams) -> list[list[int]]:
+    return make_decoder().generate(ids, mask, sampling=sampling, max_new_tokens=16).new_tokens
+
+
+def by_plain_generate(ids: Tensor, mask: Tensor, sampling: taps.SamplingParams) -> list[list[int]]:
+    return taps.plain_generate(trained_target(), ids, mask, sampling=sampling, max_new_tokens=16).new_tokens
+
+
+def by_stream(ids: Tensor, mask: Tensor, sampling: taps.SamplingParams) -> list[list[int]]:
+    events = list(make_decoder().stream(ids, mask, sampling=sampling, max_new_tokens=16))
+    return [[token for event in events for token in event.new_tokens[row]] for row in range(len(ids))]
+
+
+DOORS = {"generate": by_generate, "plain_generate": by_plain_generate, "stream": by_stream}
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("door", DOORS)
+def test_a_row_alone_with_its_row_seed_has_the_text_that_it_has_in_the_batch(door: str, seed: int) -> None:
     ids, mask = prompts(4)
-    highest = 2**63 - 2
-    together = make_decoder().generate(ids, mask, sampling=taps.SamplingParams(1.0, seed=highest), max_new_tokens=6)
-    wrapped = taps.SamplingParams(np.float32(1.0), seed=np.int64(-(2**63)))
-    alone = make_decoder().generate(ids[2:3], mask[2:3], sampling=wrapped, max_new_tokens=np.int64(6))
-    assert alone.new_tokens[0] == together.new_tokens[2]
+    together = DOORS[door](ids, mask, taps.SamplingParams(1.0, seed=seed))
+    for row in range(4):
+        own = taps.SamplingParams(np.float32(1.0), seed=np.int64(taps.row_seed(seed, row)))  # numpy's numbers are too
+        assert DOORS[door](ids[row : row + 1], mask[row : row + 1], own) == [together[row]]
+
+
+@pytest.mark.parametrize("manual_seed", range(3))
+def test_a_row_of_the_transformers_door_can_be_repeated_alone(manual_seed: int) -> None:
+    ids, mask = prompts(4)
+    torch.manual_seed(manual_seed)
+    together = trained_target().generate(
+        ids, attention_mask=mask, custom_generate=make_decoder(), do_sample=True, top_k=0, max_new_tokens=16
+    )
+    torch.manual_seed(manual_seed)
+    seed = int(torch.randint(2**62, ()))  # which the door draws
+    for row in range(4):
+        (alone,) = by_generate(
+            ids[row : row + 1], mask[row : row + 1], taps.SamplingParams(1.0, seed=taps.row_seed(seed, row))
+        )
+        assert together[row, ids.shape[1] :].tolist()[: len(alone)] == alone
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_batches_of_consecutive_seeds_do_not_repeat_each_others_texts(door: str) -> None:
+    """One prompt in all rows, warm: 16 texts that differ."""
+    ids, mask = (tensor[:1].repeat(4, 1) for tensor in prompts(1))
+    batches = [DOORS[door](ids, mask, taps.SamplingParams(1.5, seed=seed)) for seed in range(4)]
+    assert len({tuple(text) for batch in batches for text in batch}) == 16
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_rows_that_ended_are_padded_as_by_transformers(order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first EOS where there is no pad token, through every door; the rows end at tokens of their texts."""
+    ids, mask = prompts(6)
+    free = make_decoder().generate(ids, mask, max_new_tokens=40, eos_token_id=()).new_tokens
+    ends = list(dict.fromkeys(free[row][place] for row, place in ((0, 9), (1, 17), (2, 4))))
+    assert len(ends) == 3
+    config = trained_target().generation_config
+    monkeypatch.setattr(config, "pad_token_id", None)
+    monkeypatch.setattr(config, "eos_token_id", [ends[i] for i in order])
+    call: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 40}
+    stock = trained_target().generate(ids, **call)
+    assert (stock[:, -2:] == ends[order[0]]).all(-1).any()  # a row that ended sooner than another
+    assert torch.equal(trained_target().generate(ids, custom_generate=make_decoder(), **call), stock)
+    assert torch.equal(make_decoder().generate(ids, mask, max_new_tokens=40).sequences, stock)
+    assert torch.equal(taps.plain_generate(trained_target(), ids, mask, max_new_tokens=40).sequences, stock)
 
 
 def test_own_criteria_may_answer_with_a_bool() -> None:

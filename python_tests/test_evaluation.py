@@ -28,7 +28,7 @@ from taps_ext.evaluation.runner import evaluate
 from taps_ext.evaluation.summary import summarise
 from taps_ext.evaluation.tasks import TASKS, Question
 from taps_ext.evaluation.variants import Variant, parse_variants
-from taps_ext.sampling import SamplingParams
+from taps_ext.sampling import SamplingParams, row_seed
 from taps_ext.target.model import TargetModel
 from taps_ext.tree import TreeShape
 
@@ -279,13 +279,13 @@ def test_a_line_holds_what_the_decoder_did(finished: Path) -> None:
         if (line["variant"], line["task"]) != ("confidence", "tiny_math"):
             continue
         index = [question.id for question in questions].index(line["question_id"])
-        sampling = SamplingParams(line["temperature"], seed=5 + index)
+        sampling = SamplingParams(line["temperature"], seed=row_seed(5, index))
         out = decoder.generate(prompts[index], sampling=sampling, max_new_tokens=6)
         (turn,), (choice,) = line["turns"], line["choices"]
         assert turn["tokens"] == out.new_tokens[0] and turn["finish_reason"] == out.finish_reasons[0]
         assert turn["num_accepted"] == out.stats.num_accepted[0] and turn["chosen"] == out.stats.choices[0]
         assert turn["prompt_length"] == prompts[index].shape[1] and turn["equals_plain"]
-        assert line["seed"] == 5 + index and line["rows"] == 2
+        assert line["seed"] == row_seed(5, index) and line["rows"] == 2
         assert choice["accept_lengths"] == [count + 1 for count in turn["num_accepted"]]
         assert choice["new_tokens"] == [len(turn["tokens"])] and choice["decoding_steps"] == [len(turn["num_accepted"])]
         assert choice["turns"] == [tokenizer.decode(turn["tokens"], skip_special_tokens=True).strip()]
@@ -296,7 +296,7 @@ def test_seeds_count_through_a_tasks_batches_and_clocks_have_run(finished: Path)
     places = {question.id: place for place, question in enumerate(TWO_TURNS)}
     lines = read(finished)
     assert {line["question_id"]: line["seed"] for line in lines if line["task"] == "prompts"} == {
-        name: 5 + place for name, place in places.items()
+        name: row_seed(5, place) for name, place in places.items()
     }
     assert all(seconds > 0 for line in lines for seconds in line["choices"][0]["wall_time"])
 
@@ -487,6 +487,14 @@ def test_a_folder_of_another_configuration_is_refused_and_left_alone(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_answers_drawn_when_a_seed_meant_other_noise_are_not_added_to(folder: Path) -> None:
+    run = json.loads((folder / "run.json").read_text())
+    del run["noise"]
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="noise is here and not there"):
+        again(folder)
+
+
 def test_a_question_that_reads_otherwise_is_another_configuration(folder: Path) -> None:
     for other in (
         replace(TWO_TURNS[0], turns=("Liam has 5 eggs.",)),
@@ -621,7 +629,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
         ({"temperatures": (-1.0,)}, "temperature must be"),
         ({"tasks": {"prompts": ()}}, "a task with questions"),
         ({"tasks": {"prompts": [TWO_TURNS[0], TWO_TURNS[0]]}}, "has the question id 'a' twice"),
-        ({"settings": replace(SHORT, seed=2**63 - 1)}, "seed"),
+        ({"settings": replace(SHORT, seed=2**63)}, "seed"),
         ({"settings": replace(SHORT, seed=10**20)}, "seed"),
     ],
 )

@@ -125,7 +125,7 @@ def test_a_rows_text_does_not_depend_on_its_neighbours(temperature: float, way: 
         alone = decoder.generate(
             ids[row : row + 1],
             mask[row : row + 1],
-            sampling=taps.SamplingParams(temperature, seed=3 + row),
+            sampling=taps.SamplingParams(temperature, seed=taps.row_seed(3, row)),
             max_new_tokens=30,
         )
         assert alone.new_tokens[0] == together.new_tokens[row]
@@ -206,15 +206,21 @@ def test_the_proofs_are_not_hollow() -> None:
 
 
 def acceptance_length(way: str, **kwargs: Any) -> float:
-    sampling = taps.SamplingParams(temperature=1.0, seed=1)
     decoder = make_decoder(**WAYS[way], **kwargs)
-    return decoder.generate(*prompts(8), sampling=sampling, max_new_tokens=60, eos_token_id=()).stats.acceptance_length
+    runs = [
+        decoder.generate(*prompts(8), sampling=taps.SamplingParams(1.0, seed=s), max_new_tokens=60, eos_token_id=())
+        for s in range(3)
+    ]
+    return taps.DecodeStats.joined([run.stats for run in runs]).acceptance_length
 
 
 @pytest.mark.parametrize("way", ["confidence", "evidence", "merged by evidence, 9 nodes", "joint budget"])
 def test_a_look_at_the_noise_accepts_more_at_temperature_1(way: str) -> None:
-    """By a third or so: drafting that looks at the wrong noise gives the same text, and accepts less than without."""
-    assert acceptance_length(way) > 1.15 * acceptance_length(way, drafting="topk")
+    """By a fifth or more: drafting that looks at the wrong noise gives the same text, and accepts less than without.
+
+    A joint budget gains least: over 28 single seeds 19%, with a standard deviation of 4%.
+    """
+    assert acceptance_length(way) > 1.1 * acceptance_length(way, drafting="topk")
 
 
 # ---- three tokens, frequencies
@@ -342,7 +348,8 @@ def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling:
 def test_the_chi_square_notices_what_coupling_invites(rule: Rule, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_half, "verify", rule)
     way, sampling = SMALL_CASES[case]
-    assert chi_square_excess(small_vocabulary_decoder(**way), sampling, num_draws=6_000) > 10
+    excess = chi_square_excess(small_vocabulary_decoder(**way), sampling, num_draws=6_000)
+    assert excess > 6  # counted twice, filtered: 18 on average, with a standard deviation of 4
 
 
 @torch.inference_mode()

@@ -78,7 +78,7 @@ def test_every_answer_is_what_the_target_says_after_its_own_earlier_answers(temp
             prompt = tokenizer.apply_chat_template(
                 messages[:position], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
-            sampling = taps.SamplingParams(temperature, seed=5 + index)
+            sampling = taps.SamplingParams(temperature, seed=taps.row_seed(5, index))
             alone = taps.plain_generate(target, prompt, sampling=sampling, max_new_tokens=160).new_tokens[0]
             assert tokenizer.decode(alone) == messages[position]["content"] + tokenizer.eos_token
 
@@ -218,6 +218,18 @@ def test_a_run_does_not_go_on_with_what_another_began(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was begun with other conversations;"):
         run(output, conversations()[:-1])
     assert (tmp_path / "out.jsonl.partial").read_bytes() == left
+    settings, *lines = left.splitlines(keepends=True)
+    del (older := json.loads(settings))["noise"]  # written when a seed meant other noise
+    (tmp_path / "out.jsonl.partial").write_bytes(json.dumps(older).encode() + b"\n" + b"".join(lines))
+    with pytest.raises(ValueError, match="was begun with other noise;"):
+        run(output)
+
+
+def test_seeds_are_64_bits_wide(tmp_path: Path) -> None:
+    run(tmp_path / "out.jsonl", conversations()[:2], seed=2**63 - 1)
+    with pytest.raises(ValueError, match=r"^seed must be a 64-bit integer, got 9223372036854775808$"):
+        run(tmp_path / "other.jsonl", conversations()[:2], seed=2**63)
+    assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
 
 
 def test_nothing_left_to_write_is_an_error_that_says_why(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ Bug checklist items are named in the docstrings ("checklist: ...").
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from tree_cases import LOGIT_DTYPES
 
 from taps_ext import reference
 from taps_ext.reference import Filters
-from taps_ext.sampling import SamplingParams
+from taps_ext.sampling import SamplingParams, row_seed
 
 # ---- parameters
 
@@ -47,9 +49,9 @@ def test_parameters_out_of_range_are_named(name: str, value: object) -> None:
         SamplingParams(**{name: value})  # type: ignore[arg-type]
 
 
-def test_an_int_seed_counts_up_over_the_rows_and_other_values_repeat() -> None:
+def test_an_int_seed_is_mixed_with_the_row_and_other_values_repeat() -> None:
     rows = SamplingParams(temperature=0.7, top_k=5, seed=41).rows(3)
-    assert rows.seeds.tolist() == [41, 42, 43] and rows.top_k.tolist() == [5, 5, 5]
+    assert rows.seeds.tolist() == [row_seed(41, b) for b in range(3)] and rows.top_k.tolist() == [5, 5, 5]
     assert torch.equal(rows.temperature, torch.full((3,), 0.7)) and rows.top_p.tolist() == [1, 1, 1]
 
 
@@ -60,22 +62,58 @@ def test_a_value_a_row_is_taken_as_it_is() -> None:
         SamplingParams(temperature=[0.0, 1.0]).rows(3)
 
 
+@pytest.mark.parametrize(
+    ("seed", "outputs"),
+    [
+        (0, [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]),
+        (1234567, [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]),
+    ],
+)
+def test_rows_behind_the_first_have_the_outputs_of_splitmix64(seed: int, outputs: list[int]) -> None:
+    """The published first outputs of the generator."""
+    assert [row_seed(seed, b) % 2**64 for b in range(1, 5)] == outputs
+    assert row_seed(seed, 0) == seed and row_seed(7, 1) == 7191089600892374487  # the docstring's example
+
+
+@pytest.mark.parametrize("first", [-200, 0, 10**9, 2**62, -(2**63), 2**63 - 400])
+def test_batches_of_consecutive_seeds_share_no_row_seed(first: int) -> None:
+    num_seeds, num_rows = 400, 128
+    batches = [SamplingParams(seed=first + i).rows(num_rows).seeds for i in range(num_seeds)]
+    assert [int(seeds[0]) for seeds in batches] == list(range(first, first + num_seeds))
+    assert len(torch.cat(batches).unique()) == num_seeds * num_rows
+
+
+@pytest.mark.parametrize(
+    ("seed", "row", "sentence"),
+    [
+        (2**63, 0, "seed must be a 64-bit integer, got 9223372036854775808"),
+        ([1, 2], 0, r"seed must be a 64-bit integer, got \[1, 2\]"),
+        (0.5, 0, "seed must be a 64-bit integer, got 0.5"),
+        (0, -1, "row must be an integer of at least 0, got -1"),
+        (0, 1.0, "row must be an integer of at least 0, got 1.0"),
+    ],
+)
+def test_seeds_and_rows_that_cannot_be_are_named(seed: Any, row: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        row_seed(seed, row)
+
+
 # ---- noise
 
 
 @pytest.mark.parametrize(
     ("counter", "key", "words"),
     [
-        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        ([0] * 4, [0] * 2, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
         (
             [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
             [0xA4093822, 0x299F31D0],
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+            [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A],
         ),
     ],
 )
-def test_the_generator_is_philox_4x32_10(counter: list[int], key: list[int], words: list[int]) -> None:
+def test_the_generator_is_philox_4x32_7(counter: list[int], key: list[int], words: list[int]) -> None:
     """The known answers of its authors' library, Random123."""
     assert [int(word) for word in reference.philox4x32(counter, key)] == words
 
@@ -85,6 +123,19 @@ def test_the_noise_is_standard_gumbel() -> None:
     assert abs(float(noise.mean()) - 0.5772157) < 0.015
     assert abs(float(noise.var()) - math.pi**2 / 6) < 0.03
     assert noise.isfinite().all()
+
+
+def test_every_input_bit_changes_every_output_bit_half_of_the_time() -> None:
+    """So at seven rounds, over counters and keys as close as those of neighbouring tokens, positions and seeds."""
+    size = 4096
+    tokens, ones = torch.arange(size), torch.ones(size, dtype=torch.int64)
+    inputs = [tokens, 0 * ones, tokens % 61, 0 * ones, tokens % 7, 0 * ones]
+    words = torch.stack(reference.philox4x32(inputs[:4], inputs[4:]))
+    for place, bit in itertools.product((0, 2, 3, 4, 5), range(32)):  # the counter's second word is always 0
+        changed = [word ^ (1 << bit) * ones if i == place else word for i, word in enumerate(inputs)]
+        flipped = words ^ torch.stack(reference.philox4x32(changed[:4], changed[4:]))
+        rates = torch.stack([(flipped >> i & 1).double().mean(-1) for i in range(32)])
+        assert float((rates - 0.5).abs().max()) < 6 * 0.5 / size**0.5, (place, bit)
 
 
 @pytest.mark.parametrize("word", [0, 1, 2**31, 2**32 - 2, 2**32 - 1])

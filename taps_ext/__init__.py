@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .drafters import Drafter as Drafter
     from .drafters import DrafterState as DrafterState
     from .sampling import SamplingParams as SamplingParams
+    from .sampling import row_seed as row_seed
     from .target.model import TargetModel as TargetModel
     from .tree import DraftTree as DraftTree
     from .tree import Lengths as Lengths
@@ -44,6 +45,7 @@ _HOMES = {
     "load_drafter": "checkpoints",
     "load_drafters": "checkpoints",
     "plain_generate": "decode.plain",
+    "row_seed": "sampling",
     "save_drafter": "checkpoints",
     "validate_drafter": "checkpoints",
 }

@@ -110,10 +110,10 @@ def expand_frontier(
     >>> expand_frontier(logits, torch.zeros(1, 1), 2).tokens
     tensor([[[0, 1]]])
     >>> zero, one = torch.zeros(1, dtype=torch.int64), torch.ones(1)
-    >>> coupling = Coupling(zero, zero + 9, one, one, one)  # with this noise the target would draw token 2
+    >>> coupling = Coupling(zero, zero + 9, one, one, one)  # with this noise the target would draw token 1
     >>> coupled = expand_frontier(logits, torch.zeros(1, 1), 2, coupling)
     >>> coupled.tokens, coupled.scores.exp()
-    (tensor([[[2, 1]]]), tensor([[[0.7579, 0.1280]]]))
+    (tensor([[[1, 0]]]), tensor([[[0.8159, 0.1266]]]))
     """
     return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *(coupling or _NOT_COUPLED)))
 
@@ -228,7 +228,7 @@ def verify_tree(
     The draw at a node of depth d is y = argmax over the kept tokens of logits / T + gumbel(seed, position + d, token),
     T = 0: the argmax (ties to the lowest token). The filters apply in transformers' order to the temperature-scaled
     distribution: top-k (ties are kept), top-p (a token is kept while the probability of all strictly likelier tokens
-    is below top_p, so equally likely tokens are kept or dropped together), min-p. The noise is Philox4x32-10 (see
+    is below top_p, so equally likely tokens are kept or dropped together), min-p. The noise is Philox4x32-7 (see
     `csrc/common/philox.h`), so the text depends on logits, seed and position alone, never on the tree. Only the rows
     that the walk visits are read.
 

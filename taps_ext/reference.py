@@ -274,13 +274,13 @@ _WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: Sequence[Tensor | int], key: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute Philox4x32-10: four random words of 32 bits (in int64) for four counter words and two key words.
+    """Compute Philox4x32-7: four random words of 32 bits (in int64) for four counter words and two key words.
 
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
     """
     c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps: the 64 bits are right, the sign is not
         high0, high1 = product0 >> 32 & _WORD, product1 >> 32 & _WORD
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _WORD, high0 ^ c3 ^ k1, product0 & _WORD

@@ -56,7 +56,7 @@ __attribute__((target("avx512f"))) void avx512_noise_block(int64_t seed, int64_t
   __m512i c3 = all(static_cast<uint32_t>(place >> 32));
   uint32_t k0 = static_cast<uint32_t>(key);
   uint32_t k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const Products first_product = multiply(c0, all(0xD2511F53u));
     const Products second_product = multiply(c2, all(0xCD9E8D57u));
     c0 = _mm512_ternarylogic_epi32(second_product.high, c1, all(k0), kXor3);

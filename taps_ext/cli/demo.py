@@ -27,7 +27,7 @@ from ..decode.plain import plain_generate
 from ..decode.stats import DecodeStats
 from ..drafters import Drafter
 from ..native import choose_device
-from ..sampling import SamplingParams
+from ..sampling import SamplingParams, row_seed
 from ..tree import TreeShape
 from . import terminal
 from .terminal import Palette, Span, Transcript, join_spans, number
@@ -52,7 +52,7 @@ def demo(
 
     The models are the embedded ones. All figures go to demo.json in the --output directory.
     """
-    SamplingParams(temperature)  # checks it before the models are loaded
+    SamplingParams(temperature, seed=seed)  # checks both before the models are loaded
     check_writable(output)
     place, drafting = str(choose_device(device)), check_drafting(drafting)
     settings = DemoSettings(limit, max_new_tokens, temperature, seed, place, drafting)
@@ -179,7 +179,7 @@ def _prompts(domain: str, tokenizer: Any, settings: DemoSettings) -> list[dict[s
     prompts = []
     for row, turns in enumerate(tiny.prompts(domain, settings.prompts, settings.seed)):
         input_ids = terminal.encode(tokenizer, turns)["input_ids"]
-        sampling = SamplingParams(settings.temperature, seed=settings.seed + row)
+        sampling = SamplingParams(settings.temperature, seed=row_seed(settings.seed, row))
         prompts.append({"input_ids": input_ids, "sampling": sampling, "max_new_tokens": settings.max_new_tokens})
     return prompts
 

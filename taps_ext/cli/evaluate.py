@@ -92,8 +92,8 @@ def evaluate(
 ) -> None:
     """Answer benchmark questions with every variant and record each answer. See docs/evaluation.md.
 
-    Question i draws with --seed + i. The same command resumes a run that was stopped. The exit code is 1 if a text
-    differs from plain decoding's in float32.
+    Question i draws with taps_ext.row_seed(--seed, i). The same command resumes a run that was stopped. The exit code
+    is 1 if a text differs from plain decoding's in float32.
     """
     settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "")
     paths = drafter_folders(target, drafter)

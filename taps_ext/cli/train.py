@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..checkpoints.load import identify, open_target
 from ..native import choose_device
+from ..sampling import SamplingParams
 from ..tiny import resolve
 from ..training import feature_store, materials, picture, regeneration, survey
 from ..training import progress as watching
@@ -123,6 +124,7 @@ def regenerate(
     The result is a JSON Lines file. An answer that has not ended after --max-new-tokens is left out, with the rest of
     its conversation. The same command resumes a run that was stopped.
     """
+    SamplingParams(temperature, seed=seed)  # checks both before the model is loaded
     place = choose_device(device)
     regeneration.check_output(output)
     conversations = [one.with_system(system_prompt) for one in _conversations(data, count, seed)]

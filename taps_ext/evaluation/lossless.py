@@ -18,6 +18,7 @@ from ..decode.decoder import SpeculativeDecoder
 from ..decode.plain import plain_generate
 from ..decode.stats import DecodeStats
 from ..drafters import Drafter
+from ..sampling import row_seed
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from .divergence import Batch, Divergence, ListeningTarget, find_divergences
@@ -111,7 +112,7 @@ def _batches(prompts: Sequence[Sequence[int]], temperature: float, settings: Los
     batches = []
     for start in range(0, len(prompts), settings.batch_size):
         rows = prompts[start : start + settings.batch_size]
-        seeds = [settings.seed + start + row for row in range(len(rows))]
+        seeds = [row_seed(settings.seed, start + row) for row in range(len(rows))]
         lengths = [max(1, settings.max_new_tokens - 3 * (row % 4)) for row in range(len(rows))]
         batches.append(Batch(**padded(rows), temperature=temperature, seeds=seeds, max_new_tokens=lengths))
     return batches
@@ -174,5 +175,5 @@ def _frequency_checks(
 
 def _draws(prompt: Sequence[int], temperature: float, numbers: range, settings: LosslessSettings) -> Batch:
     ids = torch.tensor([list(prompt)]).repeat(len(numbers), 1)
-    seeds = [settings.seed + number for number in numbers]
+    seeds = [row_seed(settings.seed, number) for number in numbers]
     return Batch(ids, torch.ones_like(ids), temperature, seeds, [settings.num_first_tokens] * len(numbers))

@@ -43,7 +43,7 @@ class LosslessSettings:
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"give one or more different temperatures, got {list(self.temperatures)}")
         for temperature in self.temperatures:
-            SamplingParams(temperature)
+            SamplingParams(temperature, seed=self.seed)
 
     @property
     def draws(self) -> bool:

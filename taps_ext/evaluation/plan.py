@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-from ..sampling import SamplingParams
+from ..sampling import NOISE, SamplingParams
 from ..tree import TreeShape
 from .tasks import TASKS, Question
 from .variants import Variant
@@ -24,7 +24,7 @@ class Settings:
     depth: int = 6
     branching: int = 10
     max_nodes: int = 60  # of a drafter's tree, root included, where a variant says no other number
-    seed: int = 0  # question i of a task is drawn with the noise of seed + i
+    seed: int = 0  # question i of a task is drawn with the noise of row_seed(seed, i)
     system_prompt: str = ""  # put before conversations that bring none
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Plan:
         if not self.temperatures:
             raise ValueError("an evaluation needs a temperature")
         SamplingParams(tuple(self.temperatures))
-        SamplingParams(seed=[self.settings.seed, self.settings.seed + max(map(len, self.tasks.values()))])
+        SamplingParams(seed=self.settings.seed)
         for name, questions in self.tasks.items():
             ids = [question.id for question in questions]
             if repeated := [one for one in ids if ids.count(one) > 1]:
@@ -71,6 +71,7 @@ class Plan:
             "tasks": {name: self._task(name) for name in self.tasks},
             "temperatures": [float(value) for value in self.temperatures],
             "settings": asdict(self.settings),
+            "noise": NOISE,
         }
 
     def _task(self, name: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from .. import native
 from ..checkpoints.load import identify
 from ..decode.request import end_tokens
+from ..sampling import row_seed
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from . import results
@@ -162,7 +163,7 @@ class _Run:
 
     def _asked(self, batch: Batch, place: int) -> Asked:
         is_right = TASKS[batch.task].is_right if batch.task in TASKS else None
-        seed = self._plan.settings.seed + batch.first + place
+        seed = row_seed(self._plan.settings.seed, batch.first + place)
         return Asked(batch.questions[place], batch.task, batch.temperature, seed, len(batch.questions), is_right)
 
     def _warm_up(self, batch: Batch, contestant: Contestant) -> None:

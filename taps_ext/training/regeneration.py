@@ -18,7 +18,7 @@ from ..checkpoints.files import check_writable
 from ..checkpoints.load import identify
 from ..decode.plain import plain_generate
 from ..decode.request import end_tokens
-from ..sampling import SamplingParams
+from ..sampling import NOISE, SamplingParams, row_seed
 from .conversations import Conversation, Message
 
 if TYPE_CHECKING:
@@ -66,14 +66,14 @@ def regenerate(
 
     Args:
         max_new_tokens: an answer that has not ended by then is left out, with the rest of its conversation.
-        seed: conversation i draws with seed + i, so that its text does not depend on its neighbours.
+        seed: conversation i draws with row_seed(seed, i), so that its text does not depend on its neighbours.
         decoder: of this target, to write the same text faster.
     """
     _check(tokenizer, conversations, output, max_new_tokens, batch_size)
     writer = _Writer(target, tokenizer, max_new_tokens, temperature, seed, decoder)
     output.parent.mkdir(parents=True, exist_ok=True)
     collected = output.with_name(f"{output.name}.partial")
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "noise": NOISE}
     num_done = _resume(collected, settings | _materials(target, tokenizer, conversations))
     with collected.open("a", encoding="utf-8") as file:
         while num_done < len(conversations):
@@ -130,7 +130,7 @@ class _Writer:
         if decoder and decoder.target.model is not target:
             raise ValueError("the decoder drives another target; build a SpeculativeDecoder for this one")
         self._tokenizer = tokenizer
-        self._sampling, self._seed = SamplingParams(temperature), seed
+        self._sampling, self._seed = SamplingParams(temperature, seed=seed), seed
         self._max_new_tokens = max_new_tokens
         self._generate: Callable[..., Any] = decoder.generate if decoder else partial(plain_generate, target)
         self._max_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
@@ -183,7 +183,7 @@ class _Writer:
         result = self._generate(
             input_ids,
             attention_mask,
-            sampling=replace(self._sampling, seed=[self._seed + draft.index for _, draft in prompts]),
+            sampling=replace(self._sampling, seed=[row_seed(self._seed, draft.index) for _, draft in prompts]),
             max_new_tokens=[self._room(prompt) for prompt, _ in prompts],
             eos_token_id=self._end_tokens,
         )
