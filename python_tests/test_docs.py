@@ -272,7 +272,7 @@ def test_the_reader_of_pages_sees_what_they_hold() -> None:
     assert {"generate", "demo", "train", "regenerate", "average", "validate", "calibrate", "export"} <= found
     demo = next(command for command in commands(DOCS / "quickstart.md") if command.words[0] == "demo")
     assert demo.takes_minutes
-    torchrun = [command for command in commands(ROOT / "README.md") if "recipe.yaml" in command.words]
+    torchrun = [command for command in commands(ROOT / "README.md") if "recipes/llama3-8b-hass.yaml" in command.words]
     assert torchrun and torchrun[0].words[0] == "train"
 
 
