@@ -4,17 +4,23 @@ The text is a two-domain Markov language over 64 tokens: each token has four lik
 the first token) decides which. A drafter is an EAGLE network trained on the target's features over one domain, so that
 it accepts some of its own domain and little of the other: with random drafters losslessness would prove nothing. It is
 calibrated, so that it drafts coupled above temperature 0.
+
+As a script under torchrun (`small_models.py TARGET DRAFTERS... FILE`) it decodes with a target whose weights are split
+over the processes, and saves the text.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -26,6 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import taps_ext as taps
 from taps_ext.drafters.coupling import Calibration
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 
@@ -138,3 +145,21 @@ def _train_drafter(target: PreTrainedModel, domain: str, seed: int) -> EagleDraf
         optimizer.step()
         optimizer.zero_grad()
     return EagleDrafter(network.requires_grad_(False).eval(), embedding, lm_head, domain, CALIBRATIONS[domain])
+
+
+def _decode_in_parallel(target: str, *drafters: str, out: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    model = AutoModelForCausalLM.from_pretrained(target, tp_plan="auto").eval()
+    split = [name for name, weight in model.named_parameters() if hasattr(weight, "full_tensor")]
+    assert "model.layers.0.self_attn.q_proj.weight" in split, split  # transformers 5 splits the embedding too
+    decoder = taps.SpeculativeDecoder(model, taps.load_drafters({Path(one).name: one for one in drafters}, model))
+    ids, mask = prompts(2)
+    result = decoder.generate(ids, mask, max_new_tokens=24)
+    if torch.distributed.get_rank() == 0:
+        torch.save((result.sequences, result.stats.acceptance_length), out)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _decode_in_parallel(*sys.argv[1:-1], out=sys.argv[-1])

@@ -46,7 +46,7 @@ from taps_ext.evaluation.lossless_report import (
     TextCheck,
 )
 from taps_ext.evaluation.tasks import Question
-from taps_ext.target.model import TargetModel
+from taps_ext.target.model import ScoredTree, TargetModel
 
 SETTINGS = LosslessSettings(max_new_tokens=24, num_draws=0, shape=taps.TreeShape(4, 4, 16))
 FREQUENCIES = replace(SETTINGS, temperatures=(1.0,), max_new_tokens=2, num_draws=1500, draws_together=500)
@@ -306,9 +306,10 @@ def test_logits_are_made_at_the_last_position_only(monkeypatch: pytest.MonkeyPat
     target.lm_head = CountingHead(target.lm_head)
     common_beginnings(target, list(range(4, 60)), 1.0, num_tokens=2, least=1e-3, batch_size=4)
     assert 1 < target.lm_head.most_rows <= 4
+    scored = TargetModel(target)  # compares whole texts with a tree
     target.lm_head.most_rows = 0
     ids, mask = prompts(1)
-    _rounding(TargetModel(target), Batch(ids, mask, 0.0, [0], [9]), 0, [5, 6], eps=1e-3)
+    _rounding(scored, Batch(ids, mask, 0.0, [0], [9]), 0, [5, 6], eps=1e-3)
     assert target.lm_head.most_rows == 1 + ROUNDINGS
     monkeypatch.setattr(type(target), "_supports_logits_to_keep", lambda self: False)
     texts = torch.tensor([[4, 5, 6], [7, 8, 9]])
@@ -498,12 +499,17 @@ def test_near_ties_pass_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_tree_a_position_too_far_is_a_fault_and_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it draws is the rule's, from logits that are off by a few spacings of bfloat16."""
-    stock = TargetModel._forward_tree
+    stock, score = TargetModel._forward, TargetModel.score
 
-    def shifted(self: TargetModel, tree: Any, positions: Tensor, *rest: Any) -> Tensor:
-        return stock(self, tree, positions + 1, *rest)
+    def score_shifted(self: TargetModel, *arguments: Any) -> ScoredTree:
+        def shifted(tokens: Tensor, positions: Tensor, *rest: Any) -> ScoredTree:
+            return stock(self, tokens, positions + 1, *rest)
 
-    monkeypatch.setattr(TargetModel, "_forward_tree", shifted)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self, "_forward", shifted)
+            return score(self, *arguments)
+
+    monkeypatch.setattr(TargetModel, "score", score_shifted)
     result = run("--dtype=bfloat16", "--draws=0", "--temperature=0", "--max-new-tokens=24")
     assert result.exit_code == 1
     assert "fault, the tree's logits are not the target's" in result.stdout

@@ -19,9 +19,11 @@ from typing import Any
 
 import pytest
 from training_cases import write_conversations
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from taps_ext import cli
 from taps_ext.cli import WORKER_PATIENCE_S
+from taps_ext.tiny import resolve
 from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
@@ -96,6 +98,20 @@ def test_one_command_trains_and_says_what_it_read_how_it_went_and_what_to_do_nex
 
     other = run("train", *recipe, "training.batch_size=2")
     assert other.code == 2 and "training.batch_size is 4 there and 2 here" in other.err
+
+
+def test_a_drafter_of_gpt2_is_trained_and_decodes(run, recipe, tmp_path) -> None:
+    """Whose config spells every size in its own way."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny"))
+    sizes = {"vocab_size": AutoConfig.from_pretrained(resolve("tiny")).vocab_size, "n_positions": 512}
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=2, eos_token_id=tokenizer.eos_token_id, **sizes)
+    for saved in (GPT2LMHeadModel(config), tokenizer):
+        saved.save_pretrained(tmp_path / "gpt2")
+    done = run("train", f"target={tmp_path / 'gpt2'}", *recipe[1:])
+    assert done.code == 0, done.err
+    arguments = [str(tmp_path / "run" / "final"), "--target", str(tmp_path / "gpt2")]
+    validated = run("validate", *arguments)
+    assert validated.code == 0, validated.out + validated.err
 
 
 def test_a_dry_run_says_what_the_run_takes_and_leaves_nothing(run, recipe, tmp_path) -> None:

@@ -11,10 +11,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from literal_drafter import (
     LLAMA3_ROPE,
     H,
@@ -31,7 +33,7 @@ from literal_drafter import (
 from small_models import prompts, trained_drafters, trained_target
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import taps_ext as taps
 from taps_ext import native, ops
@@ -405,6 +407,60 @@ def storages(networks: Sequence[EagleNetwork]) -> dict[int, int]:
 def num_bytes(networks: Sequence[EagleNetwork]) -> int:
     """What the networks' parameters need, without anything beside them."""
     return sum(parameter.nbytes for network in networks for parameter in network.parameters())
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "GPT2": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 96}, {"intermediate_size": 128}),
+    "GPTJ": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 96, "rotary_dim": 4}, {"intermediate_size": 128}),
+    "CodeGen": (
+        {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 96, "rotary_dim": 4, "n_inner": 80},
+        {"intermediate_size": 80},
+    ),
+    "GPTBigCode": ({"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 96}, {"intermediate_size": 128}),
+    "OPT": (
+        {"hidden_size": 48, "word_embed_proj_dim": 32, "ffn_dim": 80, "num_attention_heads": 4, "num_hidden_layers": 2},
+        {"intermediate_size": 80},  # the layers are wider than the features
+    ),
+    "Falcon": ({"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}, {"intermediate_size": 128}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@needs_native
+def test_drafters_are_made_saved_loaded_and_used_for_every_spelling_of_sizes(family: str, tmp_path: Path) -> None:
+    sizes, expected = FAMILIES[family]
+    config = getattr(transformers, f"{family}Config")(vocab_size=V, bos_token_id=0, eos_token_id=1, **sizes)
+    model_class = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    torch.manual_seed(0)
+    model: Any = getattr(transformers, model_class)(config).eval()
+    shape = EagleConfig.for_target(config)
+    assert (shape.hidden_size, shape.num_attention_heads, shape.head_dim) == (32, 4, 8)
+    assert {name: getattr(shape, name) for name in expected} == expected
+    assert shape.max_position_embeddings == (96 if "n_positions" in sizes else config.max_position_embeddings)
+    network = EagleNetwork(shape)
+    save_drafter(network, tmp_path / "d", embedding=model.get_input_embeddings(), target_config=config)
+    drafters = taps.load_drafters({"d": tmp_path / "d"}, model)
+    assert drafters["d"].network.config == shape
+    with pytest.raises(ValueError, match="hidden size 32 differs from target hidden size 64"):
+        taps.load_drafter(tmp_path / "d", small_target(V))
+    if family == "Falcon" or (transformers.__version__ < "5" and family in ("GPTJ", "CodeGen")):
+        return  # its attention is not transformers' interface, which a tree needs
+    ids = torch.randint(2, V, (2, 7))
+    stock = model.generate(ids, do_sample=False, max_new_tokens=16, pad_token_id=0)
+    decoder = taps.SpeculativeDecoder(model, drafters, shape=TreeShape(4, 3, 12))
+    assert torch.equal(decoder.generate(ids, max_new_tokens=16).sequences, stock)
+
+
+def small_target(vocab_size: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=64, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def test_a_config_without_sizes_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"config \(SimpleNamespace\) gives no word_embed_proj_dim or hidden_size"):
+        EagleConfig.for_target(SimpleNamespace(vocab_size=8))
 
 
 # --- drafters of one's own --------------------------------------------------------------------------------------------

@@ -422,7 +422,7 @@ def test_targets_with_bin_weights_or_without_are_told_apart(
     torch.save(target.state_dict(), place / "pytorch_model.bin")
     assert stored(export_drafter(folder, "hass", tmp_path / "out", target=place)).keys() == PUBLISHED_KEYS
     torch.save({"lm_head.weight": torch.ones(V, H)}, place / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"must hold one tensor named \.\.\.embed_tokens\.weight, got none"):
+    with pytest.raises(ValueError, match=r"must hold one tensor named \.\.\.embed_tokens\.weight or .*, got none"):
         export_drafter(folder, "hass", tmp_path / "out", target=place)
     torch.save({"model.embed_tokens.weight": torch.ones(V, 2 * H)}, place / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"must be \[61, 32\] of floats by its config, got \[61, 64\]"):

@@ -568,7 +568,7 @@ def test_a_target_without_its_ends_is_refused_in_a_sentence(tmp_path: Path) -> N
         load_target_ends(tmp_path)
     weights.pop("lm_head.weight")
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"must hold one tensor named ...lm_head.weight, got none"):
+    with pytest.raises(ValueError, match=r"must hold one tensor named ...lm_head.weight or .*, got none"):
         load_target_ends(tmp_path)
 
 

@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "composition": {"ops", "tree"},
     "target": {"native", "ops", "target", "tree"},
     "drafters": {"drafters", "ops", "sampling", "tree"},
-    "checkpoints": {"checkpoints", "drafters", "sampling", "tree"},
+    "checkpoints": {"checkpoints", "drafters", "sampling", "target", "tree"},
     "decode": {"decode", *BELOW_DECODE},
     "training": {"training", "checkpoints", "decode", "tiny", *BELOW_DECODE},
     "evaluation": {"evaluation", "checkpoints", "decode", "tiny", *BELOW_DECODE},

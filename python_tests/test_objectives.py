@@ -422,8 +422,7 @@ def test_the_next_stream_is_the_guesses_one_slot_later(target: LlamaForCausalLM)
     ("family", "what"),
     [
         ("Gemma3Text", "changes its embeddings"),
-        ("Granite", "changes the lm_head's product"),
-        ("Phi", "changes the lm_head's product"),
+        ("Phi", "changes the LM head's product"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -431,13 +430,27 @@ def test_a_target_that_does_more_than_two_matrices_is_refused(family: str, what:
     """Training knows the embedding and the lm_head as matrices; what else they do would be left out in silence."""
     sizes = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, **sizes)
-    if family == "Granite":
-        config.logits_scaling = 8.0
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
     if family == "Phi":
         torch.nn.init.ones_(model.lm_head.bias)
-    with pytest.raises(ValueError, match=f"the target .* {what}"):
+    with pytest.raises(ValueError, match=f"target .* {what}"):
         FrozenTarget(model.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("family", "extra"),
+    [("Granite", {"logits_scaling": 8.0}), ("Cohere", {"logit_scale": 0.5}), ("NanoChat", {})],
+)
+def test_training_scales_and_caps_as_the_target_does(family: str, extra: dict[str, Any]) -> None:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, **sizes, **extra)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=4)  # a cap shows at large logits only
+    tokens = torch.arange(VOCAB)[None]
+    with torch.no_grad():
+        hidden, logits = model.base_model(tokens).last_hidden_state, model(tokens).logits
+        torch.testing.assert_close(FrozenTarget(model).logits(hidden), logits, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-2)
 
 
 def test_the_lm_head_keeps_its_precision_under_autocast(target: LlamaForCausalLM) -> None:

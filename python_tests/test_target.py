@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_models
 import torch
+import transformers
 from small_models import EOS, FAMILIES, HIDDEN, PAD, VOCAB, new_target, prompts, trained_drafters, trained_target
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     MambaConfig,
@@ -25,6 +31,7 @@ from transformers import (
 import taps_ext as taps
 from taps_ext import ops
 from taps_ext.checkpoints import save_drafter
+from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.target import tree_attention
 from taps_ext.target.kv_cache import FIRST_CAPACITY
 from taps_ext.tree import DraftTree, Lengths
@@ -260,8 +267,6 @@ def test_targets_that_cannot_be_verified_on_a_tree_are_refused_with_the_reason()
         taps.TargetModel(new_target().double())
     with pytest.raises(ValueError, match="no LM head"):
         taps.TargetModel(trained_target().get_decoder())
-    with pytest.raises(ValueError, match="changes the LM head's output"):
-        taps.TargetModel(new_scaled_target())
 
 
 class SinkAttention(torch.nn.Module):
@@ -270,10 +275,12 @@ class SinkAttention(torch.nn.Module):
     def __init__(self, attention: Any, **more: Any) -> None:
         super().__init__()
         self.attention, self.more = attention, more
+        if not more:
+            attention.config = deepcopy(attention.config)
+            attention.config._attn_implementation = "sdpa"
 
     def forward(self, *arguments: Any, **kwargs: Any) -> Any:
         if not self.more:
-            kwargs.pop("taps_tree", None)
             kwargs["attention_mask"] = None
         return self.attention(*arguments, **kwargs, **self.more)
 
@@ -297,19 +304,309 @@ def test_attention_that_a_tree_cannot_give_is_refused_at_the_door(more: dict[str
         taps.TargetModel(model)
 
 
-def new_scaled_target() -> Any:
-    from transformers import GraniteConfig
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0, "eos_token_id": 1}
+MLP = {"intermediate_size": 48}
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "pad_token_id": 0}
 
-    config = GraniteConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        logits_scaling=8.0,
+
+def new_model(family: str, model_class: str | None = None, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A small model of a transformers family with random weights, large enough that positions and caps show."""
+    config_class = getattr(transformers, f"{family}Config", None)
+    if config_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    torch.manual_seed(0)
+    made = config_class(**{"vocab_size": VOCAB, "max_position_embeddings": 128, **config})
+    model = getattr(transformers, model_class or f"{family}ForCausalLM")(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model.to(dtype).eval()
+
+
+def skip_without_interface(model: Any) -> None:
+    """Older versions of transformers have families with attention classes of their own, which are refused by name."""
+    try:
+        taps.TargetModel(model)
+    except ValueError as error:
+        if "does not use transformers' AttentionInterface" not in str(error) or transformers.__version__ >= "5":
+            raise
+        pytest.skip(str(error))
+
+
+def any_drafter(target: taps.TargetModel) -> dict[str, EagleDrafter]:
+    """A drafter with weights of its own, for targets whose text is at stake and not its speed."""
+    config = EagleConfig(target.hidden_size, 48, 4, 2, 8, target.vocab_size)
+    ends = torch.nn.Embedding(target.vocab_size, target.hidden_size), torch.nn.Linear(target.hidden_size, VOCAB)
+    return {"any": EagleDrafter(EagleNetwork(config).requires_grad_(False), *ends, "any")}
+
+
+def assert_stock_text(model: Any, max_new_tokens: int = 16) -> None:
+    target, (ids, mask) = taps.TargetModel(model), prompts(3)
+    arguments = {"attention_mask": mask, "do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": PAD}
+    stock = model.generate(ids, **arguments)
+    decoder = taps.SpeculativeDecoder(target, any_drafter(target), shape=taps.TreeShape(4, 3, 20))
+    assert torch.equal(decoder.generate(ids, mask, max_new_tokens=max_new_tokens).sequences, stock)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "Cohere": {**SIZES, **MLP, "logit_scale": 0.0625},
+    "Granite": {**SIZES, **MLP, "logits_scaling": 8.0},
+    "NanoChat": {**SIZES, **MLP, "num_key_value_heads": 2},  # a soft cap of 15
+    "Gemma3Text": {**SIZES, **MLP, "head_dim": 8, "num_key_value_heads": 2, "final_logit_softcapping": 4.0},
+    "Phi": {**SIZES, **MLP},  # a bias
+    "ModernBertDecoder": {**SIZES, **MLP, "num_hidden_layers": 2},  # a layer before the matrix
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+@torch.inference_mode()
+def test_whatever_stands_behind_the_head_is_in_the_logits(family: str) -> None:
+    """Also where row 0 of the embedding is zero, as padding_idx=0 makes it: logits of token 0 alone show little."""
+    model = new_model(family, {"Gemma3Text": "Gemma3ForCausalLM"}.get(family), **HEADS[family])
+    model.get_input_embeddings().weight[0] = 0
+    target, tree, kv = taps.TargetModel(model), a_tree(), None
+    prefixes = [[5, 6, 7, 8, 9], [10, 11]]
+    kv = target.new_cache(2)
+    tokens = torch.tensor([prefixes[0], prefixes[1] + [0, 0, 0]])
+    prefill = target.prefill(tokens, Lengths.of([5, 2]), kv)
+    scored = target.score(tree, kv)
+    for row, count in enumerate(TREE_COUNTS):
+        stock = model(input_ids=torch.tensor([prefixes[row]])).logits[0, -1]
+        torch.testing.assert_close(prefill.logits[row, 0], stock, rtol=1e-4, atol=1e-5)
+        for node in range(count):
+            expected = sequential_logits(model, prefixes[row], tree, row, node)
+            torch.testing.assert_close(scored.logits[row, node], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_drafters_scale_and_cap_as_the_target_does_or_are_refused(family: str, tmp_path: Path) -> None:
+    model = new_model(family, {"Gemma3Text": "Gemma3ForCausalLM"}.get(family), **HEADS[family])
+    network = EagleNetwork(EagleConfig.for_target(model.config))
+    save_drafter(network, tmp_path / "d", embedding=model.get_input_embeddings(), target_config=model.config)
+    if family == "ModernBertDecoder":
+        with pytest.raises(ValueError, match="ModernBertDecoderForCausalLM changes the LM head's product"):
+            taps.load_drafters({"d": tmp_path / "d"}, model)
+        return
+    drafter = taps.load_drafters({"d": tmp_path / "d"}, model)["d"]
+    tokens = torch.arange(VOCAB)[None]
+    with torch.inference_mode():
+        features, logits = taps.TargetModel(model).decoder_stack(tokens).last_hidden_state, model(tokens).logits
+        torch.testing.assert_close(drafter.ends.logits(features), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cap_that_no_config_names_is_refused_for_drafters_and_decoded_for_the_target(tmp_path: Path) -> None:
+    model = new_model("NanoChat", **HEADS["NanoChat"])
+    network = EagleNetwork(EagleConfig.for_target(model.config))
+    save_drafter(network, tmp_path / "d", embedding=model.get_input_embeddings(), target_config=model.config)
+    stack, model.config.final_logit_softcapping = model.base_model, 15.0
+    stack.norm.register_forward_hook(lambda module, arguments, output: output)
+    model.lm_head.register_forward_hook(lambda module, arguments, output: output + 0.1 * output.sin())
+    assert_stock_text(model)  # it is in the head's own product
+    forward = model.forward
+
+    def shifted(*arguments: Any, **kwargs: Any) -> Any:
+        output = forward(*arguments, **kwargs)
+        output.logits = output.logits + 0.1 * output.logits.sin()
+        return output
+
+    model.forward = shifted
+    with pytest.raises(ValueError, match="changes the LM head's product"):
+        taps.load_drafters({"d": tmp_path / "d"}, model)
+
+
+@pytest.mark.parametrize("lengths", [[40, 40], [40, 17]])
+def test_a_prefill_computes_the_logits_of_one_column_a_row(lengths: list[int]) -> None:
+    model = deepcopy(trained_target())
+    target, rows = taps.TargetModel(model), []
+    model.get_output_embeddings().register_forward_hook(
+        lambda head, arguments, out: rows.append(out.shape[:-1].numel())
     )
-    return AutoModelForCausalLM.from_config(config)
+    target.prefill(torch.randint(4, VOCAB, (2, 40)), Lengths.of(lengths), target.new_cache(2))
+    assert rows == [2]
+
+
+def test_threads_share_a_model_that_two_targets_drive() -> None:
+    model = deepcopy(trained_target())
+    decoders = [taps.SpeculativeDecoder(model, trained_drafters(), shape=taps.TreeShape(4, 3, 10)) for _ in range(2)]
+    assert len(decoders[0].target.decoder_stack._forward_hooks) == 1
+    given = [prompts(count, seed=count) for count in (1, 2, 3)]
+    expected = [model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20) for ids, mask in given]
+
+    def text(index: int) -> list[Tensor]:
+        ids, mask = given[index % 3]
+        if index % 3 == 2:
+            return [model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20) for _ in range(3)]
+        return [decoders[index % 3].generate(ids, mask, max_new_tokens=20).sequences for _ in range(3)]
+
+    with ThreadPoolExecutor(6) as pool:
+        for index, found in enumerate(pool.map(text, range(6))):
+            assert all(torch.equal(one, expected[index % 3]) for one in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Bart", "MBart", "PLBart", "Marian", "Pegasus", "Blenderbot", "BlenderbotSmall"])
+def test_a_decoder_that_counts_positions_from_its_cache_is_refused_and_left_as_it_was(
+    family: str, dtype: torch.dtype
+) -> None:
+    model = new_model(family, dtype=dtype, **BART)
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"takes no position_ids and counts|unexpected keyword argument .position_ids"):
+        taps.TargetModel(model)
+    assert model.config._attn_implementation == before != "taps_tree"
+
+
+class Unmasked(torch.nn.Module):
+    """A layer that lets each node see what stands before it: the mask of a tree, but not its ancestry."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *arguments: Any, **kwargs: Any) -> Any:
+        means = hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[:, None]
+        return self.layer(hidden + 0.05 * means, *arguments, **kwargs)
+
+
+def test_a_target_that_mixes_the_branches_of_a_tree_is_refused() -> None:
+    model: Any = new_target()
+    model.model.layers[1] = Unmasked(model.model.layers[1])
+    with pytest.raises(ValueError, match="other logits than its own forward gives the same tokens"):
+        taps.TargetModel(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen2Moe", "Olmoe"])
+def test_routers_that_flip_on_near_ties_are_no_reason_to_refuse(family: str, dtype: torch.dtype) -> None:
+    experts = {"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 16, "num_experts_per_tok": 2}
+    shared = {"shared_expert_intermediate_size": 16, "num_key_value_heads": 2}
+    for seed in range(3):
+        model: Any = new_model(family, dtype=dtype, **{**SIZES, **MLP, **experts, **shared, "bos_token_id": seed})
+        skip_without_interface(model)
+        taps.TargetModel(model)
+
+
+@pytest.mark.parametrize("family", ["StableLm", "Nemotron", "ModernBertDecoder"])
+def test_families_that_once_raised_tensor_errors_give_their_own_text(family: str) -> None:
+    heads = {} if family == "ModernBertDecoder" else {"num_key_value_heads": 2}
+    model = new_model(family, **SIZES, **MLP, **heads)
+    skip_without_interface(model)
+    assert_stock_text(model)
+
+
+def test_a_layer_whose_own_code_fails_on_a_tree_is_refused_by_name() -> None:
+    model = new_model("Doge", **SIZES, **MLP, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="target DogeForCausalLM fails in a forward over the nodes of a tree"):
+        taps.TargetModel(model)
+    assert model.config._attn_implementation != "taps_tree"
+
+
+def test_sparse_attention_is_called_by_its_name() -> None:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    model = new_model("DeepseekV32", **SIZES, **MLP, **latent, **experts, moe_intermediate_size=16)
+    with pytest.raises(ValueError, match=r"has sparse attention \(indexed_attention\): its layers select or compress"):
+        taps.TargetModel(model)
+
+
+def test_training_mode_is_refused_and_never_switched_off() -> None:
+    model = new_target().train()
+    with pytest.raises(ValueError, match=r"is in training mode, .* call model\.eval\(\)"):
+        taps.TargetModel(model)
+    assert model.training and model.config._attn_implementation != "taps_tree"
+    target = taps.TargetModel(model.eval())
+    model.train()
+    with pytest.raises(ValueError, match="is in training mode"):
+        target.new_cache(1)
+
+
+@pytest.mark.parametrize("is_made_under_autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_text_is_the_targets_under_autocast(
+    dtype: torch.dtype, is_made_under_autocast: bool
+) -> None:
+    model, (ids, mask) = deepcopy(trained_target()).to(dtype), prompts(2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_made_under_autocast):
+        decoder = taps.SpeculativeDecoder(model, trained_drafters(), shape=taps.TreeShape(4, 3, 20))
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
+        result = decoder.generate(ids, mask, max_new_tokens=20)
+    assert torch.equal(result.sequences, stock)
+    assert result.stats.acceptance_length > 1.5
+    if dtype == torch.float32:  # and without autocast, to the bit what it was
+        stock = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20)
+        assert torch.equal(decoder.generate(ids, mask, max_new_tokens=20).sequences, stock)
+
+
+class WrappedModel(torch.nn.Module):
+    """What a PeftModel shows of itself: the attributes of the model inside, and its `generate`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.base_model = model
+
+    def get_base_model(self) -> Any:
+        return self.base_model
+
+    def generate(self, *arguments: Any, **kwargs: Any) -> Any:
+        return self.base_model.generate(*arguments, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+
+def with_adapters(model: Any, is_peft: bool) -> Any:
+    if not is_peft:
+        return WrappedModel(model)
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(model, lora).eval()
+
+
+@pytest.mark.parametrize("is_peft", [False, True])
+def test_a_wrapper_of_adapters_and_the_model_inside_are_one_target(is_peft: bool) -> None:
+    model = with_adapters(deepcopy(trained_target()), is_peft)
+    ids, mask = prompts(2)
+    arguments = {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 16}
+    stock = model.generate(**arguments)
+    for target in (model, model.get_base_model()):
+        decoder = taps.SpeculativeDecoder(target, trained_drafters())
+        assert torch.equal(decoder.generate(ids, mask, max_new_tokens=16).sequences, stock)
+        for caller in (model, model.get_base_model()):
+            assert torch.equal(caller.generate(**arguments, custom_generate=decoder), stock)
+
+
+def test_prompts_that_are_learned_are_no_part_of_the_layers_and_refused() -> None:
+    wrapped = WrappedModel(new_target())
+    wrapped.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(ValueError, match="learns prompts or prefixes"):
+        taps.TargetModel(wrapped)
+
+
+def test_two_processes_of_tensor_parallelism_give_the_text_of_one(tmp_path: Path) -> None:
+    target = deepcopy(trained_target())
+    target.save_pretrained(tmp_path / "target")
+    for name, drafter in trained_drafters().items():
+        save_drafter(drafter.network, tmp_path / name, embedding=drafter.embedding, target_config=target.config)
+    folders = {name: str(tmp_path / name) for name in trained_drafters()}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run(
+        [*command, small_models.__file__, str(tmp_path / "target"), *folders.values(), str(tmp_path / "out")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(taps.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    ids, mask = prompts(2)
+    alone = taps.SpeculativeDecoder(target, taps.load_drafters(folders, target)).generate(ids, mask, max_new_tokens=24)
+    sequences, acceptance_length = torch.load(tmp_path / "out")
+    assert torch.equal(sequences, alone.sequences)
+    assert acceptance_length == alone.stats.acceptance_length > 1.5
 
 
 def test_a_dispatched_target_gives_the_same_text() -> None:

@@ -47,7 +47,7 @@ from .formats import (
     published_config,
     read_calibration,
 )
-from .load import TargetFiles, open_target, same_up_to_rounding
+from .load import TARGET_EMBEDDINGS, TargetFiles, open_target, same_up_to_rounding
 
 SGLANG_ARCHITECTURE = "LlamaForCausalLMEagle"
 EAGLES, SERVERS = ("eagle", "hass"), ("vllm", "sglang")
@@ -127,9 +127,9 @@ def _embedding(files: DrafterFiles, target: TargetFiles | None) -> Tensor:
     if held is None:
         if target is None:
             raise ValueError(f"{files.folder} holds no embedding; name its target, whose embedding is put in: --target")
-        return target.matrix(EMBEDDING)
+        return target.matrix(TARGET_EMBEDDINGS)
     check_finite(files, [EMBEDDING])
-    if target is not None and not same_up_to_rounding(held, target.matrix(EMBEDDING)):
+    if target is not None and not same_up_to_rounding(held, target.matrix(TARGET_EMBEDDINGS)):
         raise ValueError(
             f"the embedding in {files.folder} differs from that of {target.name}; give the target that it was trained "
             f"for, or none to keep the embedding"
@@ -386,7 +386,7 @@ def _embedding_of(files: DrafterFiles, target: TargetFiles) -> str:
     if EMBEDDING not in files.tensors:
         warn("not inside, the target's is used")
         return ""
-    own, expected = files.tensors[EMBEDDING], target.matrix(EMBEDDING)
+    own, expected = files.tensors[EMBEDDING], target.matrix(TARGET_EMBEDDINGS)
     if torch.equal(own, expected.to(own.dtype)):
         return "the target's, bit for bit"
     if same_up_to_rounding(own, expected):

@@ -107,12 +107,13 @@ def read_drafter_files(path_or_id: PathOrId) -> DrafterFiles:
 
 
 def find_weights(
-    name: str, suffix: str = "", also: Iterable[str] = (), revision: str | None = None
+    name: str, suffix: str | tuple[str, ...] = "", also: Iterable[str] = (), revision: str | None = None
 ) -> tuple[Path, list[Path]]:
     """Return the file of weights in a directory or hub repository, or the index of its shards, and the files to read.
 
     From the hub come these files and the small files `also`, and .bin files only where there is no safetensors file.
-    Shards without a tensor whose name ends in `suffix` are left out. Raise FileNotFoundError if there are no weights.
+    Shards without a tensor whose name ends in `suffix` (or in one of several) are left out. Raise FileNotFoundError if
+    there are no weights.
     """
     looked_for = []
     for whole in (SAFETENSORS_FILE, BIN_FILE):
@@ -195,7 +196,7 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _shards(index: Path, suffix: str) -> list[str]:
+def _shards(index: Path, suffix: str | tuple[str, ...]) -> list[str]:
     """Return the shards with a tensor whose name ends in `suffix`; all of them lie beside the index."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..drafters.coupling import Calibration
-from ..drafters.network import EagleConfig, EagleNetwork, rope_of
+from ..drafters.network import FEATURE_SIZES, EagleConfig, EagleNetwork, rope_of, size_of
 from ..sampling import warn
 from .files import CALIBRATION_FILE, CONFIG_FILE, DrafterFiles, write_text
 
@@ -130,7 +130,7 @@ def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> 
         (
             "hidden size",
             config.hidden_size,
-            target_config.hidden_size,
+            size_of(target_config, FEATURE_SIZES),
             "use a drafter trained on this target's features",
         ),
         ("rope theta", config.rope_theta, theta, f"use a drafter of this target, or correct rope_theta in {path}"),

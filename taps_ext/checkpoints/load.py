@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..drafters.eagle import EagleDrafter, compute_dtype_and_device
-from ..drafters.network import EagleNetwork, rope_of
+from ..drafters.eagle import EagleDrafter, LogitRule, compute_dtype_and_device
+from ..drafters.network import FEATURE_SIZES, EagleNetwork, rope_of, size_of
 from ..sampling import warn
+from ..target.model import refuse_unlike_head
 from .files import (
     DrafterFiles,
     PathOrId,
@@ -43,6 +44,9 @@ from .formats import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# What the names of a target's two matrices end in, by family.
+TARGET_EMBEDDINGS = (EMBEDDING, "wte.weight", "word_embeddings.weight", "embed_in.weight")
+TARGET_LM_HEADS = (LM_HEADS[0], "embed_out.weight")
 TARGET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
 COMPARED_ROWS = 8192  # of two embeddings at a time, to bound the memory
 NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
@@ -53,7 +57,8 @@ NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 
 def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, EagleDrafter]:
     """Load a drafter for each name, in the order given (which breaks ties between drafters); see `load_drafter`."""
-    return {name: load_drafter(path, target, name) for name, path in paths.items()}
+    ends = _ends_of(target)
+    return {name: _load(path, ends, name) for name, path in paths.items()}
 
 
 def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> EagleDrafter:
@@ -67,15 +72,7 @@ def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> 
 
     Raise ValueError or FileNotFoundError in one sentence when the checkpoint does not fit the target.
     """
-    embedding, lm_head, config = _parts_of(target)
-    files = read_drafter_files(path_or_id)
-    network = network_of(files, config)
-    calibration = read_calibration(files.folder, files.digest)
-    for key, module in ((EMBEDDING, embedding), *((key, lm_head) for key in LM_HEADS)):
-        _warn_of_foreign(files, key, module)
-    dtype, device = compute_dtype_and_device(lm_head, embedding)
-    network = network.to(device, dtype).eval().requires_grad_(False)
-    return EagleDrafter(network, embedding, lm_head, name or Path(path_or_id).resolve().name, calibration)
+    return _load(path_or_id, _ends_of(target), name)
 
 
 def load_network(path_or_id: PathOrId) -> EagleNetwork:
@@ -128,15 +125,40 @@ def same_up_to_rounding(held: Tensor, expected: Tensor) -> bool:
     )
 
 
-def _parts_of(target: Any) -> tuple[nn.Module, nn.Module, Any]:
-    """Return the embedding, the lm_head and the text config of a target."""
+@dataclass(frozen=True)
+class _Ends:
+    """Hold what a drafter shares with a loaded target, and the target's config."""
+
+    embedding: nn.Module
+    lm_head: nn.Module
+    config: Any  # of the text model
+    rule: LogitRule
+
+
+def _ends_of(target: Any) -> _Ends:
+    """Return the ends of a target; raise ValueError if they do not make its own logits of its features."""
     model: Any = target if hasattr(target, "get_output_embeddings") else getattr(target, "model", None)
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"the target must be a transformers model or a TargetModel, got {type(target).__name__}")
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or lm_head is None:
         raise ValueError(f"the target {type(model).__name__} has no lm_head; load it with AutoModelForCausalLM")
-    return embedding, lm_head, model.config.get_text_config()
+    config = model.config.get_text_config()
+    rule, (dtype, _) = LogitRule.of(config), compute_dtype_and_device(lm_head, embedding)
+    if all(parameter.device.type != "meta" for parameter in model.parameters()):  # without weights it cannot run
+        refuse_unlike_head(model, lambda features: rule.apply(lm_head(features.to(dtype))))
+    return _Ends(embedding, lm_head, config, rule)
+
+
+def _load(path_or_id: PathOrId, ends: _Ends, name: str | None) -> EagleDrafter:
+    files = read_drafter_files(path_or_id)
+    network = network_of(files, ends.config)
+    calibration = read_calibration(files.folder, files.digest)
+    for key, module in ((EMBEDDING, ends.embedding), *((key, ends.lm_head) for key in LM_HEADS)):
+        _warn_of_foreign(files, key, module)
+    dtype, device = compute_dtype_and_device(ends.lm_head, ends.embedding)
+    network, name = network.to(device, dtype).eval().requires_grad_(False), name or Path(path_or_id).resolve().name
+    return EagleDrafter(network, ends.embedding, ends.lm_head, name, calibration, ends.rule)
 
 
 def _warn_of_foreign(files: DrafterFiles, key: str, module: nn.Module) -> None:
@@ -144,11 +166,17 @@ def _warn_of_foreign(files: DrafterFiles, key: str, module: nn.Module) -> None:
     held, used = files.tensors.get(key), getattr(module, "weight", None)
     if held is None or used is None or used.device.type == "meta" or not used.is_floating_point():
         return  # quantised and offloaded weights cannot be compared
-    if not same_up_to_rounding(held, used.detach()):
+    if not same_up_to_rounding(held, _whole(used)):
         warn(
             f"the {'embedding' if key == EMBEDDING else 'lm_head'} in {files.folder} differs from the target's, which "
             f"is used instead; the drafter may have been trained for another target"
         )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """Return a weight without its gradient, gathered where tensor parallelism splits it over processes."""
+    full: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return full.detach()
 
 
 # --- targets ---------------------------------------------------------------------------------------------------------
@@ -162,14 +190,15 @@ class TargetFiles:
     revision: str | None
     config: Any  # transformers' config of the text model
 
-    def matrix(self, suffix: str) -> Tensor:
-        """Map the embedding or lm_head [V, H]: the one tensor with that suffix; what stands before it differs."""
-        file, parts = find_weights(self.name, suffix, revision=self.revision)
-        matching = {name: tensor for name, tensor in read_tensors(parts).items() if name.endswith(suffix)}
+    def matrix(self, suffixes: tuple[str, ...]) -> Tensor:
+        """Map the embedding or lm_head [V, H]: the one tensor whose name has one of these ends."""
+        file, parts = find_weights(self.name, suffixes, revision=self.revision)
+        matching = {name: tensor for name, tensor in read_tensors(parts).items() if name.endswith(suffixes)}
         if len(matching) != 1:
-            raise ValueError(f"{file} must hold one tensor named ...{suffix}, got {', '.join(matching) or 'none'}")
+            names = " or ...".join(suffixes)
+            raise ValueError(f"{file} must hold one tensor named ...{names}, got {', '.join(matching) or 'none'}")
         [(name, tensor)] = matching.items()
-        expected = (self.config.vocab_size, self.config.hidden_size)
+        expected = (self.config.vocab_size, size_of(self.config, FEATURE_SIZES))
         if tensor.shape != expected or tensor.dtype not in PLAIN_DTYPES:
             raise ValueError(
                 f"{name} of {self.name} must be {list(expected)} of floats by its config, "
@@ -245,8 +274,8 @@ def load_target_ends(path_or_id: PathOrId, revision: str | None = None) -> Targe
     Raise OSError or ValueError in one sentence when there is no such target or its files lack these tensors.
     """
     files = open_target(path_or_id, revision)
-    embedding = files.matrix(EMBEDDING).clone()  # the file is not needed any more
-    head = embedding if files.config.tie_word_embeddings else files.matrix(LM_HEADS[0]).clone()
+    embedding = files.matrix(TARGET_EMBEDDINGS).clone()  # the file is not needed any more
+    head = embedding if files.config.tie_word_embeddings else files.matrix(TARGET_LM_HEADS).clone()
     return TargetEnds(embedding, head, files.config, _identity(files.config, embedding, head, None))
 
 
@@ -269,7 +298,7 @@ def _fingerprint(config: Any, tensors: Iterable[Tensor]) -> str:
     rope = [theta, *((scaling or {}).get(name) for name in ("rope_type", "factor"))]
     digest = hashlib.sha256(json.dumps([config.num_hidden_layers, rope]).encode())
     for tensor in tensors:
-        flat = tensor.detach().flatten()
+        flat = _whole(tensor).flatten()
         samples = flat[:: max(1, len(flat) // NUM_SAMPLES)]
         digest.update(json.dumps(list(tensor.shape)).encode())
         digest.update(np.packbits(torch.signbit(samples).cpu().numpy()).tobytes())

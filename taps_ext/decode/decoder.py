@@ -258,8 +258,8 @@ def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> Non
             f"drafter {name!r} has vocabulary {drafter.vocab_size}, the target {target.vocab_size}; "
             "use a drafter trained on this target's tokenizer"
         )
-    if drafter.hidden_size != target.config.hidden_size:
+    if drafter.hidden_size != target.hidden_size:
         raise ValueError(
             f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
-            f"{target.config.hidden_size}; use a drafter trained for this target"
+            f"{target.hidden_size}; use a drafter trained for this target"
         )

@@ -18,10 +18,10 @@ from ..tree import DraftTree, Lengths, TreeShape
 from . import evidence
 from .base import Drafter, DrafterState
 from .coupling import Calibration, CoupledRows
-from .growth import EagleState, SharedEnds, grow
+from .growth import EagleState, LogitRule, SharedEnds, grow
 from .network import EagleConfig, EagleNetwork
 
-__all__ = ["EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "compute_dtype_and_device"]
+__all__ = ["EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "LogitRule", "compute_dtype_and_device"]
 
 
 class EagleDrafter(Drafter):
@@ -34,10 +34,12 @@ class EagleDrafter(Drafter):
         lm_head: nn.Module,
         name: str = "eagle",
         calibration: Calibration | None = None,
+        rule: LogitRule | None = None,
     ) -> None:
         """Take a network that is on the lm_head's device; one that is being trained can be measured and stays as it is.
 
-        `calibration` is needed for coupled drafting; without it the drafter drafts as EAGLE-2 does.
+        `calibration` is needed for coupled drafting; without it the drafter drafts as EAGLE-2 does. `rule` is what the
+        target does with the lm_head's product, None: nothing. A wrong rule costs acceptance and never changes the text.
         """
         self.name = name
         self.vocab_size = network.config.vocab_size
@@ -48,7 +50,7 @@ class EagleDrafter(Drafter):
         self.lm_head = lm_head
         self.dtype, self.device = network.fc.weight.dtype, network.fc.weight.device
         head_dtype, _ = compute_dtype_and_device(lm_head, embedding)
-        self.ends = SharedEnds(embedding, lm_head, head_dtype)
+        self.ends = SharedEnds(embedding, lm_head, head_dtype, rule or LogitRule())
 
     def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> EagleState:
         """See `Drafter.reset`. The caches are allocated by the first `observe`, when their size is known."""

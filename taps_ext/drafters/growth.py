@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,12 +66,45 @@ class EagleState(DrafterState):
 
 
 @dataclass(frozen=True)
+class LogitRule:
+    """Turn an lm_head's product into logits as the target does: scaled, then soft-capped."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    @classmethod
+    def of(cls, target_config: Any) -> LogitRule:
+        """Return the rule that a transformers config names; compare it with the model's own logits before use.
+
+        Names: Cohere's `logit_scale`, Granite's `logits_scaling` (a divisor, except in HyperCLOVA X), MiniCPM's
+        `dim_model_base`, the multipliers of Falcon-H1 and Muse, and Gemma's `final_logit_softcapping`.
+        """
+
+        def get(name: str) -> Any:
+            return getattr(target_config, name, None)
+
+        divisor, base = get("logits_scaling") or 1.0, get("dim_model_base")
+        scale = divisor if get("model_type") == "hyperclovax" else 1 / divisor
+        if base:
+            scale *= base / target_config.hidden_size
+        for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+            scale *= get(name) or 1.0
+        return cls(float(scale), get("final_logit_softcapping"))
+
+    def apply(self, product: Tensor) -> Tensor:
+        """Return the logits of the lm_head's product, both [..., V] and of one dtype."""
+        logits = product if self.scale == 1 else product * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+@dataclass(frozen=True)
 class SharedEnds:
     """Hold the target's own embedding and lm_head, by reference; drafters with equal ends can draft together."""
 
     embedding: nn.Module
     lm_head: nn.Module
     head_dtype: torch.dtype  # that the lm_head computes in
+    rule: LogitRule = LogitRule()
 
     def embed(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Return embeddings [..., H] of tokens, in the dtype and on the device of `like`."""
@@ -78,9 +112,8 @@ class SharedEnds:
         return embeddings.to(like.device, like.dtype)
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Return the lm_head [..., V] of a network's outputs [..., H]."""
-        logits: Tensor = self.lm_head(outputs.to(self.head_dtype))
-        return logits
+        """Return the target's logits [..., V] of a network's outputs [..., H]."""
+        return self.rule.apply(self.lm_head(outputs.to(self.head_dtype)))
 
 
 def grow(

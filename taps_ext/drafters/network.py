@@ -20,6 +20,20 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, Lla
 # Rope types whose frequencies do not depend on the length of the text. The other types rewrite a buffer in the forward
 # pass, which reads the device and is not safe when two threads share a drafter.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# The names of a size, by family of targets; transformers' own aliases (n_embd, n_head, ...) come on top.
+FEATURE_SIZES = ("word_embed_proj_dim", "hidden_size")  # the first is OPT's, whose layers may be wider
+MLP_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+
+
+def size_of(config: Any, names: tuple[str, ...], default: int | None = None) -> int:
+    """Return the first of these sizes that a transformers config has as a number; `default` if it has none of them."""
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    if default is None:
+        raise ValueError(f"the target's config ({type(config).__name__}) gives no {' or '.join(names)}")
+    return default
 
 
 def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
@@ -73,18 +87,18 @@ class EagleConfig:
     def for_target(cls, target_config: Any, **overrides: Any) -> EagleConfig:
         """Return the config of the published drafters: the target's widths, heads and rope; `overrides` are fields."""
         theta, scaling = rope_of(target_config)
-        heads = target_config.num_attention_heads
+        hidden_size, heads = size_of(target_config, FEATURE_SIZES), size_of(target_config, ("num_attention_heads",))
         fields: dict[str, Any] = {
-            "hidden_size": target_config.hidden_size,
-            "intermediate_size": target_config.intermediate_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": size_of(target_config, MLP_SIZES, 4 * hidden_size),
             "num_attention_heads": heads,
-            "num_key_value_heads": getattr(target_config, "num_key_value_heads", None) or heads,
-            "head_dim": getattr(target_config, "head_dim", None) or target_config.hidden_size // heads,
+            "num_key_value_heads": size_of(target_config, ("num_key_value_heads",), heads),
+            "head_dim": size_of(target_config, ("head_dim",), hidden_size // heads),
             "vocab_size": target_config.vocab_size,
             "rms_norm_eps": getattr(target_config, "rms_norm_eps", cls.rms_norm_eps),
             "rope_theta": cls.rope_theta if theta is None else theta,
             "rope_scaling": scaling,
-            "max_position_embeddings": target_config.max_position_embeddings,
+            "max_position_embeddings": size_of(target_config, CONTEXT_LENGTHS, cls.max_position_embeddings),
         }
         return cls(**{**fields, **overrides})
 
@@ -259,4 +273,4 @@ def _write(cache: Tensor, columns: Tensor | slice, states: Tensor) -> None:
         cache[:, :, columns] = states
     else:
         rows = torch.arange(len(cache), device=cache.device)[:, None]
-        cache[rows, :, columns] = states.transpose(1, 2)
+        cache[rows, :, columns] = states.transpose(1, 2).to(cache.dtype)

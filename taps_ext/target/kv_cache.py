@@ -139,4 +139,6 @@ def cache_keyword(module: torch.nn.Module) -> str:
 
 def _write_finite(columns: Tensor, states: Tensor) -> None:
     """Write 0 for NaN and infinities, which a mask does not stop: 0 times NaN is NaN."""
+    if states.dtype != columns.dtype:  # under autocast
+        states = states.to(columns.dtype)
     torch.nan_to_num(states, nan=0.0, posinf=0.0, neginf=0.0, out=columns)

@@ -4,11 +4,18 @@ This directory is the only place that knows transformers' attention and cache co
 `taps_tree` is registered once and set once per model. Without a tree it is transformers' own SDPA attention, so that
 nothing is toggled between steps and plain `model.generate` works as before, in other threads too. With a tree it is
 the attention of `tree_attention.py`.
+
+Logits come from the model's own `forward`, so that whatever it does behind its LM head (scaling, soft-capping, biases,
+further layers) is part of them. A hook on its decoder stack keeps the features. Hook and attention read what they
+need from a context variable, which each thread has for itself: the hook stays on the model and does nothing unless a
+forward of this file is running.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,11 +29,18 @@ from ..tree import DraftTree, Lengths
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
 from .support import (
     UNSUPPORTED_ATTENTION,
+    Probe,
+    attention_settings,
     name_of,
     refuse_attention_arguments,
-    refuse_changed_logits,
+    refuse_logits_dtype,
     refuse_long_text,
+    refuse_other_head,
+    refuse_other_logits,
+    refuse_training_mode,
     refuse_unsupported_model,
+    refusing_failures,
+    unwrapped,
 )
 from .tree_attention import TreeView
 
@@ -41,31 +55,44 @@ class ScoredTree:
     features: Tensor  # [B, N, H], the hidden states behind the final norm, which the drafters are fed with
 
 
+@dataclass
+class _Forward:
+    """Hold what the decoder stack's hook and the attention layers need in one forward, and what the hook keeps."""
+
+    stack: Any
+    view: TreeView | None = None  # what the nodes see; None: plain causal attention
+    columns: Tensor | None = None  # int64 [B], the one column of each row whose logits are wanted; None: all columns
+    features: Tensor | None = None  # [B, T, H], kept by the hook
+
+
+_FORWARD: ContextVar[_Forward | None] = ContextVar("taps_ext_forward", default=None)
+
+
 class TargetModel:
     """Score draft trees with a causal LM from transformers, unchanged but for the name of its attention function.
 
-    Refused, each with the reason: encoder-decoders, recurrent layers, models without SDPA support or whose weights are
-    not in memory, models that post-process the LM head's output, and devices for which the ops were not built.
+    Of a PeftModel, the target is the model inside, whose layers carry the adapters. Refused, each with the reason:
+    encoder-decoders, recurrent layers, models in training mode, without SDPA support or whose weights are not in
+    memory, models that score a small branched tree otherwise than the same texts one by one, and devices for which the
+    ops were not built. A refused model keeps its own attention.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        refuse_unsupported_model(model)
-        AttentionInterface.register(ATTENTION, tree_attention)
-        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-        model.set_attn_implementation(ATTENTION)
-        if model.config._attn_implementation != ATTENTION:
-            raise ValueError(
-                f"target {name_of(model)} does not use transformers' AttentionInterface; use one that does"
-            )
-        model.eval()
-        self.model = model
-        self.decoder_stack: Any = _decoder_stack(model)
-        self._cache_keyword = cache_keyword(self.decoder_stack)
-        self.embedding: Any = model.get_input_embeddings()
-        self.lm_head: Any = model.get_output_embeddings()
-        self.config: Any = model.config.get_text_config()
-        self._kv_specs = self._probe()
-        self._probe_tree()
+        self.model: Any = unwrapped(model)
+        refuse_unsupported_model(self.model)
+        self.decoder_stack: Any = _decoder_stack(self.model)
+        self.embedding: Any = self.model.get_input_embeddings()
+        self.lm_head: Any = self.model.get_output_embeddings()
+        self.config: Any = self.model.config.get_text_config()
+        self._cache_keyword = cache_keyword(self.model)
+        settings = attention_settings(self.model)
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+                self._probe()
+        except BaseException:
+            for config, attention in settings:
+                config._attn_implementation = attention
+            raise
 
     @property
     def device(self) -> torch.device:
@@ -79,8 +106,16 @@ class TargetModel:
         return int(self.config.vocab_size)
 
     def new_cache(self, batch_size: int) -> TreeKVCache:
-        """Return an empty KV cache for one call."""
-        return TreeKVCache(self._kv_specs, Lengths.of([0] * batch_size, self.device))
+        """Return an empty KV cache for one call.
+
+        Under autocast its dtype is float32, which holds exactly what layers write in either half precision.
+        """
+        refuse_training_mode(self.model)
+        specs, place = self._kv_specs, self.device.type
+        if torch.is_autocast_enabled(place):
+            dtype = torch.get_autocast_dtype(place)
+            specs = [(_widened(keys, dtype), _widened(values, dtype)) for keys, values in specs]
+        return TreeKVCache(specs, Lengths.of([0] * batch_size, self.device))
 
     def refuse_longer_than_exact(self, longest: int) -> None:
         """Raise ValueError if a text of `longest` tokens is too long for exact trees; see `refuse_long_text`."""
@@ -94,11 +129,9 @@ class TargetModel:
         """
         kv.reserve(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        features = self._forward(tokens, positions, kv)
+        scored = self._forward(tokens, positions, kv, columns=lengths.tensor - 1)
         kv.lengths = lengths
-        rows = torch.arange(len(tokens), device=features.device)
-        last = features[rows, lengths.tensor.to(features.device) - 1]
-        return ScoredTree(self._logits(last[:, None]), features.to(self.device))
+        return scored
 
     @torch.inference_mode()
     def score(self, tree: DraftTree, kv: TreeKVCache, last_positions: Tensor | None = None) -> ScoredTree:
@@ -110,8 +143,8 @@ class TargetModel:
         positions = kv.lengths.tensor[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
-        features = self._forward_tree(tree, positions, _view(tree, kv), kv)
-        return ScoredTree(self._logits(features), features.to(self.device))
+        kv.reserve(tree.capacity)
+        return self._forward(tree.tokens, positions, kv, _view(tree, kv))
 
     def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.
@@ -124,54 +157,85 @@ class TargetModel:
         kv.compact(path, num_accepted)
         kv.lengths = lengths
 
-    def _forward(self, tokens: Tensor, positions: Tensor, kv: TreeKVCache, **kwargs: Any) -> Tensor:
+    def _forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        kv: TreeKVCache,
+        view: TreeView | None = None,
+        columns: Tensor | None = None,
+    ) -> ScoredTree:
         if self.config._attn_implementation != ATTENTION:
             raise ValueError(
                 f"the target's attention was set to {self.config._attn_implementation!r} after it was taken for "
                 "speculation; make a new TargetModel or SpeculativeDecoder"
             )
-        kwargs[self._cache_keyword] = kv.cache
-        output = self.decoder_stack(input_ids=tokens, position_ids=positions, use_cache=True, **kwargs)
-        features: Tensor = output.last_hidden_state
-        return features
+        arguments = {
+            "input_ids": tokens,
+            "position_ids": positions,
+            # transformers makes a mask of its own unless it is given one of four axes.
+            "attention_mask": None if view is None else view.ancestors,
+            self._cache_keyword: kv.cache,
+        }
+        features, logits = _run(self.model, _Forward(self.decoder_stack, view, columns), arguments)
+        return ScoredTree(logits.to(self.device), features.to(self.device))
 
-    def _forward_tree(self, tree: DraftTree, positions: Tensor, view: TreeView, kv: TreeKVCache) -> Tensor:
-        kv.reserve(tree.capacity)
-        # transformers makes a mask of its own unless it is given one of four axes.
-        return self._forward(tree.tokens, positions, kv, attention_mask=view.ancestors, taps_tree=view)
+    def _probe(self) -> None:
+        """Compare a small branched tree with the model's own logits of its paths, and take down the cache's layout.
 
-    def _logits(self, features: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(features)
-        return logits.to(self.device)
-
-    @torch.inference_mode()
-    def _probe(self) -> list[tuple[KVSpec, KVSpec]]:
-        """Run one token: return each layer's KV shape and place, and check that logits are lm_head(features)."""
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        The model's own logits are those of its own attention; from then on it has this file's.
+        """
+        probe = Probe.of(self.model, self.device)
+        refuse_long_text(self.model, probe.longest)
         cache = DynamicCache()
-        output = self.decoder_stack(input_ids=token, use_cache=True, **{self._cache_keyword: cache})
-        features = getattr(output, "last_hidden_state", None)
-        if features is None:
-            raise ValueError(f"target {name_of(self.model)} has no decoder stack that returns its last hidden state")
-        refuse_changed_logits(self.model, self._logits(features), self.model(input_ids=token, use_cache=False).logits)
-        layers: list[Any] = list(cache.layers)
-        return [(KVSpec.of(layer.keys), KVSpec.of(layer.values)) for layer in layers]
-
-    @torch.inference_mode()
-    def _probe_tree(self) -> None:
-        """Score one small tree, so that attention which a tree does not support is refused now and not in mid-text."""
-        kv, tokens = self.new_cache(1), torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-        self.prefill(tokens[:, :1], Lengths.of([1], self.device), kv)
-        parents = torch.tensor([[-1, 0]], device=self.device)
-        num_nodes = torch.full_like(tokens[0, :1], 2)
-        tree = DraftTree(tokens, parents, torch.zeros_like(tokens, dtype=torch.float32), num_nodes)
-        view = _view(tree, kv)
-        self._forward_tree(tree, parents + 2, view, kv)
+        _listen_to(self.decoder_stack)
+        with refusing_failures(self.model, "a forward over token ids with a KV cache"):
+            arguments = {"input_ids": probe.texts, self._cache_keyword: cache}
+            features, stock = _run(self.model, _Forward(self.decoder_stack), arguments)
+            alone = {"input_ids": probe.texts[:1], "use_cache": False}
+            _, stock_alone = _run(self.model, _Forward(self.decoder_stack), alone)
+            layers: list[Any] = list(cache.layers)
+            self._kv_specs = [(KVSpec.of(layer.keys), KVSpec.of(layer.values)) for layer in layers]
+        self.hidden_size = features.shape[-1]
+        refuse_logits_dtype(stock.dtype)
+        self._use_tree_attention()
+        with refusing_failures(self.model, "a forward over the nodes of a tree"):
+            kv = self.new_cache(len(probe.prefixes))
+            kv.reserve(probe.longest + probe.tree.capacity)
+            prefill = self.prefill(probe.prefixes, Lengths.of(probe.lengths, self.device), kv)
+            view = _view(probe.tree, kv)
+            positions = kv.lengths.tensor[:, None] + ops.tree_depths(probe.tree.parents, probe.tree.num_nodes)
+            scored = self._forward(probe.tree.tokens, positions, kv, view)
         if view.num_layers < len(self._kv_specs):
             raise ValueError(
                 f"target {name_of(self.model)} has {len(self._kv_specs)} layers with keys and values, but only "
                 f"{view.num_layers} use transformers' AttentionInterface; use a model whose layers all do"
             )
+        given = prefill.logits, scored.logits
+        refuse_other_logits(self.model, probe, given, stock.to(self.device), stock_alone.to(self.device))
+
+    def _use_tree_attention(self) -> None:
+        AttentionInterface.register(ATTENTION, tree_attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        self.model.set_attn_implementation(ATTENTION)
+        if self.model.config._attn_implementation != ATTENTION:
+            raise ValueError(
+                f"target {name_of(self.model)} does not use transformers' AttentionInterface; use one that does"
+            )
+
+
+@torch.inference_mode()
+def refuse_unlike_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor]) -> None:
+    """Raise ValueError unless `head` turns the model's features [..., H] into its own logits [..., V].
+
+    A drafter whose head is not the target's would draft, or be trained on, other distributions than the target's.
+    """
+    inner: Any = unwrapped(model)
+    stack = _decoder_stack(inner)
+    _listen_to(stack)
+    tokens = Probe.tokens(inner, 32).view(4, 8).to(inner.get_input_embeddings().weight.device)
+    features, logits = _run(inner, _Forward(stack), {"input_ids": tokens, "use_cache": False})
+    refuse_other_head(inner, head(features), logits)
 
 
 def tree_attention(
@@ -183,21 +247,62 @@ def tree_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    taps_tree: TreeView | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend over prefix and tree as `taps_tree` says; without a tree, run transformers' SDPA.
+    """Attend over prefix and tree as the running forward says; without a tree, run transformers' SDPA.
 
     Shapes: query [B, heads, N, head_dim], key and value [B, kv_heads, L + N, head_dim], mask bool [B, 1, N, N].
     """
-    if taps_tree is None:
+    forward = _FORWARD.get()
+    view = None if forward is None else forward.view
+    if view is None:
         stock: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
         return stock
-    if attention_mask is not taps_tree.ancestors or not UNSUPPORTED_ATTENTION.keys().isdisjoint(kwargs):
-        refuse_attention_arguments(module, attention_mask, taps_tree.ancestors, kwargs)
-    return taps_tree.attend(query, key, value, scaling), None
+    if attention_mask is not view.ancestors or not UNSUPPORTED_ATTENTION.keys().isdisjoint(kwargs):
+        refuse_attention_arguments(module, attention_mask, view.ancestors, kwargs)
+    place = query.device.type
+    if torch.is_autocast_enabled(place):  # as autocast does around transformers' SDPA
+        dtype = torch.get_autocast_dtype(place)
+        with torch.autocast(place, enabled=False):
+            return view.attend(query.to(dtype), key.to(dtype), value.to(dtype), scaling), None
+    return view.attend(query, key, value, scaling), None
+
+
+def _run(model: Any, forward: _Forward, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return features [B, T, H] and logits [B, T, V] of the model's own forward; [B, 1, V] with `forward.columns`."""
+    token = _FORWARD.set(forward)
+    try:
+        output = model(**{"use_cache": True, **arguments})
+    finally:
+        _FORWARD.reset(token)
+    if forward.features is None:
+        raise ValueError(f"target {name_of(model)} has no decoder stack that returns its last hidden state")
+    logits: Tensor = output.logits
+    return forward.features, logits
+
+
+def _listen_to(stack: Any) -> None:
+    """Put the hook on a decoder stack, once."""
+    if _keep_features not in stack._forward_hooks.values():
+        stack.register_forward_hook(_keep_features)
+
+
+def _keep_features(stack: Any, arguments: Any, output: Any) -> Any:
+    """Keep the features of this thread's running forward, and hand on only the wanted columns to the LM head."""
+    forward = _FORWARD.get()
+    if forward is None or forward.stack is not stack or forward.features is not None:
+        return output
+    features = forward.features = getattr(output, "last_hidden_state", None)
+    if features is not None and forward.columns is not None:
+        rows = torch.arange(len(features), device=features.device)
+        output.last_hidden_state = features[rows, forward.columns.to(features.device)][:, None]
+    return output
+
+
+def _widened(spec: KVSpec, dtype: torch.dtype) -> KVSpec:
+    return spec if spec.dtype == dtype else replace(spec, dtype=torch.float32)
 
 
 def _view(tree: DraftTree, kv: TreeKVCache) -> TreeView:
@@ -207,6 +312,9 @@ def _view(tree: DraftTree, kv: TreeKVCache) -> TreeView:
 
 
 def _decoder_stack(model: PreTrainedModel) -> Any:
-    """Return the model without its LM head; some families' `get_decoder` returns the whole model."""
+    """Return the model without its LM head.
+
+    Some families' `get_decoder` returns the whole model, or the last matrix of the LM head.
+    """
     stack: Any = model.get_decoder()
-    return model.base_model if stack is model else stack
+    return stack if isinstance(stack, PreTrainedModel) and stack is not model else model.base_model

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.load import TargetEnds
+from ..drafters.growth import LogitRule
 from .dataset import TokenBatch, TokenDataset
 from .feature_store import FeatureStore
 from .features import DraftBatch, FrozenTarget, head_logits, shift
@@ -25,12 +26,12 @@ class StoredFeatures:
         """Raises ValueError when the store is of another target."""
         store.target.check_same(ends.identity, store.folder)
         self._store = store
-        self._head = ends.head.to(device)
+        self._head, self._rule = ends.head.to(device), LogitRule.of(ends.config)
         self.embedding = ends.embedding.to(device)  # [V, H]
 
     def logits(self, features: Tensor) -> Tensor:
         """float32 [..., V] of features [..., H], in the features' own precision."""
-        return head_logits(features, self._head)
+        return head_logits(features, self._head, self._rule)
 
     def draft_batch(self, batch: TokenBatch) -> DraftBatch:
         """The batch as drafter slots. Raises ValueError when a row is missing or its file is damaged."""

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..drafters.growth import LogitRule
+from ..target.model import refuse_unlike_head
 from .dataset import TokenBatch
 
 if TYPE_CHECKING:
@@ -64,7 +66,7 @@ class FrozenTarget:
         self._embedding = model.get_input_embeddings()
         weight = model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
-        self._head = weight.detach()
+        self._head, self._rule = weight.detach(), LogitRule.of(model.config.get_text_config())
         self._check_ends()
 
     @property
@@ -76,22 +78,16 @@ class FrozenTarget:
 
     def logits(self, features: Tensor) -> Tensor:
         """float32 [..., V] of features [..., H], computed in the lm_head's precision."""
-        return head_logits(features, self._head)
+        return head_logits(features, self._head, self._rule)
 
     @torch.no_grad()
     def _check_ends(self) -> None:
-        """Training computes with the two matrices alone: nothing may be scaled, capped or added beside them."""
+        """Training computes with the two matrices, and a scale and cap of logits: nothing else may be beside them."""
         tokens = torch.arange(min(8, len(self.embedding)), device=self.embedding.device)[None]
         name = type(self.model).__name__
         if not _are_close(self._embedding(tokens), F.embedding(tokens, self.embedding)):
             raise ValueError(f"the target {name} changes its embeddings (scaling), which drafters are not trained for")
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        logits = self.model(input_ids=tokens, use_cache=False).logits
-        if not _are_close(self.logits(hidden), logits):
-            raise ValueError(
-                f"the target {name} changes the lm_head's product (a bias, scaling, capping), which drafters are not "
-                f"trained for; use a target whose logits are lm_head(hidden states)"
-            )
+        refuse_unlike_head(self.model, self.logits)
 
     @torch.no_grad()
     def features(self, batch: TokenBatch) -> Tensor:
@@ -114,13 +110,13 @@ def _are_close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= 0.02 * other.abs().max())
 
 
-def head_logits(features: Tensor, head: Tensor) -> Tensor:
-    """float32 [..., V] of features [..., H] and an lm_head [V, H], computed in the lm_head's precision.
+def head_logits(features: Tensor, head: Tensor, rule: LogitRule) -> Tensor:
+    """float32 [..., V] of features [..., H] and an lm_head [V, H], whose product has the lm_head's precision.
 
     So does drafting; and a large lm_head must not be cast for every few hundred slots, as autocast would.
     """
     with torch.autocast(head.device.type, enabled=False):
-        return F.linear(features.to(head.dtype), head).float()
+        return rule.apply(F.linear(features.to(head.dtype), head).float())
 
 
 @torch.no_grad()
