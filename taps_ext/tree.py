@@ -111,13 +111,27 @@ class TreeShape:
     `depth` counts drafted levels (EAGLE's `depth=5` is `depth=6` here), `branching` the children kept per
     expanded node and the nodes expanded per level (EAGLE's `top_k`), `max_nodes` the nodes kept, root included.
     Nodes that score below `min_score` are not proposed: with log(0.01) a drafter leaves out what it expects to be
-    accepted less than once in a hundred times.
+    accepted less than once in a hundred times. On a CPU, a level is not drafted where the nodes that it would expand
+    have probabilities that sum to less than `min_mass`.
+
+    `TreeShape.auto()` sets limits, within which each step takes the tree that maximises tokens per second.
     """
 
     depth: int = 6
     branching: int = 10
     max_nodes: int = 60
     min_score: float | None = None  # nats, at most 0; None: the budget alone decides
+    min_mass: float = 0.0
+    adapts: bool = False  # the other fields are limits
+
+    @classmethod
+    def auto(cls, depth: int = 8, branching: int = 10, max_nodes: int = 64) -> TreeShape:
+        """Return limits for trees whose size follows from what they cost on this machine and what is accepted.
+
+        >>> TreeShape.auto().adapts
+        True
+        """
+        return cls(depth, branching, max_nodes, adapts=True)
 
     def __post_init__(self) -> None:
         for name in ("depth", "branching", "max_nodes"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 
 from ..composition import make_composition
 from ..drafters import Drafter
-from ..sampling import warn
+from ..sampling import SamplingParams, warn
 from ..target.model import TargetModel
 from ..tree import TreeShape
+from .budget import CostTable, TreeBudget
+from .costs import Probe, load_or_measure
 from .request import GenerateOptions, Request, generate_output
 from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
@@ -53,6 +55,8 @@ class SpeculativeDecoder:
             weights off.
         joint_budget: the number of nodes that all rows of a batch verify together in a step, roots included: the best
             ones, wherever they are.
+        costs: what a step costs on this machine, for a shape that adapts (`TreeShape.auto()`); by default it is
+            measured at the first call with a batch size, in a few seconds, and kept in a file for later processes.
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class SpeculativeDecoder:
         drafting: str = "coupled",
         evidence_decay: float | None = None,
         joint_budget: int | None = None,
+        costs: CostTable | None = None,
     ) -> None:
         self.composition = make_composition(composition, max_nodes, evidence_decay)
         self.drafting = check_drafting(drafting)
         self.joint_budget = _check_joint_budget(joint_budget)
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
-        self.shape = shape or TreeShape()
+        self.shape = shape or TreeShape.auto()
+        self.costs = costs
         self._composition_name = composition
         self._use(drafters, drafter)
 
@@ -95,6 +101,23 @@ class SpeculativeDecoder:
             _refuse_other_sizes(name, one, self.target)
         chosen = list(self.drafters.values())
         self._device_half = DecodeStep(self.target, chosen, self.composition, self.shape, self.joint_budget)
+        self._tables: dict[int, CostTable] = {}
+
+    def cost_table(self, batch_size: int = 1) -> CostTable:
+        """Return what the parts of a step of `batch_size` rows cost, in milliseconds; measure them if nobody has."""
+        if self.costs is not None:
+            return self.costs
+        if batch_size not in self._tables:
+            self._tables[batch_size] = load_or_measure(self._device_half, self._start, batch_size)
+        return self._tables[batch_size]
+
+    def _start(self, input_ids: Tensor, probe: Probe) -> Callable[[], object]:
+        """Begin a call with a probe for a budget; return what runs one step of it."""
+        options: GenerateOptions = {"sampling": SamplingParams(), "max_new_tokens": 64, "eos_token_id": ()}
+        request = Request.build(self.target.model, input_ids, None, options)
+        state = self._begin(request, probe)
+        self._prefill(request, state)
+        return lambda: self._step(request, state)
 
     def generate(
         self,
@@ -167,7 +190,7 @@ class SpeculativeDecoder:
             yield self._step(request, state)
         return _result(request, state)
 
-    def _begin(self, request: Request) -> DecodeState:
+    def _begin(self, request: Request, budget: TreeBudget | None = None) -> DecodeState:
         """Return the call's own state, after the last checks before any work."""
         batch_size, device = len(request.input_ids), self.target.device
         longest = [a + b for a, b in zip(request.prompt_lengths, request.rules.max_new_tokens, strict=True)]
@@ -188,7 +211,14 @@ class SpeculativeDecoder:
             last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
             active=active,
+            pending=[[] for _ in self.drafters],
+            budget=budget or self._budget(batch_size),
         )
+
+    def _budget(self, batch_size: int) -> TreeBudget | None:
+        if not self.shape.adapts:
+            return None
+        return TreeBudget(self.cost_table(batch_size), self.shape, tuple(self.drafters), batch_size)
 
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
         """Commit the prompts and draw each row's first token."""

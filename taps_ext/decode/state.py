@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..drafters import DrafterState
 from ..sampling import SamplingRows
 from ..target.kv_cache import TreeKVCache
 from ..tree import DraftTree, Lengths
+from .budget import HostOutlook, Outlook, TreeBudget
 from .stats import DecodeStats
 
 
@@ -57,6 +59,34 @@ class RowText:
 
 
 @dataclass(frozen=True)
+class Observation:
+    """Hold committed tokens as `Drafter.observe` takes them."""
+
+    features: Tensor  # [B, T, H]
+    next_tokens: Tensor  # int64 [B, T]
+    num_tokens: Lengths  # of each row; the slots behind are padding
+
+    @classmethod
+    def join(cls, parts: Sequence[Observation]) -> Observation:
+        """Return the observations of several steps as one, each row's tokens in a row."""
+        if len(parts) == 1:
+            return parts[0]
+        features, tokens = (
+            torch.cat([getattr(part, name) for part in parts], 1) for name in ("features", "next_tokens")
+        )
+        is_padding = torch.cat(
+            [
+                torch.arange(part.next_tokens.shape[1], device=tokens.device) >= part.num_tokens.tensor[:, None]
+                for part in parts
+            ],
+            dim=1,
+        )
+        order = is_padding.long().argsort(dim=1, stable=True)
+        features = features.gather(1, order[:, :, None].expand_as(features))
+        return cls(features, tokens.gather(1, order), reduce(Lengths.plus, (part.num_tokens for part in parts)))
+
+
+@dataclass(frozen=True)
 class Acceptance:
     """Hold what the target keeps of each tree, and the token that it adds."""
 
@@ -78,6 +108,7 @@ class StepOutput:
     num_committed: Tensor  # int64 [B], tokens that join the prefix, 0 for a row that had ended
     choice: Tensor | None = None  # int64 [B], the drafter chosen; None: all took part
     log_probs: Tensor | None = None  # float32 [B, N], if asked for
+    outlook: Outlook | None = None  # where the trees adapt
 
     @property
     def is_prefill(self) -> bool:
@@ -96,6 +127,7 @@ class StepRecord:
     proposers: list[list[int]] | None  # the bit mask of each accepted node; None: a prefill
     choice: list[int] | None  # the drafter chosen; None: all took part
     log_probs: list[list[float]] | None
+    outlook: HostOutlook | None
 
     @classmethod
     def fetch(cls, output: StepOutput) -> StepRecord:
@@ -113,6 +145,8 @@ class StepRecord:
             wanted["choice"] = output.choice
         if output.log_probs is not None:
             wanted["log_probs"] = output.log_probs
+        if output.outlook is not None:
+            wanted |= vars(output.outlook)
         host = to_host(wanted)
         counts, invalid = host["num_accepted"], host["is_invalid"]
         ends = [count + (not bad) for count, bad in zip(counts, invalid, strict=True)]
@@ -125,6 +159,7 @@ class StepRecord:
             proposers=None if masks is None else [row[:count] for row, count in zip(masks, counts, strict=True)],
             choice=host.get("choice"),
             log_probs=host.get("log_probs"),
+            outlook=(host["gains"], host["levels"], host["promised"]) if output.outlook is not None else None,
         )
 
 
@@ -162,6 +197,8 @@ class DecodeState:
     last_positions: Tensor  # int64 [B], the last position whose logits can matter: behind it the text is full
     root_tokens: Tensor  # int64 [B], the last committed token, not yet in the cache
     active: Tensor  # bool [B], rows that still decode
+    pending: list[list[Observation]]  # per drafter, what it has not observed yet
+    budget: TreeBudget | None = None  # where the trees adapt
 
     @property
     def is_finished(self) -> bool:
@@ -192,6 +229,8 @@ class DecodeState:
                 event.num_accepted[b] = self.stats.num_accepted[b][-1]
                 event.choices[b] = self.stats.choices[b][-1]
                 event.accepted_proposers[b] = self.stats.accepted_proposers[b][-1]
+        if self.budget is not None and record.proposers is not None:
+            self.budget.record(record.outlook, event.num_accepted)
         self.stats.num_target_forwards += 1
         return event
 

@@ -20,8 +20,9 @@ from ..drafters import Drafter, DrafterState
 from ..sampling import SamplingRows
 from ..target.model import TargetModel
 from ..tree import DraftTree, Lengths, TreeShape
+from .budget import Plan
 from .request import Request, process_logits
-from .state import Acceptance, DecodeState, StepOutput
+from .state import Acceptance, DecodeState, Observation, StepOutput
 
 
 class DecodeStep:
@@ -41,7 +42,6 @@ class DecodeStep:
         self.shape = shape
         self.joint_budget = joint_budget
         self.groups = group_drafters(self.drafters)
-        self.capacities = [shape.capacity(drafter.vocab_size) for drafter in self.drafters]
 
     def reset(self, batch_size: int, sampling: SamplingRows | None) -> list[DrafterState]:
         """Return a fresh state per drafter; `sampling` is for coupled drafting, None for drafting without the noise."""
@@ -63,7 +63,11 @@ class DecodeStep:
     @torch.inference_mode()
     def run(self, request: Request, state: DecodeState) -> StepOutput:
         """Propose, score and verify one tree per row; finished rows take part as padding."""
-        composed = self.propose(state)
+        plan = state.budget.plan() if state.budget is not None else Plan(self.shape, (True,) * len(self.drafters))
+        composed, outlook = self.propose(plan, state), None
+        if state.budget is not None and any(plan.drafts):
+            tree, outlook = state.budget.cut(composed.tree, state.active)
+            composed = replace(composed, tree=_trimmed(tree))
         scored = self.target.score(composed.tree, state.kv, state.last_positions)
         positions = state.kv.lengths.tensor + 1
         acceptance, log_probs = self.verify(request, state, composed.tree, scored.logits, positions)
@@ -75,28 +79,42 @@ class DecodeStep:
             num_committed=torch.where(state.active, acceptance.num_accepted + 1, 0),
             choice=composed.choice,
             log_probs=log_probs,
+            outlook=outlook,
         )
 
-    def propose(self, state: DecodeState) -> Composed:
-        """Return the tree to verify, from the trees of all drafters, or of the ones that the composition chooses."""
+    def propose(self, plan: Plan, state: DecodeState) -> Composed:
+        """Return the tree to verify, from the trees of the planned drafters or of those that the composition chooses."""
+        if not any(plan.drafts):
+            roots = DraftTree.of_roots(state.root_tokens)
+            return Composed(replace(roots, proposers=torch.zeros_like(roots.tokens)), None)
         evidence = None
         if self.composition.decay is not None:
-            evidence = self._evidence(state.drafter_states).to(state.root_tokens.device)
+            evidence = self._evidence(plan, state).to(state.root_tokens.device)
         choice = self.composition.choose(evidence)
-        rows = state.root_tokens, self.shape, state.active
+        rows = state.root_tokens, plan.shape, state.active
         if choice is None:
-            trees = draft(self.drafters, self.groups, state.drafter_states, *rows)
+            trees = self._draft(plan, state)
         else:  # nobody drafts for a row that has ended
             is_over = [row.finish_reason is not None for row in state.rows]
             chosen = [-1 if over else index for over, index in zip(is_over, choice.tolist(), strict=True)]
             trees = draft_chosen(self.drafters, chosen, state.drafter_states, *rows)
-        self._refuse_other_capacities(trees)
+        self._refuse_other_capacities(trees, plan.shape)
         composed = self.composition.compose(trees, evidence)
         if self.joint_budget is not None:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
-        if composed.tree.tokens.device.type != "cpu":
-            return composed  # with its full capacity: to trim it, the host would have to wait
-        return replace(composed, tree=composed.tree.trimmed(int(composed.tree.num_nodes.max())))
+        return replace(composed, tree=_trimmed(composed.tree))
+
+    def _draft(self, plan: Plan, state: DecodeState) -> list[DraftTree]:
+        """Return a tree per drafter, only roots for those that the plan leaves out."""
+        groups = [part for group in self.groups if (part := [index for index in group if plan.drafts[index]])]
+        for index in (index for group in groups for index in group):
+            self._catch_up(index, state)
+        trees = draft(self.drafters, groups, state.drafter_states, state.root_tokens, plan.shape, state.active)
+        roots = DraftTree.of_roots(state.root_tokens)
+        return [
+            trees[index] if index in trees else roots.padded(plan.shape.capacity(drafter.vocab_size))
+            for index, drafter in enumerate(self.drafters)
+        ]
 
     def verify(
         self, request: Request, state: DecodeState, tree: DraftTree, logits: Tensor, positions: Tensor
@@ -129,7 +147,10 @@ class DecodeStep:
 
     @torch.inference_mode()
     def observe(self, output: StepOutput, num_tokens: Lengths, state: DecodeState) -> None:
-        """Show the drafters the committed tokens with the target's features, `num_tokens` of each row."""
+        """Keep the committed tokens with the target's features, `num_tokens` of each row, for the drafters.
+
+        A drafter observes them when it drafts next: one that is left out for some steps then observes all at once.
+        """
         num_slots = num_tokens.longest
         if num_slots == 0:
             return
@@ -139,28 +160,44 @@ class DecodeStep:
         else:
             path = output.acceptance.path[:, :num_slots].clamp_min(0)
             features = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
-        for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
-            drafter.observe(drafter_state, features, next_tokens, num_tokens)
+        for pending in state.pending:
+            pending.append(Observation(features, next_tokens, num_tokens))
 
-    def _refuse_other_capacities(self, trees: Sequence[DraftTree]) -> None:
-        for drafter, tree, capacity in zip(self.drafters, trees, self.capacities, strict=True):
+    def _catch_up(self, index: int, state: DecodeState) -> None:
+        """Show a drafter what it has not observed yet."""
+        pending = state.pending[index]
+        if pending:
+            observed = Observation.join(pending)
+            pending.clear()
+            self.drafters[index].observe(state.drafter_states[index], *vars(observed).values())
+
+    def _refuse_other_capacities(self, trees: Sequence[DraftTree], shape: TreeShape) -> None:
+        for drafter, tree in zip(self.drafters, trees, strict=True):
+            capacity = shape.capacity(drafter.vocab_size)
             if (num_slots := tree.tokens.shape[1]) != capacity:
                 raise ValueError(
                     f"drafter {drafter.name!r} proposed a tree of {num_slots} slots; pad it to the {capacity} of "
                     "shape.capacity(vocab_size)"
                 )
 
-    def _evidence(self, states: Sequence[DrafterState]) -> Tensor:
-        """Return the evidence for every drafter, float32 [D, B]."""
+    def _evidence(self, plan: Plan, state: DecodeState) -> Tensor:
+        """Return the evidence for every drafter, float32 [D, B]; -inf for those that are left out of this step."""
         parts = []
-        for drafter, state in zip(self.drafters, states, strict=True):
-            if state.evidence is None:
+        for index, (drafter, own) in enumerate(zip(self.drafters, state.drafter_states, strict=True)):
+            if plan.drafts[index]:
+                self._catch_up(index, state)
+            if own.evidence is None:
                 raise ValueError(
                     f"drafter {drafter.name!r} keeps no evidence; use another composition, or evidence_decay=0 with "
                     "merged"
                 )
-            parts.append(state.evidence)
+            parts.append(own.evidence if plan.drafts[index] else torch.full_like(own.evidence, -torch.inf))
         return torch.stack([part.to(parts[0].device) for part in parts])
+
+
+def _trimmed(tree: DraftTree) -> DraftTree:
+    """Return the trees without unused slots; on a device the host would have to wait to know them."""
+    return tree.trimmed(int(tree.num_nodes.max())) if tree.tokens.is_cpu else tree
 
 
 def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: Tensor) -> Acceptance:
@@ -178,9 +215,11 @@ def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: T
         sampling.seeds,
         positions,
     )
-    followers = pad(walk.path[:, 1:], (0, 1), value=-1)
-    tokens = torch.where(followers >= 0, tree.tokens.gather(1, followers.clamp_min(0)), -1)
-    tokens = tokens.scatter(1, walk.num_accepted[:, None], walk.bonus_tokens[:, None])
+    tokens = walk.bonus_tokens[:, None]
+    if tree.capacity > 1:
+        followers = pad(walk.path[:, 1:], (0, 1), value=-1)
+        accepted = torch.where(followers >= 0, tree.tokens.gather(1, followers.clamp_min(0)), -1)
+        tokens = accepted.scatter(1, walk.num_accepted[:, None], tokens)
     return Acceptance(walk.path, walk.num_accepted, tokens, walk.bonus_tokens, walk.status != 0)
 
 
@@ -204,8 +243,8 @@ def draft(
     root_tokens: Tensor,
     shape: TreeShape,
     active: Tensor,
-) -> list[DraftTree]:
-    """Return a tree per drafter, group by group (`group_drafters`)."""
+) -> dict[int, DraftTree]:
+    """Return the tree of each drafter in `groups` (see `group_drafters`), by its index."""
     trees: dict[int, DraftTree] = {}
     for group in groups:
         first, *others = (drafters[index] for index in group)
@@ -215,7 +254,7 @@ def draft(
         else:
             together = [first.propose(own_states[0], root_tokens, shape, active)]
         trees |= zip(group, together, strict=True)
-    return [trees[index] for index in sorted(trees)]
+    return trees
 
 
 def draft_chosen(

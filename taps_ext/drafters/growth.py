@@ -233,7 +233,7 @@ class Level:
 
 
 def is_complete(levels: Sequence[Level], shape: TreeShape) -> Tensor:
-    """Return bool [R]: whether no deeper node can be kept, so that the tree is what it would be with all levels.
+    """Return bool [R]: whether no deeper node can be kept, or whether a further level would hold too little.
 
     A node scores at most its ancestors and loses ties to the nodes before it. So nothing below the best frontier score
     is kept once as many nodes as the budget score no less. Reading the result makes the host wait for the device.
@@ -241,6 +241,8 @@ def is_complete(levels: Sequence[Level], shape: TreeShape) -> Tensor:
     best = levels[-1].frontier_scores[:, 0]
     least = -torch.inf if shape.min_score is None else shape.min_score
     is_over = (best < least) | (best == -torch.inf)
+    if shape.min_mass > 0:
+        is_over |= levels[-1].frontier_scores.exp().sum(dim=1) < shape.min_mass
     num_kept = shape.max_nodes - 1
     scores = torch.cat([level.scores for level in levels], dim=1)
     if num_kept == 0 or scores.shape[1] < num_kept:

@@ -81,6 +81,8 @@ class TreeKVCache:
 
     def compact(self, path: Tensor, num_accepted: Tensor) -> None:
         """Move each row's accepted path (num_accepted -1: nothing) behind its prefix, in every layer."""
+        if path.shape[1] == 1 and not self.lengths.is_ragged:
+            return  # the roots were written there
         for spec, buffer in self.buffers.items():
             rows = (path.to(spec.device), num_accepted.to(spec.device), self.lengths.tensor.to(spec.device))
             ops.compact_kv(buffer, *rows, self.lengths.longest)

@@ -144,7 +144,9 @@ class TargetModel:
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
         kv.reserve(tree.capacity)
-        return self._forward(tree.tokens, positions, kv, _view(tree, kv))
+        # A root alone is the next token of its row: the model's own causal attention, one call a layer.
+        is_plain = tree.capacity == 1 and not kv.lengths.is_ragged
+        return self._forward(tree.tokens, positions, kv, None if is_plain else _view(tree, kv))
 
     def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.

@@ -1,0 +1,198 @@
+"""The tree that pays: which drafters draft, how deep, and how many nodes the target verifies, by what things cost.
+
+A step is worth `E[tokens it commits] - rate * milliseconds`, where `rate` is the number of tokens per millisecond that
+the call commits. Maximising that in each step maximises tokens per second (Dinkelbach's method for ratios). A node's
+expected tokens are the probability that the target accepts it: exp(score), corrected for each depth by how often the
+drafts of that depth were accepted in this call. Costs come from a `CostTable`, never from a clock in mid-call, so that
+the same table, prompt and seed give the same trees. The text does not depend on any of it.
+
+Dims: B rows, N nodes, S sizes, L depths, D drafters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..tree import DraftTree, TreeShape
+
+DECAY = 0.95  # per step, of the accepted and expected nodes of each depth
+PRIOR_NODES = 2.0  # accepted and expected nodes that each depth begins with
+MEAN = 0.1  # weight of a step in the running means of tokens and milliseconds
+JUDGEMENT = 0.2  # weight of a step in what a drafter is worth
+MIN_PAUSE, MAX_PAUSE = 4, 32  # steps for which a drafter that does not pay is left out, doubling
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Hold what the parts of a decode step cost on one machine, for one batch size."""
+
+    sizes: tuple[int, ...]  # ascending from 1: nodes per row
+    step_ms: tuple[float, ...]  # of scoring and verifying that many nodes in every row
+    draft_ms: dict[str, tuple[float, float]]  # by drafter: of its first level, and of each further one
+    branching: int  # the largest one that costs hardly more than a narrow one
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless the table is one: sizes ascend from 1, costs are positive and do not fall."""
+        sizes, costs = list(self.sizes), list(self.step_ms)
+        if not sizes or sizes[0] != 1 or sizes != sorted(set(sizes)):
+            raise ValueError(f"the sizes of a cost table must ascend from 1, got {sizes}")
+        if len(costs) != len(sizes) or not costs[0] > 0 or costs != sorted(costs):
+            raise ValueError(f"a cost table needs a positive cost per size that does not fall, got {costs}")
+        if self.branching < 1 or any(not ms >= 0 for pair in self.draft_ms.values() for ms in pair):
+            raise ValueError("a cost table needs draft costs of at least 0 and a branching of at least 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
+        draft_ms = {name: list(pair) for name, pair in self.draft_ms.items()}
+        return {**vars(self), "sizes": list(self.sizes), "step_ms": list(self.step_ms), "draft_ms": draft_ms}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CostTable:
+        """Return the table of `to_dict`'s values; raise ValueError, in a sentence, for anything else."""
+        try:
+            return cls(
+                tuple(map(int, values["sizes"])),
+                tuple(map(float, values["step_ms"])),
+                {str(name): (float(first), float(more)) for name, (first, more) in values["draft_ms"].items()},
+                int(values["branching"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"a cost table needs sizes, step_ms, draft_ms and branching ({error!r})") from error
+
+
+HostOutlook = tuple[list[list[float]], list[int], list[list[float]]]  # an `Outlook`, copied to the host
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say who drafts in a step, and up to which shape."""
+
+    shape: TreeShape
+    drafts: tuple[bool, ...]  # per drafter
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Hold what a step's tree promises: expected accepted nodes, of all rows together."""
+
+    gains: Tensor  # float32 [1 + D, S], of the best nodes of each size: of the whole tree, then without each drafter's
+    levels: Tensor  # int64 [D], the levels that each drafter drafted
+    promised: Tensor  # float32 [B, L], exp(score) summed over each row's verified nodes, by depth; 0 at depth 0
+
+
+class TreeBudget:
+    """Choose the trees of one call, and learn from what the target accepts.
+
+    Where the host may read the tree without waiting (on a CPU), its own outlook decides its size. On a device the
+    previous step's does, which came with that step's one read.
+    """
+
+    def __init__(self, costs: CostTable, shape: TreeShape, drafters: Sequence[str], batch_size: int) -> None:
+        limit = max(size for size in costs.sizes if size <= shape.max_nodes)
+        branching = min(shape.branching, costs.branching)
+        self.shape = replace(shape, max_nodes=limit, branching=branching, adapts=False)
+        self.sizes = [size for size in costs.sizes if size <= limit]
+        self.step_ms = costs.step_ms[: len(self.sizes)]
+        self.draft_ms = [costs.draft_ms[name] for name in drafters]
+        self.batch_size = batch_size
+        self.tokens, self.ms = float(batch_size), self.step_ms[0]  # of a step: running means
+        self.accepted = torch.full((batch_size, shape.depth + 1), PRIOR_NODES)
+        self.expected = self.accepted.clone()
+        self.worth = [0.0] * len(drafters)  # tokens that a drafter's own nodes bring in a step, its drafting paid
+        self.pauses = [0] * len(drafters)  # steps that a drafter is left out at a time; 0: it takes part
+        self.waits = [0] * len(drafters)  # steps until it drafts again
+        self._size = limit
+        self._plan = Plan(self.shape, (True,) * len(drafters))
+
+    @property
+    def rate(self) -> float:
+        """Tokens per millisecond that the call commits, all rows together."""
+        return self.tokens / self.ms
+
+    def plan(self) -> Plan:
+        """Return who drafts in the coming step: everyone but those that were left out as not worth their cost."""
+        drafts = tuple(wait == 0 for wait in self.waits)
+        self.waits = [max(0, wait - 1) for wait in self.waits]
+        deeper = [more for (_, more), is_drafting in zip(self.draft_ms, drafts, strict=True) if is_drafting]
+        # One more level adds at most the probability of the nodes that it expands.
+        least = self.rate * max(deeper, default=0.0) / self.batch_size
+        self._plan = Plan(replace(self.shape, min_mass=least), drafts)
+        return self._plan
+
+    def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
+        """Return the trees with as many nodes per row as pay, and the outlook of the trees given."""
+        depths = ops.tree_depths(tree.parents, tree.num_nodes)
+        gains, levels = self._outlook(tree, depths, active)
+        if tree.tokens.is_cpu:
+            self._size, _ = self._best_size(gains[0].tolist())
+        kept = ops.prune_tree(tree, self._size)
+        depths = ops.tree_depths(kept.parents, kept.num_nodes)
+        chances = torch.where(kept.is_node() & (depths > 0) & active[:, None], kept.scores.exp(), 0)
+        promised = chances.new_zeros(self.expected.shape).scatter_add_(1, depths, chances)
+        return kept, Outlook(gains, levels, promised)
+
+    def record(self, outlook: HostOutlook | None, num_accepted: Sequence[int | None]) -> None:
+        """Learn from a step: its outlook (None: nobody drafted) and what was accepted (None: the row had ended)."""
+        ms = self.step_ms[0]
+        if outlook is not None:
+            gains, levels, promised = outlook
+            ms = self.step_ms[self.sizes.index(self._size)] + self._judge(gains, levels)
+            self._size, _ = self._best_size(gains[0])
+            self._correct(promised, num_accepted)
+        self.ms += MEAN * (ms - self.ms)
+        self.tokens += MEAN * (sum(count + 1 for count in num_accepted if count is not None) - self.tokens)
+
+    def _correct(self, promised: list[list[float]], num_accepted: Sequence[int | None]) -> None:
+        """Compare how deep each row's path went with what its tree promised."""
+        sums = torch.tensor(promised)
+        reached = torch.tensor([-1 if count is None else count for count in num_accepted])[:, None]
+        is_reached = (reached >= torch.arange(sums.shape[1])) & (sums > 0)
+        self.accepted = PRIOR_NODES + DECAY * (self.accepted - PRIOR_NODES) + is_reached
+        self.expected = PRIOR_NODES + DECAY * (self.expected - PRIOR_NODES) + sums
+
+    def _outlook(self, tree: DraftTree, depths: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `gains` and `levels` of the trees."""
+        assert tree.proposers is not None
+        correction = (self.accepted / self.expected).to(depths.device).gather(1, depths)
+        chances = (tree.scores.exp() * correction).clamp(max=1)
+        is_drafted = tree.is_node() & (depths > 0) & active[:, None]
+        chances = torch.where(is_drafted, chances, 0)
+        bits = 1 << torch.arange(len(self.draft_ms), device=depths.device)[:, None, None]
+        own = tree.proposers == bits  # [D, B, N], of one drafter alone
+        parts = torch.cat([chances[None], chances.masked_fill(own, 0)])
+        best = parts.sort(dim=2, descending=True).values.cumsum(dim=2).sum(dim=1)  # [1 + D, N]
+        places = [min(size - 1, best.shape[1]) for size in self.sizes]
+        gains = torch.nn.functional.pad(best, (1, 0))[:, places]
+        levels = torch.where((tree.proposers & bits) != 0, depths, 0).amax(dim=(1, 2))
+        return gains, levels
+
+    def _best_size(self, gains: list[float]) -> tuple[int, float]:
+        """Return the number of nodes per row that pays best, and what its step is worth, in tokens."""
+        worth = [gain - self.rate * ms for gain, ms in zip(gains, self.step_ms, strict=True)]
+        index = max(range(len(worth)), key=worth.__getitem__)
+        return self.sizes[index], worth[index]
+
+    def _judge(self, gains: list[list[float]], levels: list[int]) -> float:
+        """Compare the step with one without each drafter's nodes, leave out whom does not pay; return drafting's ms."""
+        _, worth = self._best_size(gains[0])
+        total = 0.0
+        for index, (first, more) in enumerate(self.draft_ms):
+            if not self._plan.drafts[index]:
+                continue
+            cost = first + more * max(0, levels[index] - 1)
+            total += cost
+            gained = worth - self._best_size(gains[1 + index])[1] - self.rate * cost
+            is_probe = self.pauses[index] > 0
+            self.worth[index] = gained if is_probe else self.worth[index] + JUDGEMENT * (gained - self.worth[index])
+            if self.worth[index] >= 0:
+                self.pauses[index] = 0
+            else:
+                self.pauses[index] = min(MAX_PAUSE, max(MIN_PAUSE, 2 * self.pauses[index]))
+                self.waits[index] = self.pauses[index]
+        return total

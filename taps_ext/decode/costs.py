@@ -1,0 +1,184 @@
+"""Measure what the parts of a decode step cost on this machine, and keep the figures in a file.
+
+A table belongs to one target, its drafters, a batch size, a device and a number of threads: their fingerprint names the
+file. Only shapes and settings count, so that a retrained drafter needs no new measurement. All parts are measured in
+turn, several times, and the least time counts: what else runs on the machine only ever adds to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from ..checkpoints.files import json_text, replacing
+from ..tree import DraftTree, TreeShape
+from .budget import CostTable, HostOutlook, Outlook, Plan, TreeBudget
+from .step import DecodeStep
+
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # nodes per row
+SIZES_ON_DEVICE = (1, 4, 8, 16, 32, 64)
+MOST = 8.0  # times the cost of one node: larger trees cannot pay
+MIN_ROUNDS, SECONDS = 4, 4.0  # of measuring
+PREFIX_LENGTH = 128
+WIDTHS = (2, 4, 10)
+DEPTHS = (1, 3)
+FREE = 1.25  # a branching is free while a level costs at most this much more than the narrowest
+
+
+def load_or_measure(
+    step: DecodeStep, start: Callable[[Tensor, Probe], Callable[[], object]], batch_size: int
+) -> CostTable:
+    """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement if there is one."""
+    path = cache_directory() / f"{fingerprint(step, batch_size)}.json"
+    try:
+        return CostTable.from_dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        pass  # never measured, or not readable
+    table = measure(step, start, batch_size)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json_text(table.to_dict()))
+    except OSError:
+        pass  # a read-only home costs a measurement per process
+    return table
+
+
+def cache_directory() -> Path:
+    """Return the directory of measured tables: `$XDG_CACHE_HOME/taps_ext/costs`, by default below `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taps_ext" / "costs"
+
+
+def fingerprint(step: DecodeStep, batch_size: int) -> str:
+    """Return a name for everything that a table depends on."""
+    model, device = step.target.model, step.target.device
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    facts = {
+        "target": model.config.to_dict(),
+        "dtype": str(model.dtype),
+        "drafters": [_facts(drafter) for drafter in step.drafters],
+        "batch_size": batch_size,
+        "machine": [platform.node(), processor, torch.get_num_threads()],
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+_Setting = tuple[int, int | None, int, int]  # nodes, the drafter that drafts (None: nobody), its depth and branching
+PLAIN: _Setting = (1, None, 1, 1)
+FIRST_LEVEL = (0, 1, WIDTHS[0])  # the least that a drafter does
+
+
+class Probe(TreeBudget):
+    """Force what a step does, in place of a budget: who drafts, and a random tree of some size."""
+
+    def __init__(self, step: DecodeStep, batch_size: int) -> None:
+        names = [drafter.name for drafter in step.drafters]
+        free = CostTable((1,), (1.0,), dict.fromkeys(names, (0.0, 0.0)), 1)
+        super().__init__(free, TreeShape.auto(), names, batch_size)
+        self.size, self.forced = 1, Plan(self.shape, (False,) * len(names))
+
+    def force(self, size: int, drafter: int | None, depth: int, branching: int) -> None:
+        """Let the coming steps verify `size` nodes, and let one drafter draft (None: nobody, and no tree is made)."""
+        drafts = tuple(index == drafter for index in range(len(self.draft_ms)))
+        self.size, self.forced = size, Plan(TreeShape(depth, branching, SIZES[-1]), drafts)
+
+    def plan(self) -> Plan:
+        """See `TreeBudget.plan`."""
+        return self.forced
+
+    def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
+        """See `TreeBudget.cut`: as much work, and the forced tree."""
+        kept, outlook = super().cut(tree, active)
+        return random_tree(kept.tokens[:, 0], self.size), outlook
+
+    def record(self, outlook: HostOutlook | None, num_accepted: Sequence[int | None]) -> None:
+        """See `TreeBudget.record`."""
+
+
+def measure(step: DecodeStep, start: Callable[[Tensor, Probe], Callable[[], object]], batch_size: int) -> CostTable:
+    """Return the measured costs, in milliseconds.
+
+    `start` begins a call on prompts int64 [B, P] with a probe, and returns what runs one step of it.
+    """
+    device, sizes = step.target.device, SIZES if step.target.device.type == "cpu" else SIZES_ON_DEVICE
+    probe = Probe(step, batch_size)
+    every = range(len(step.drafters))
+    drafting = [(1, index, depth, width) for index in every for depth in DEPTHS for width in WIDTHS]
+    settings: list[_Setting] = [PLAIN, *((size, *FIRST_LEVEL) for size in sizes), *drafting]
+    least: dict[_Setting, float] = {}
+    began, rounds = time.perf_counter(), 0
+    while rounds < MIN_ROUNDS or time.perf_counter() - began < SECONDS:
+        run = start(_random_tokens(step, batch_size).to(device), probe)
+        probe.force(*PLAIN)
+        run()  # warms up
+        for setting in settings:
+            if rounds > 1 and least[setting] > 2 * MOST * least[PLAIN]:
+                continue
+            probe.force(*setting)
+            run()  # also lets a drafter observe what it was not shown yet
+            ms = _time_ms(run)
+            least[setting] = min(least.get(setting, ms), ms)
+        rounds += 1
+    return _table(sizes, least, [drafter.name for drafter in step.drafters])
+
+
+def _table(sizes: Sequence[int], least: dict[_Setting, float], names: Sequence[str]) -> CostTable:
+    """Return the table of the least times of all settings."""
+    every, plain = range(len(names)), least[PLAIN]
+    verified = [plain + least[(size, *FIRST_LEVEL)] - least[(1, *FIRST_LEVEL)] for size in sizes]
+    rising = [max(plain, *verified[: index + 1]) for index in range(len(sizes))]
+    num_sizes = sum(ms <= MOST * plain for ms in rising)
+
+    def more(d: int, width: int) -> float:  # of a further level
+        return max(0.0, least[1, d, DEPTHS[1], width] - least[1, d, DEPTHS[0], width]) / (DEPTHS[1] - DEPTHS[0])
+
+    free = [width for width in WIDTHS if all(more(d, width) <= FREE * more(d, WIDTHS[0]) for d in every)]
+    branching = max(free)
+    draft_ms = {name: (max(0.0, least[1, d, 1, branching] - plain), more(d, branching)) for d, name in enumerate(names)}
+    return CostTable(tuple(sizes[:num_sizes]), tuple(rising[:num_sizes]), draft_ms, branching)
+
+
+def random_tree(roots: Tensor, size: int) -> DraftTree:
+    """Return trees of `size` nodes: chains, half as long, with a sibling beside each of their nodes."""
+    batch_size, device = len(roots), roots.device
+    parents = torch.tensor([-1, *(max(0, 2 * ((node - 1) // 2) - 1) for node in range(1, size))], device=device)
+    scores = -torch.arange(size, device=device).float()
+    tokens = torch.cat([roots[:, None], torch.arange(1, size, device=device).expand(batch_size, -1)], dim=1)
+    count, bits = torch.full((batch_size,), size, device=device), torch.zeros_like(tokens)
+    return DraftTree(tokens, parents.expand(batch_size, -1), scores.expand(batch_size, -1), count, proposers=bits)
+
+
+def _random_tokens(step: DecodeStep, batch_size: int) -> Tensor:
+    context = getattr(step.target.config, "max_position_embeddings", None) or 2 * PREFIX_LENGTH
+    length = max(1, min(PREFIX_LENGTH, context // 4))
+    return torch.randint(step.target.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
+
+
+def _time_ms(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()  # ends with a step's one read, so that a device has finished too
+    return 1e3 * (time.perf_counter() - started)
+
+
+def _facts(drafter: Any) -> list[Any]:
+    parameters = [list(one.shape) for one in getattr(getattr(drafter, "network", None), "parameters", list)()]
+    return [drafter.name, type(drafter).__name__, parameters, getattr(drafter, "dtype", None)]
+
+
+def _processor() -> str:
+    try:
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
