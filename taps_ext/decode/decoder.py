@@ -19,7 +19,7 @@ from ..tree import TreeShape
 from .budget import CostTable, TreeBudget
 from .costs import Probe, load_or_measure
 from .request import GenerateOptions, Request, generate_output
-from .state import DecodeState, StepEvent, StepRecord
+from .state import DecodeState, Observation, StepEvent, StepRecord
 from .stats import DecodeStats
 from .step import DecodeStep
 
@@ -224,6 +224,8 @@ class SpeculativeDecoder:
         """Commit the prompts and draw each row's first token."""
         output = self._device_half.prefill(request, state)
         event = state.advance(StepRecord.fetch(output))
+        texts = [[*prompt, *new] for prompt, new in zip(request.prompts(), event.new_tokens, strict=True)]
+        self._observe_text(texts, state)
         self._device_half.observe(output, state.running(state.kv.lengths), state)
         return event
 
@@ -234,8 +236,18 @@ class SpeculativeDecoder:
         committed = state.committed(output, record)
         self._device_half.commit(output, committed, state)
         event = state.advance(record)
+        self._observe_text(event.new_tokens, state)
         self._device_half.observe(output, state.running(committed), state)
         return replace(event, tree=output.tree, path=output.acceptance.path)
+
+    def _observe_text(self, texts: list[list[int]], state: DecodeState) -> None:
+        """Keep the rows' further tokens for the drafters that use the text alone."""
+        drafters = zip(self.drafters.values(), state.pending, strict=True)
+        pending = [own for drafter, own in drafters if not drafter.uses_features]
+        if pending and any(texts):
+            observed = Observation.of_text(texts)
+            for own in pending:
+                own.append(observed)
 
 
 def _result(request: Request, state: DecodeState) -> GenerationResult:
@@ -288,7 +300,7 @@ def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> Non
             f"drafter {name!r} has vocabulary {drafter.vocab_size}, the target {target.vocab_size}; "
             "use a drafter trained on this target's tokenizer"
         )
-    if drafter.hidden_size != target.hidden_size:
+    if drafter.uses_features and drafter.hidden_size != target.hidden_size:
         raise ValueError(
             f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
             f"{target.hidden_size}; use a drafter trained for this target"

@@ -62,18 +62,23 @@ class RowText:
 class Observation:
     """Hold committed tokens as `Drafter.observe` takes them."""
 
-    features: Tensor  # [B, T, H]
+    features: Tensor | None  # [B, T, H]; None for drafters that use the text alone
     next_tokens: Tensor  # int64 [B, T]
     num_tokens: Lengths  # of each row; the slots behind are padding
+
+    @classmethod
+    def of_text(cls, texts: Sequence[Sequence[int]]) -> Observation:
+        """Return the observation of further tokens of each row, on the CPU."""
+        longest = max(map(len, texts))
+        padded = [[*text, *[0] * (longest - len(text))] for text in texts]
+        return cls(None, torch.tensor(padded).reshape(len(texts), longest), Lengths.of([len(text) for text in texts]))
 
     @classmethod
     def join(cls, parts: Sequence[Observation]) -> Observation:
         """Return the observations of several steps as one, each row's tokens in a row."""
         if len(parts) == 1:
             return parts[0]
-        features, tokens = (
-            torch.cat([getattr(part, name) for part in parts], 1) for name in ("features", "next_tokens")
-        )
+        tokens = torch.cat([part.next_tokens for part in parts], dim=1)
         is_padding = torch.cat(
             [
                 torch.arange(part.next_tokens.shape[1], device=tokens.device) >= part.num_tokens.tensor[:, None]
@@ -82,7 +87,10 @@ class Observation:
             dim=1,
         )
         order = is_padding.long().argsort(dim=1, stable=True)
-        features = features.gather(1, order[:, :, None].expand_as(features))
+        every = [part.features for part in parts if part.features is not None]
+        features = torch.cat(every, dim=1) if every else None
+        if features is not None:
+            features = features.gather(1, order[:, :, None].expand_as(features))
         return cls(features, tokens.gather(1, order), reduce(Lengths.plus, (part.num_tokens for part in parts)))
 
 

@@ -83,7 +83,7 @@ class DecodeStep:
         )
 
     def propose(self, plan: Plan, state: DecodeState) -> Composed:
-        """Return the tree to verify, from the trees of the planned drafters or of those that the composition chooses."""
+        """Return the tree to verify, made by the planned drafters, or of those that the composition chooses."""
         if not any(plan.drafts):
             roots = DraftTree.of_roots(state.root_tokens)
             return Composed(replace(roots, proposers=torch.zeros_like(roots.tokens)), None)
@@ -160,8 +160,9 @@ class DecodeStep:
         else:
             path = output.acceptance.path[:, :num_slots].clamp_min(0)
             features = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
-        for pending in state.pending:
-            pending.append(Observation(features, next_tokens, num_tokens))
+        for drafter, pending in zip(self.drafters, state.pending, strict=True):
+            if drafter.uses_features:
+                pending.append(Observation(features, next_tokens, num_tokens))
 
     def _catch_up(self, index: int, state: DecodeState) -> None:
         """Show a drafter what it has not observed yet."""

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .base import Drafter, DrafterState
 from .eagle import EagleConfig, EagleDrafter, EagleNetwork, EagleState
+from .lookup import LookupDrafter
 
-__all__ = ["Drafter", "DrafterState", "EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState"]
+__all__ = ["Drafter", "DrafterState", "EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "LookupDrafter"]

@@ -54,7 +54,8 @@ class Drafter(ABC):
 
     name: str  # reported by stats and compositions
     vocab_size: int  # V, the target's
-    hidden_size: int  # H, the size of the target's features
+    hidden_size: int  # H, the size of the target's features; of no account without features
+    uses_features: bool = True  # False: it is shown the text alone, on the host, from the prompt's first token on
     calibration: Calibration | None = None  # how coupled drafting weighs the noise; None: drafts without it
 
     @abstractmethod
@@ -69,12 +70,14 @@ class Drafter(ABC):
         """
 
     @abstractmethod
-    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Lengths) -> None:
+    def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
         """Take in committed tokens with the target's features; update `state` in place.
 
         Args:
-            features: [B, T, H]; slot t of row b is the target's final hidden state at one position.
-            next_tokens: int64 [B, T], the token behind that position (in the last slot: the new root).
+            features: [B, T, H]; slot t of row b is the target's final hidden state at one position. None for a drafter
+                that does not use them.
+            next_tokens: int64 [B, T], the token behind that position (in the last slot: the new root). For a drafter
+                without features: on the CPU, the next tokens of the text, the first time the prompt and one token.
             num_tokens: how many leading slots of each row count; the other slots are padding with any content, NaN
                 included. A row of 0 tokens stays as it is.
         """

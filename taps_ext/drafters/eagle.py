@@ -72,8 +72,9 @@ class EagleDrafter(Drafter):
             )
 
     @torch.no_grad()
-    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Lengths) -> None:
+    def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
         """See `Drafter.observe`."""
+        assert features is not None
         state = _own_state(state)
         self._check_observed(state, features, next_tokens, num_tokens)
         num_slots = num_tokens.longest
