@@ -116,7 +116,8 @@ class Together:
         self, states: list[Any], roots: Tensor, shape: TreeShape, active: Tensor, chosen: list[int] | None = None
     ) -> list[DraftTree]:
         if chosen is None:
-            return draft(self.drafters, self.groups, states, roots, shape, active)
+            trees = draft(self.drafters, self.groups, states, roots, shape, active)
+            return [trees[index] for index in range(len(self.drafters))]
         return draft_chosen(self.drafters, chosen, states, roots, shape, active)
 
     def evidence(self, states: list[Any]) -> Tensor:

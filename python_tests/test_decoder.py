@@ -534,10 +534,10 @@ def test_a_row_alone_with_its_row_seed_has_the_text_that_it_has_in_the_batch(doo
 
 @pytest.mark.parametrize("manual_seed", range(3))
 def test_a_row_of_the_transformers_door_can_be_repeated_alone(manual_seed: int) -> None:
-    ids, mask = prompts(4)
+    (ids, mask), decoder = prompts(4), make_decoder()
     torch.manual_seed(manual_seed)
     together = trained_target().generate(
-        ids, attention_mask=mask, custom_generate=make_decoder(), do_sample=True, top_k=0, max_new_tokens=16
+        ids, attention_mask=mask, custom_generate=decoder, do_sample=True, top_k=0, max_new_tokens=16
     )
     torch.manual_seed(manual_seed)
     seed = int(torch.randint(2**62, ()))  # which the door draws

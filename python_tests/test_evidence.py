@@ -121,7 +121,7 @@ def texts_and_evidence(decoder: taps.SpeculativeDecoder, *args: Any, **kwargs: A
     seen: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         summed = DecodeStep._evidence
-        patch.setattr(DecodeStep, "_evidence", lambda self, states: seen.append(summed(self, states)) or seen[-1])
+        patch.setattr(DecodeStep, "_evidence", lambda *args: seen.append(summed(*args)) or seen[-1])
         events = list(decoder.stream(*args, **kwargs))
     texts: list[list[int]] = [[] for _ in events[0].new_tokens]
     for event, following, found in zip(events, events[1:], seen, strict=False):

@@ -36,7 +36,7 @@ FREE = 1.25  # a branching is free while a level costs at most this much more th
 
 
 def load_or_measure(
-    step: DecodeStep, start: Callable[[Tensor, Probe], Callable[[], object]], batch_size: int
+    step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int
 ) -> CostTable:
     """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement if there is one."""
     path = cache_directory() / f"{fingerprint(step, batch_size)}.json"
@@ -79,7 +79,7 @@ PLAIN: _Setting = (1, None, 1, 1)
 FIRST_LEVEL = (0, 1, WIDTHS[0])  # the least that a drafter does
 
 
-class Probe(TreeBudget):
+class ForcedBudget(TreeBudget):
     """Force what a step does, in place of a budget: who drafts, and a random tree of some size."""
 
     def __init__(self, step: DecodeStep, batch_size: int) -> None:
@@ -106,13 +106,15 @@ class Probe(TreeBudget):
         """See `TreeBudget.record`."""
 
 
-def measure(step: DecodeStep, start: Callable[[Tensor, Probe], Callable[[], object]], batch_size: int) -> CostTable:
+def measure(
+    step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int
+) -> CostTable:
     """Return the measured costs, in milliseconds.
 
     `start` begins a call on prompts int64 [B, P] with a probe, and returns what runs one step of it.
     """
     device, sizes = step.target.device, SIZES if step.target.device.type == "cpu" else SIZES_ON_DEVICE
-    probe = Probe(step, batch_size)
+    probe = ForcedBudget(step, batch_size)
     every = range(len(step.drafters))
     drafting = [(1, index, depth, width) for index in every for depth in DEPTHS for width in WIDTHS]
     settings: list[_Setting] = [PLAIN, *((size, *FIRST_LEVEL) for size in sizes), *drafting]

@@ -17,7 +17,7 @@ from ..sampling import SamplingParams, warn
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from .budget import CostTable, TreeBudget
-from .costs import Probe, load_or_measure
+from .costs import ForcedBudget, load_or_measure
 from .request import GenerateOptions, Request, generate_output
 from .state import DecodeState, Observation, StepEvent, StepRecord
 from .stats import DecodeStats
@@ -111,7 +111,7 @@ class SpeculativeDecoder:
             self._tables[batch_size] = load_or_measure(self._device_half, self._start, batch_size)
         return self._tables[batch_size]
 
-    def _start(self, input_ids: Tensor, probe: Probe) -> Callable[[], object]:
+    def _start(self, input_ids: Tensor, probe: ForcedBudget) -> Callable[[], object]:
         """Begin a call with a probe for a budget; return what runs one step of it."""
         options: GenerateOptions = {"sampling": SamplingParams(), "max_new_tokens": 64, "eos_token_id": ()}
         request = Request.build(self.target.model, input_ids, None, options)
