@@ -1,6 +1,6 @@
 // The one file that knows pybind11: every op of ops.h, once for eager calls (pybind11: the shortest way in) and once
-// for the dispatcher (torch.compile, opcheck). The module of the host stand-in (TAPS_SIMT) has the eager calls only,
-// and the stand-in's controls.
+// for the dispatcher (torch.compile, opcheck); and the index of look-up drafters, which is no op: it has a state. The
+// module of the host stand-in (TAPS_SIMT) has the eager calls only, and the stand-in's controls.
 #include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <torch/extension.h>
 
@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "lookup/lookup_index.h"
 #include "ops.h"
 #include "taps_build_info.h"
 
@@ -88,6 +89,56 @@ void bind(py::module_& module, const c10::FunctionSchema& schema, Result (*op)(A
   }(std::index_sequence_for<Arguments...>());
 }
 
+// Raises ValueError unless `tokens` is a row of token ids on the host.
+void check_row(const at::Tensor& tokens) {
+  TORCH_CHECK_VALUE(tokens.is_cpu() && tokens.scalar_type() == at::kLong && tokens.dim() == 1,
+                    "tokens must be int64 [T] on the CPU, got ", tokens.scalar_type(), " ", tokens.sizes());
+  TORCH_CHECK_VALUE(
+      tokens.numel() == 0 || (tokens.min().item<int64_t>() >= 0 && tokens.max().item<int64_t>() <= INT32_MAX),
+      "tokens must lie in 0..", INT32_MAX);
+}
+
+at::Tensor append(taps::LookupIndex& index, const at::Tensor& tokens, bool is_prompt) {
+  check_row(tokens);
+  const at::Tensor row = tokens.contiguous();
+  at::Tensor log_probs = at::empty({row.numel()}, row.options().dtype(at::kFloat));
+  index.append(row.const_data_ptr<int64_t>(), row.numel(), is_prompt, log_probs.mutable_data_ptr<float>());
+  return log_probs;
+}
+
+// Writes into rows that the caller made, so that a batch is one tensor of each kind.
+int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching, double min_score,
+                const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores,
+                const at::Tensor& entropies) {
+  for (const at::Tensor& row : {tokens, parents, scores, entropies}) {
+    TORCH_CHECK_VALUE(row.is_cpu() && row.dim() == 1 && row.is_contiguous() && row.numel() == tokens.numel(),
+                      "tokens, parents, scores and entropies must be contiguous [N] on the CPU, got ", row.sizes());
+  }
+  TORCH_CHECK_VALUE(depth >= 1 && branching >= 1 && tokens.numel() >= 1,
+                    "depth, branching and the number of slots must be at least 1, got ", depth, ", ", branching,
+                    " and ", tokens.numel());
+  return index.propose({depth, branching, tokens.numel(), min_score},
+                       {tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
+                        scores.mutable_data_ptr<float>(), entropies.mutable_data_ptr<float>()});
+}
+
+// The index of a row's text, which look-up drafters hold (taps_ext/drafters/lookup.py).
+void bind_lookup_index(py::module_& module) {
+  using Index = taps::LookupIndex;
+  py::class_<Index>(module, "LookupIndex", py::module_local())
+      .def(py::init([](int max_context) {
+             TORCH_CHECK_VALUE(1 <= max_context && max_context <= taps::kMostContext, "max_context must lie in 1..",
+                               taps::kMostContext, ", got ", max_context);
+             return Index(max_context);
+           }),
+           py::arg("max_context"))
+      .def_property_readonly("size", &Index::size)
+      .def_property_readonly("num_bytes", &Index::num_bytes)
+      .def("append", &append, py::call_guard<py::gil_scoped_release>(), py::arg("tokens"), py::arg("is_prompt"))
+      .def("propose", &propose, py::call_guard<py::gil_scoped_release>(), py::arg("depth"), py::arg("branching"),
+           py::arg("min_score"), py::arg("tokens"), py::arg("parents"), py::arg("scores"), py::arg("entropies"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
@@ -101,6 +152,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m, py::mod_gil_not_used()) {
     schemas[schema.name().c_str()] = text;
   });
   m.attr("schemas") = schemas;  // of every op, by its name
+  bind_lookup_index(m);
 #if defined(TAPS_SIMT)
   simt::bind_controls(m);
 #endif

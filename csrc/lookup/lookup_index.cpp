@@ -1,0 +1,173 @@
+#include "lookup/lookup_index.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace taps {
+
+namespace {
+
+constexpr float kRate = 0.1f, kPromptRate = 0.03f;  // of the offsets, a token
+constexpr float kMostOffset = 4.0f;
+
+}  // namespace
+
+LookupIndex::LookupIndex(int max_context) : max_context_(max_context) {
+  contexts_.fill(ContextTrie::kNone);
+  contexts_[0] = ContextTrie::kRoot;
+}
+
+int LookupIndex::Outlook::find(int32_t token) const {
+  for (int i = 0; i < num_candidates; ++i) {
+    if (candidates[i].token == token) {
+      return i;
+    }
+  }
+  return -1;
+}
+
+float LookupIndex::Outlook::entropy() const {
+  float sum = -escape * std::log(escape / kNumOthers);
+  for (int i = 0; i < num_candidates; ++i) {
+    sum -= candidates[i].probability * std::log(candidates[i].probability);
+  }
+  return sum;
+}
+
+LookupIndex::Outlook LookupIndex::look(const Contexts& contexts) const {
+  Outlook outlook;
+  for (int length = max_context_; length >= 1 && outlook.escape > kLeastEscape; --length) {
+    if (contexts[length] != ContextTrie::kNone && trie_[contexts[length]].num_children > 0) {
+      add_level(length, trie_[contexts[length]], outlook);
+    }
+  }
+  return outlook;
+}
+
+// Adds the newest tokens that followed a context and no longer one, with their share of what is left.
+void LookupIndex::add_level(int length, const ContextTrie::Node& context, Outlook& outlook) const {
+  const int begin = outlook.num_candidates;
+  int end = begin;
+  float sum = 0;
+  int32_t child = context.newest;
+  for (int seen = 0; child != ContextTrie::kNone && seen < kMostContinuations && end < kMostCandidates; ++seen) {
+    const ContextTrie::Node& node = trie_[child];
+    if (outlook.find(node.token) < 0) {
+      const float weight = continuation_weight(node.count, end == begin);
+      outlook.candidates[end++] = {node.token, weight};
+      sum += weight;
+    }
+    child = node.older;
+  }
+  if (end == begin) {
+    return;
+  }
+  const int group = length_group(length);
+  const float logit = hit_logit(length, context.total, context.num_children, outlook.num_levels) + offsets_[group];
+  const float hit = 1 / (1 + std::exp(-logit));
+  for (int i = begin; i < end; ++i) {
+    outlook.candidates[i].probability *= outlook.escape * hit / sum;
+  }
+  outlook.levels[outlook.num_levels++] = {group, hit, begin, end};
+  outlook.num_candidates = end;
+  outlook.escape *= 1 - hit;
+}
+
+// Moves the offsets of the contexts that hit or missed: a step of logistic regression each.
+void LookupIndex::correct(const Outlook& outlook, int candidate, float rate) {
+  for (int i = 0; i < outlook.num_levels; ++i) {
+    const Level& level = outlook.levels[i];
+    const bool is_hit = level.begin <= candidate && candidate < level.end;
+    float& offset = offsets_[level.group];
+    offset = std::clamp(offset + rate * ((is_hit ? 1.0f : 0.0f) - level.hit), -kMostOffset, kMostOffset);
+    if (is_hit) {
+      return;
+    }
+  }
+}
+
+void LookupIndex::append(const int64_t* tokens, int64_t count, bool is_prompt, float* log_probs) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t token = static_cast<int32_t>(tokens[i]);
+    const Outlook outlook = look(contexts_);
+    const int candidate = outlook.find(token);
+    log_probs[i] = std::log(candidate >= 0 ? outlook.candidates[candidate].probability : outlook.escape / kNumOthers);
+    correct(outlook, candidate, is_prompt ? kPromptRate : kRate);
+    extend(token);
+  }
+}
+
+// The contexts that end with the new token are the old ones, each followed by it.
+void LookupIndex::extend(int32_t token) {
+  for (int length = max_context_; length >= 0; --length) {
+    if (contexts_[length] != ContextTrie::kNone) {
+      const int32_t node = trie_.add(contexts_[length], token);
+      if (length < max_context_) {
+        contexts_[length + 1] = node;
+      }
+    }
+  }
+  ++size_;
+}
+
+LookupIndex::Contexts LookupIndex::behind(const Contexts& contexts, int32_t token) const {
+  Contexts next;
+  next.fill(ContextTrie::kNone);
+  next[0] = ContextTrie::kRoot;
+  for (int length = 0; length < max_context_; ++length) {
+    if (contexts[length] != ContextTrie::kNone) {
+      next[length + 1] = trie_.find(contexts[length], token);
+    }
+  }
+  return next;
+}
+
+struct LookupIndex::Drafted {
+  int32_t token, parent;  // the parent's place in the tree
+  int64_t depth;
+  float score, entropy;
+  int64_t order;  // of finding it: ties go to the first
+
+  bool operator<(const Drafted& other) const {
+    return score < other.score || (score == other.score && order > other.order);
+  }
+};
+
+int64_t LookupIndex::propose(const LookupShape& shape, const LookupTree& tree) const {
+  std::vector<Drafted> heap;
+  std::vector<Contexts> contexts = {contexts_};
+  int64_t order = 0;
+  const auto expand = [&](int32_t parent, int64_t depth, float score) {
+    if (depth >= shape.depth) {
+      return;
+    }
+    Outlook outlook = look(contexts[parent]);
+    const auto begin = outlook.candidates.begin(), end = begin + outlook.num_candidates;
+    std::stable_sort(begin, end, [](const auto& a, const auto& b) { return a.probability > b.probability; });
+    const int64_t num_children = std::min<int64_t>(shape.branching, outlook.num_candidates);
+    const float entropy = outlook.entropy();
+    for (int64_t i = 0; i < num_children; ++i) {
+      const float child_score = score + std::min(std::log(outlook.candidates[i].probability), 0.0f);
+      if (child_score >= shape.min_score) {
+        heap.push_back({outlook.candidates[i].token, parent, depth + 1, child_score, entropy, order++});
+        std::push_heap(heap.begin(), heap.end());
+      }
+    }
+  };
+  expand(0, 0, 0.0f);
+  int64_t count = 1;
+  for (; count < shape.max_nodes && !heap.empty(); ++count) {
+    std::pop_heap(heap.begin(), heap.end());
+    const Drafted best = heap.back();
+    heap.pop_back();
+    tree.tokens[count] = best.token;
+    tree.parents[count] = best.parent;
+    tree.scores[count] = best.score;
+    tree.entropies[count] = best.entropy;
+    contexts.push_back(behind(contexts[best.parent], best.token));
+    expand(static_cast<int32_t>(count), best.depth, best.score);
+  }
+  return count;
+}
+
+}  // namespace taps
