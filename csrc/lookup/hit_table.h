@@ -1,5 +1,5 @@
 // How probably the next token is one that followed a context before: the logistic sum of four small tables, fitted to
-// greedy texts of a language model (benchmarks/lookup_table.py), and the weights of the tokens among themselves.
+// greedy texts of a language model, and the weights of the tokens among themselves.
 #pragma once
 
 #include <cmath>
