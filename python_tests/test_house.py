@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"ops", "tree"},
     "composition": {"ops", "tree"},
     "target": {"native", "ops", "target", "tree"},
-    "drafters": {"drafters", "ops", "sampling", "tree"},
+    "drafters": {"drafters", "native", "ops", "sampling", "tree"},
     "checkpoints": {"checkpoints", "drafters", "sampling", "target", "tree"},
     "decode": {"decode", *BELOW_DECODE},
     "training": {"training", "checkpoints", "decode", "tiny", *BELOW_DECODE},

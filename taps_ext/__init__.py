@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .decode.stats import DecodeStats as DecodeStats
     from .drafters import Drafter as Drafter
     from .drafters import DrafterState as DrafterState
+    from .drafters import LookupDrafter as LookupDrafter
     from .sampling import SamplingParams as SamplingParams
     from .sampling import row_seed as row_seed
     from .target.model import TargetModel as TargetModel
@@ -36,6 +37,7 @@ _HOMES = {
     "DrafterState": "drafters",
     "GenerationResult": "decode.decoder",
     "Lengths": "tree",
+    "LookupDrafter": "drafters",
     "SamplingParams": "sampling",
     "SpeculativeDecoder": "decode.decoder",
     "TargetModel": "target.model",

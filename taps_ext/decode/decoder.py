@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
@@ -15,7 +15,7 @@ from ..composition import make_composition
 from ..drafters import Drafter
 from ..sampling import warn
 from ..target.model import TargetModel
-from ..tree import TreeShape
+from ..tree import Lengths, TreeShape
 from .request import GenerateOptions, Request, generate_output
 from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
@@ -193,8 +193,10 @@ class SpeculativeDecoder:
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
         """Commit the prompts and draw each row's first token."""
         output = self._device_half.prefill(request, state)
-        event = state.advance(StepRecord.fetch(output))
+        record = StepRecord.fetch(output)
+        event = state.advance(record)
         self._device_half.observe(output, state.running(state.kv.lengths), state)
+        self._show_texts([a + b for a, b in zip(request.prompts(), record.tokens, strict=True)], state)
         return event
 
     def _step(self, request: Request, state: DecodeState) -> StepEvent:
@@ -205,7 +207,20 @@ class SpeculativeDecoder:
         self._device_half.commit(output, committed, state)
         event = state.advance(record)
         self._device_half.observe(output, state.running(committed), state)
+        self._show_texts(record.tokens, state)
         return replace(event, tree=output.tree, path=output.acceptance.path)
+
+    def _show_texts(self, texts: Sequence[list[int]], state: DecodeState) -> None:
+        """Show the drafters that use no features what each row's text has grown by."""
+        pairs = zip(self.drafters.values(), state.drafter_states, strict=True)
+        reading = [(drafter, own_state) for drafter, own_state in pairs if not drafter.uses_features]
+        if not reading:
+            return
+        texts = [[] if row.finish_reason else text for row, text in zip(state.rows, texts, strict=True)]
+        num_tokens = Lengths.of([len(text) for text in texts])
+        tokens = torch.tensor([text + [0] * (num_tokens.longest - len(text)) for text in texts], dtype=torch.int64)
+        for drafter, own_state in reading:
+            drafter.observe(own_state, None, tokens, num_tokens)
 
 
 def _result(request: Request, state: DecodeState) -> GenerationResult:
@@ -258,7 +273,7 @@ def _refuse_other_sizes(name: str, drafter: Drafter, target: TargetModel) -> Non
             f"drafter {name!r} has vocabulary {drafter.vocab_size}, the target {target.vocab_size}; "
             "use a drafter trained on this target's tokenizer"
         )
-    if drafter.hidden_size != target.hidden_size:
+    if drafter.uses_features and drafter.hidden_size != target.hidden_size:
         raise ValueError(
             f"drafter {name!r} takes features of size {drafter.hidden_size}, the target's have "
             f"{target.hidden_size}; use a drafter trained for this target"

@@ -206,6 +206,13 @@ class Request:
         """Return the rows without new tokens; processors and criteria are shown prompts that are padded on the left."""
         return [RowText(prompt) for prompt in _moved_left(self.input_ids, self.attention_mask)[0].tolist()]
 
+    def prompts(self) -> list[list[int]]:
+        """Return the real tokens of each prompt."""
+        return [
+            row[:length]
+            for row, length in zip(self.packed(torch.device("cpu")).tolist(), self.prompt_lengths, strict=True)
+        ]
+
     def packed(self, device: torch.device) -> Tensor:
         """Return the prompts moved to column 0, int64 [B, longest], with token 0 behind them."""
         first_real = torch.argsort(self.attention_mask, dim=1, descending=True, stable=True)

@@ -129,9 +129,11 @@ class DecodeStep:
 
     @torch.inference_mode()
     def observe(self, output: StepOutput, num_tokens: Lengths, state: DecodeState) -> None:
-        """Show the drafters the committed tokens with the target's features, `num_tokens` of each row."""
+        """Show the drafters that use features the committed tokens with them, `num_tokens` of each row."""
+        pairs = zip(self.drafters, state.drafter_states, strict=True)
+        observing = [(drafter, own_state) for drafter, own_state in pairs if drafter.uses_features]
         num_slots = num_tokens.longest
-        if num_slots == 0:
+        if num_slots == 0 or not observing:
             return
         features, next_tokens = output.features, output.next_tokens[:, :num_slots]
         if output.is_prefill:
@@ -139,8 +141,8 @@ class DecodeStep:
         else:
             path = output.acceptance.path[:, :num_slots].clamp_min(0)
             features = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
-        for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
-            drafter.observe(drafter_state, features, next_tokens, num_tokens)
+        for drafter, own_state in observing:
+            drafter.observe(own_state, features, next_tokens, num_tokens)
 
     def _refuse_other_capacities(self, trees: Sequence[DraftTree]) -> None:
         for drafter, tree, capacity in zip(self.drafters, trees, self.capacities, strict=True):

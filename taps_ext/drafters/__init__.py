@@ -1,8 +1,9 @@
-"""Drafters: the small trained models that propose draft trees."""
+"""Drafters: what proposes draft trees. Small trained models, and look-ups in the text."""
 
 from __future__ import annotations
 
 from .base import Drafter, DrafterState
 from .eagle import EagleConfig, EagleDrafter, EagleNetwork, EagleState
+from .lookup import LookupDrafter
 
-__all__ = ["Drafter", "DrafterState", "EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState"]
+__all__ = ["Drafter", "DrafterState", "EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "LookupDrafter"]

@@ -54,7 +54,8 @@ class Drafter(ABC):
 
     name: str  # reported by stats and compositions
     vocab_size: int  # V, the target's
-    hidden_size: int  # H, the size of the target's features
+    hidden_size: int  # H, the size of the target's features; not asked for without features
+    uses_features: bool = True  # False: the drafter observes the rows' texts alone, see `observe`
     calibration: Calibration | None = None  # how coupled drafting weighs the noise; None: drafts without it
 
     @abstractmethod
@@ -69,8 +70,12 @@ class Drafter(ABC):
         """
 
     @abstractmethod
-    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Lengths) -> None:
+    def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
         """Take in committed tokens with the target's features; update `state` in place.
+
+        A drafter with `uses_features = False` is given no features (None). Its `next_tokens` are each row's text from
+        the prompt's first token on, in order and without gaps, on the CPU; the last one is the new root. The host has
+        this text anyway, so that no device is waited for.
 
         Args:
             features: [B, T, H]; slot t of row b is the target's final hidden state at one position.

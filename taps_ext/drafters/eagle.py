@@ -72,9 +72,10 @@ class EagleDrafter(Drafter):
             )
 
     @torch.no_grad()
-    def observe(self, state: DrafterState, features: Tensor, next_tokens: Tensor, num_tokens: Lengths) -> None:
+    def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
         """See `Drafter.observe`."""
         state = _own_state(state)
+        assert features is not None
         self._check_observed(state, features, next_tokens, num_tokens)
         num_slots = num_tokens.longest
         if num_slots == 0:

@@ -1,0 +1,88 @@
+"""Look-up drafters: they propose what followed the last tokens earlier in the same text, without training or forwards.
+
+Each row has an index of its own text, in C++ on the host (`csrc/lookup`), that says which tokens followed the row's
+last 1 to `max_context` tokens before, and how probably they follow again. The row's own hits and misses correct these
+probabilities as the text grows, also while nothing is drafted.
+
+Dims: B rows, T slots, N nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..sampling import SamplingRows
+from ..tree import DraftTree, Lengths, TreeShape
+from . import evidence
+from .base import Drafter, DrafterState
+
+MAX_CONTEXT = 8  # contexts of 12 and 16 tokens accept no more, and take half as much and twice as much memory again
+
+
+@dataclass(eq=False)
+class LookupState(DrafterState):
+    """Hold the index of each row's text."""
+
+    indices: list[Any]  # native LookupIndex, one per row
+    decay: float | None  # of the evidence; None: it is not kept
+    evidence: Tensor | None = None
+
+
+class LookupDrafter(Drafter):
+    """Draft what followed the text's last tokens before: for any target, without training.
+
+    `taps.load_drafters({"lookup": "lookup"}, target)` makes one, too. A step costs microseconds, whatever the length of
+    the text.
+
+    >>> drafter = LookupDrafter(vocab_size=10)
+    >>> state = drafter.reset(1)
+    >>> drafter.observe(state, None, torch.tensor([[7, 8, 9, 7]]), Lengths.of([4]))
+    >>> drafter.propose(state, torch.tensor([7]), TreeShape(2, 1, 3), torch.tensor([True])).tokens
+    tensor([[7, 8, 9]])
+    """
+
+    uses_features = False
+
+    def __init__(self, vocab_size: int, name: str = "lookup", max_context: int = MAX_CONTEXT) -> None:
+        """Take the target's vocabulary size, and the number of tokens of the longest context to look up."""
+        self.name = name
+        self.vocab_size = vocab_size
+        self.max_context = max_context
+        native.load().LookupIndex(max_context)  # raises ValueError for a length that no index has
+
+    def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> LookupState:
+        """See `Drafter.reset`."""
+        new_index = native.load().LookupIndex
+        indices = [new_index(self.max_context) for _ in range(batch_size)]
+        with torch.inference_mode(False):  # an ordinary tensor, so that every mode may write to it later
+            return LookupState(indices, decay, None if decay is None else torch.zeros(batch_size))
+
+    def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
+        """See `Drafter.observe`: the rows' own texts, on the CPU."""
+        assert isinstance(state, LookupState)
+        for row, (index, count) in enumerate(zip(state.indices, num_tokens.host, strict=True)):
+            is_prompt = index.size == 0
+            log_probs = index.append(next_tokens[row, :count], is_prompt)
+            if state.evidence is not None and state.decay is not None:
+                gained = evidence.of_text(log_probs, is_prompt, state.decay)
+                state.evidence[row] = state.evidence[row] * state.decay**count + gained
+
+    def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> DraftTree:
+        """See `Drafter.propose`. Rows that are not active are drafted too: the host does not wait to know them."""
+        assert isinstance(state, LookupState)
+        capacity = shape.capacity(self.vocab_size)
+        least = -math.inf if shape.min_score is None else shape.min_score
+        tree = DraftTree.of_roots(torch.zeros(len(state.indices), dtype=torch.int64)).padded(capacity)
+        rows = zip(tree.tokens, tree.parents, tree.scores, tree.entropies, strict=True)  # type: ignore[arg-type]
+        counts = [
+            index.propose(shape.depth, shape.branching, least, *row)
+            for index, row in zip(state.indices, rows, strict=True)
+        ]
+        tree.num_nodes.copy_(torch.tensor(counts))
+        return tree.to(root_tokens.device).rooted(root_tokens, active)
