@@ -107,8 +107,8 @@ at::Tensor append(taps::LookupIndex& index, const at::Tensor& tokens, bool is_pr
 }
 
 // Writes into rows that the caller made, so that a batch is one tensor of each kind.
-int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching, double min_score, int64_t seed,
-                double temperature, const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores,
+int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching, double min_score,
+                const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores,
                 const at::Tensor& entropies) {
   for (const at::Tensor& row : {tokens, parents, scores, entropies}) {
     TORCH_CHECK_VALUE(row.is_cpu() && row.dim() == 1 && row.is_contiguous() && row.numel() == tokens.numel(),
@@ -117,7 +117,7 @@ int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching
   TORCH_CHECK_VALUE(depth >= 1 && branching >= 1 && tokens.numel() >= 1,
                     "depth, branching and the number of slots must be at least 1, got ", depth, ", ", branching,
                     " and ", tokens.numel());
-  return index.propose({depth, branching, tokens.numel(), min_score}, {seed, temperature},
+  return index.propose({depth, branching, tokens.numel(), min_score},
                        {tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
                         scores.mutable_data_ptr<float>(), entropies.mutable_data_ptr<float>()});
 }
@@ -136,7 +136,7 @@ void bind_lookup_index(py::module_& module) {
       .def_property_readonly("num_bytes", &Index::num_bytes)
       .def("append", &append, py::call_guard<py::gil_scoped_release>(), py::arg("tokens"), py::arg("is_prompt"))
       .def("propose", &propose, py::call_guard<py::gil_scoped_release>(), py::arg("depth"), py::arg("branching"),
-           py::arg("min_score"), py::arg("seed"), py::arg("temperature"), py::arg("tokens"), py::arg("parents"), py::arg("scores"), py::arg("entropies"));
+           py::arg("min_score"), py::arg("tokens"), py::arg("parents"), py::arg("scores"), py::arg("entropies"));
 }
 
 }  // namespace

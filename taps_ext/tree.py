@@ -89,6 +89,19 @@ class DraftTree:
 
         return DraftTree(**{field.name: put(field.name) for field in fields(self)})
 
+    def rooted(self, root_tokens: Tensor, active: Tensor) -> DraftTree:
+        """Return the same trees with these roots, int64 [B]; rows that are not active, bool [B], keep only the root."""
+        roots = DraftTree.of_roots(root_tokens).padded(self.capacity)
+        rows = replace(self, tokens=torch.cat([roots.tokens[:, :1], self.tokens[:, 1:]], dim=1))
+
+        def choose(name: str) -> Any:
+            own, root = getattr(rows, name), getattr(roots, name)
+            if own is None or root is None:
+                return None
+            return torch.where(active.view(-1, *[1] * (own.ndim - 1)), own, root)
+
+        return DraftTree(**{field.name: choose(field.name) for field in fields(self)})
+
     def to(self, device: torch.device) -> DraftTree:
         """Return the same trees on a device."""
 

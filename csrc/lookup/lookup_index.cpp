@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/coupling_rule.h"
-#include "common/philox.h"
-
 namespace taps {
 
 namespace {
@@ -136,30 +133,7 @@ struct LookupIndex::Drafted {
   }
 };
 
-// The target draws the argmax of log p / T + noise. The candidates' noise is known; the largest of the others' is that
-// of one token of probability `escape`, whose noise is spread as usual: its mean stands for it.
-void LookupIndex::weigh_by_noise(const LookupNoise& noise, int64_t position, Outlook& outlook) {
-  constexpr double kMeanNoise = 0.5772;
-  const auto weight = [&](double probability, double gumbel) {
-    return std::exp(std::log(probability) / noise.temperature + gumbel);
-  };
-  double sum = weight(outlook.escape, kMeanNoise);
-  const double others = sum;
-  for (int i = 0; i < outlook.num_candidates; ++i) {
-    Candidate& candidate = outlook.candidates[i];
-    const uint32_t token = static_cast<uint32_t>(candidate.token);
-    const double gumbel = coupling_noise(noise_words(noise.seed, position, token / 4).word[token % 4]);
-    const double weighed = weight(candidate.probability, gumbel);
-    candidate.probability = static_cast<float>(weighed);
-    sum += weighed;
-  }
-  for (int i = 0; i < outlook.num_candidates; ++i) {
-    outlook.candidates[i].probability = static_cast<float>(outlook.candidates[i].probability / sum);
-  }
-  outlook.escape = static_cast<float>(others / sum);
-}
-
-int64_t LookupIndex::propose(const LookupShape& shape, const LookupNoise& noise, const LookupTree& tree) const {
+int64_t LookupIndex::propose(const LookupShape& shape, const LookupTree& tree) const {
   std::vector<Drafted> heap;
   std::vector<Contexts> contexts = {contexts_};
   int64_t order = 0;
@@ -168,13 +142,10 @@ int64_t LookupIndex::propose(const LookupShape& shape, const LookupNoise& noise,
       return;
     }
     Outlook outlook = look(contexts[parent]);
-    const float entropy = outlook.entropy();
-    if (noise.temperature > 0) {
-      weigh_by_noise(noise, size_ + depth, outlook);
-    }
     const auto begin = outlook.candidates.begin(), end = begin + outlook.num_candidates;
     std::stable_sort(begin, end, [](const auto& a, const auto& b) { return a.probability > b.probability; });
     const int64_t num_children = std::min<int64_t>(shape.branching, outlook.num_candidates);
+    const float entropy = outlook.entropy();
     for (int64_t i = 0; i < num_children; ++i) {
       const float child_score = score + std::min(std::log(outlook.candidates[i].probability), 0.0f);
       if (child_score >= shape.min_score) {

@@ -30,12 +30,6 @@ struct LookupShape {
   double min_score;
 };
 
-// The noise of the target's draws; a temperature of 0 means none.
-struct LookupNoise {
-  int64_t seed;
-  double temperature;
-};
-
 // The rows of one tree, each of at least max_nodes entries; entry 0, the root, is left as it is.
 struct LookupTree {
   int64_t* tokens;
@@ -57,8 +51,7 @@ class LookupIndex {
   void append(const int64_t* tokens, int64_t count, bool is_prompt, float* log_probs);
 
   // Writes the best continuations, parents first, best first; returns the number of nodes, root included.
-  // With noise, tokens are weighed by the noise that the target's draws will use for them.
-  int64_t propose(const LookupShape& shape, const LookupNoise& noise, const LookupTree& tree) const;
+  int64_t propose(const LookupShape& shape, const LookupTree& tree) const;
 
  private:
   using Contexts = std::array<int32_t, kMostContext + 1>;  // [n]: the node of the last n tokens, or kNone
@@ -87,7 +80,6 @@ class LookupIndex {
   struct Drafted;  // a node of a growing tree
 
   Outlook look(const Contexts& contexts) const;
-  static void weigh_by_noise(const LookupNoise& noise, int64_t position, Outlook& outlook);
   void add_level(int length, const ContextTrie::Node& context, Outlook& outlook) const;
   void correct(const Outlook& outlook, int candidate, float rate);
   void extend(int32_t token);

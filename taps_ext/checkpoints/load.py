@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..drafters import Drafter, LookupDrafter
 from ..drafters.eagle import EagleDrafter, LogitRule, compute_dtype_and_device
 from ..drafters.network import FEATURE_SIZES, EagleNetwork, rope_of, size_of
 from ..sampling import warn
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 TARGET_EMBEDDINGS = (EMBEDDING, "wte.weight", "word_embeddings.weight", "embed_in.weight")
 TARGET_LM_HEADS = (LM_HEADS[0], "embed_out.weight")
 TARGET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")  # the oldest models, such as gpt2, have no owner
+LOOKUP = "lookup"  # in place of a directory: a drafter that looks up the text and has no files
 COMPARED_ROWS = 8192  # of two embeddings at a time, to bound the memory
 NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 
@@ -55,24 +57,26 @@ NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 # --- drafters --------------------------------------------------------------------------------------------------------
 
 
-def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, EagleDrafter]:
+def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, Drafter]:
     """Load a drafter for each name, in the order given (which breaks ties between drafters); see `load_drafter`."""
-    ends = _ends_of(target)
-    return {name: _load(path, ends, name) for name, path in paths.items()}
+    model = _model_of(target)
+    ends = None if all(path == LOOKUP for path in paths.values()) else _ends_of(model)
+    return {name: _load(path, model, ends, name) for name, path in paths.items()}
 
 
-def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> EagleDrafter:
+def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> Drafter:
     """Load the drafter in a directory or hub repository; it shares the target's embedding and lm_head.
 
     Args:
         path_or_id: a directory with config.json and model.safetensors or pytorch_model.bin (also sharded, also a state
             directory of accelerate), or a hub id. A calibration.json in it is loaded too. Code in it is never run.
+            "lookup" is a `LookupDrafter`, for any target; write a directory of that name as "./lookup".
         target: a transformers model with an lm_head, or a `TargetModel`.
         name: the drafter's name in stats and compositions; by default the last part of `path_or_id`.
 
     Raise ValueError or FileNotFoundError in one sentence when the checkpoint does not fit the target.
     """
-    return _load(path_or_id, _ends_of(target), name)
+    return load_drafters({name or Path(path_or_id).resolve().name: path_or_id}, target).popitem()[1]
 
 
 def load_network(path_or_id: PathOrId) -> EagleNetwork:
@@ -135,11 +139,15 @@ class _Ends:
     rule: LogitRule
 
 
-def _ends_of(target: Any) -> _Ends:
-    """Return the ends of a target; raise ValueError if they do not make its own logits of its features."""
+def _model_of(target: Any) -> Any:
     model: Any = target if hasattr(target, "get_output_embeddings") else getattr(target, "model", None)
     if not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"the target must be a transformers model or a TargetModel, got {type(target).__name__}")
+    return model
+
+
+def _ends_of(model: Any) -> _Ends:
+    """Return the ends of a target; raise ValueError if they do not make its own logits of its features."""
     embedding, lm_head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or lm_head is None:
         raise ValueError(f"the target {type(model).__name__} has no lm_head; load it with AutoModelForCausalLM")
@@ -150,14 +158,16 @@ def _ends_of(target: Any) -> _Ends:
     return _Ends(embedding, lm_head, config, rule)
 
 
-def _load(path_or_id: PathOrId, ends: _Ends, name: str | None) -> EagleDrafter:
+def _load(path_or_id: PathOrId, model: Any, ends: _Ends | None, name: str) -> Drafter:
+    if path_or_id == LOOKUP or ends is None:
+        return LookupDrafter(model.config.get_text_config().vocab_size, name)
     files = read_drafter_files(path_or_id)
     network = network_of(files, ends.config)
     calibration = read_calibration(files.folder, files.digest)
     for key, module in ((EMBEDDING, ends.embedding), *((key, ends.lm_head) for key in LM_HEADS)):
         _warn_of_foreign(files, key, module)
     dtype, device = compute_dtype_and_device(ends.lm_head, ends.embedding)
-    network, name = network.to(device, dtype).eval().requires_grad_(False), name or Path(path_or_id).resolve().name
+    network = network.to(device, dtype).eval().requires_grad_(False)
     return EagleDrafter(network, ends.embedding, ends.lm_head, name, calibration, ends.rule)
 
 

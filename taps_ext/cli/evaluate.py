@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..checkpoints import load_drafters
-from ..checkpoints.load import open_target
+from ..checkpoints.load import LOOKUP, open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
 from ..decode.request import end_tokens
@@ -97,7 +97,8 @@ def evaluate(
     """
     settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "")
     paths = drafter_folders(target, drafter)
-    variants = parse_variants(variant or [], list(paths), temperature, max_nodes)
+    lookups = [name for name, path in paths.items() if path == LOOKUP]
+    variants = parse_variants(variant or [], list(paths), temperature, max_nodes, lookups)
     place = choose_device(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, limit)
     facts = contestants.drafter_facts(contestants.check_drafters(paths, open_target(resolve(target)).config), paths)

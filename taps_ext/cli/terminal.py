@@ -32,7 +32,10 @@ from ..checkpoints.load import open_target
 T = TypeVar("T")
 
 Target = Annotated[T, Option(help="Target model: directory or hub id; 'tiny' is the embedded one.")]
-DRAFTER_HELP = "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; embedded: tiny/math, tiny/chat. Repeatable."
+DRAFTER_HELP = (
+    "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; 'lookup' drafts what the text said before, for any target; embedded: "
+    "tiny/math, tiny/chat. Repeatable."
+)
 Drafters = Annotated[list[str] | None, Option(help=DRAFTER_HELP)]
 DrafterArgument = Annotated[T, Argument(metavar="DRAFTER", help="Directory or hub id; embedded: tiny/math, tiny/chat.")]
 COMPOSITION_HELP = "How several drafters make one tree: single, confidence, entropy, evidence or merged."
@@ -108,7 +111,8 @@ def drafter_folders(target: str, drafters: Sequence[str] | None) -> dict[str, st
     """Return the directory or hub id of each drafter by name; without any, the embedded target has its own."""
     if not drafters and target != tiny.TINY:
         raise ValueError(
-            "give at least one drafter: --drafter NAME=DIRECTORY-OR-HUB-ID (the embedded ones are for --target tiny)"
+            "give at least one drafter: --drafter NAME=DIRECTORY-OR-HUB-ID, or --drafter lookup, which needs no files "
+            "(the embedded ones are for --target tiny)"
         )
     paths: dict[str, str] = {}
     for entry in drafters or [f"{tiny.TINY}/{name}" for name in tiny.drafter_paths()]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
@@ -15,11 +15,11 @@ from ..composition import make_composition
 from ..drafters import Drafter
 from ..sampling import SamplingParams, warn
 from ..target.model import TargetModel
-from ..tree import TreeShape
+from ..tree import Lengths, TreeShape
 from .budget import CostTable, TreeBudget
 from .costs import ForcedBudget, load_or_measure
 from .request import GenerateOptions, Request, generate_output
-from .state import DecodeState, Observation, StepEvent, StepRecord
+from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
 from .step import DecodeStep
 
@@ -223,10 +223,10 @@ class SpeculativeDecoder:
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
         """Commit the prompts and draw each row's first token."""
         output = self._device_half.prefill(request, state)
-        event = state.advance(StepRecord.fetch(output))
-        texts = [[*prompt, *new] for prompt, new in zip(request.prompts(), event.new_tokens, strict=True)]
-        self._observe_text(texts, state)
+        record = StepRecord.fetch(output)
+        event = state.advance(record)
         self._device_half.observe(output, state.running(state.kv.lengths), state)
+        self._show_texts([a + b for a, b in zip(request.prompts(), record.tokens, strict=True)], state)
         return event
 
     def _step(self, request: Request, state: DecodeState) -> StepEvent:
@@ -236,18 +236,21 @@ class SpeculativeDecoder:
         committed = state.committed(output, record)
         self._device_half.commit(output, committed, state)
         event = state.advance(record)
-        self._observe_text(event.new_tokens, state)
         self._device_half.observe(output, state.running(committed), state)
+        self._show_texts(record.tokens, state)
         return replace(event, tree=output.tree, path=output.acceptance.path)
 
-    def _observe_text(self, texts: list[list[int]], state: DecodeState) -> None:
-        """Keep the rows' further tokens for the drafters that use the text alone."""
-        drafters = zip(self.drafters.values(), state.pending, strict=True)
-        pending = [own for drafter, own in drafters if not drafter.uses_features]
-        if pending and any(texts):
-            observed = Observation.of_text(texts)
-            for own in pending:
-                own.append(observed)
+    def _show_texts(self, texts: Sequence[list[int]], state: DecodeState) -> None:
+        """Show the drafters that use no features what each row's text has grown by."""
+        pairs = zip(self.drafters.values(), state.drafter_states, strict=True)
+        reading = [(drafter, own_state) for drafter, own_state in pairs if not drafter.uses_features]
+        if not reading:
+            return
+        texts = [[] if row.finish_reason else text for row, text in zip(state.rows, texts, strict=True)]
+        num_tokens = Lengths.of([len(text) for text in texts])
+        tokens = torch.tensor([text + [0] * (num_tokens.longest - len(text)) for text in texts], dtype=torch.int64)
+        for drafter, own_state in reading:
+            drafter.observe(own_state, None, tokens, num_tokens)
 
 
 def _result(request: Request, state: DecodeState) -> GenerationResult:

@@ -208,8 +208,10 @@ class Request:
 
     def prompts(self) -> list[list[int]]:
         """Return the real tokens of each prompt."""
-        pairs = zip(self.input_ids.tolist(), self.attention_mask.tolist(), strict=True)
-        return [[token for token, is_real in zip(row, mask, strict=True) if is_real] for row, mask in pairs]
+        return [
+            row[:length]
+            for row, length in zip(self.packed(torch.device("cpu")).tolist(), self.prompt_lengths, strict=True)
+        ]
 
     def packed(self, device: torch.device) -> Tensor:
         """Return the prompts moved to column 0, int64 [B, longest], with token 0 behind them."""

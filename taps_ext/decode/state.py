@@ -62,16 +62,9 @@ class RowText:
 class Observation:
     """Hold committed tokens as `Drafter.observe` takes them."""
 
-    features: Tensor | None  # [B, T, H]; None for drafters that use the text alone
+    features: Tensor  # [B, T, H]
     next_tokens: Tensor  # int64 [B, T]
     num_tokens: Lengths  # of each row; the slots behind are padding
-
-    @classmethod
-    def of_text(cls, texts: Sequence[Sequence[int]]) -> Observation:
-        """Return the observation of further tokens of each row, on the CPU."""
-        longest = max(map(len, texts))
-        padded = [[*text, *[0] * (longest - len(text))] for text in texts]
-        return cls(None, torch.tensor(padded).reshape(len(texts), longest), Lengths.of([len(text) for text in texts]))
 
     @classmethod
     def join(cls, parts: Sequence[Observation]) -> Observation:
@@ -87,10 +80,8 @@ class Observation:
             dim=1,
         )
         order = is_padding.long().argsort(dim=1, stable=True)
-        every = [part.features for part in parts if part.features is not None]
-        features = torch.cat(every, dim=1) if every else None
-        if features is not None:
-            features = features.gather(1, order[:, :, None].expand_as(features))
+        features = torch.cat([part.features for part in parts], dim=1)
+        features = features.gather(1, order[:, :, None].expand_as(features))
         return cls(features, tokens.gather(1, order), reduce(Lengths.plus, (part.num_tokens for part in parts)))
 
 

@@ -1,4 +1,4 @@
-"""Drafters: the small trained models that propose draft trees."""
+"""Drafters: what proposes draft trees. Small trained models, and look-ups in the text."""
 
 from __future__ import annotations
 

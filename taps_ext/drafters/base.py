@@ -54,8 +54,8 @@ class Drafter(ABC):
 
     name: str  # reported by stats and compositions
     vocab_size: int  # V, the target's
-    hidden_size: int  # H, the size of the target's features; of no account without features
-    uses_features: bool = True  # False: it is shown the text alone, on the host, from the prompt's first token on
+    hidden_size: int  # H, the size of the target's features; not asked for without features
+    uses_features: bool = True  # False: the drafter observes the rows' texts alone, see `observe`
     calibration: Calibration | None = None  # how coupled drafting weighs the noise; None: drafts without it
 
     @abstractmethod
@@ -73,11 +73,13 @@ class Drafter(ABC):
     def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
         """Take in committed tokens with the target's features; update `state` in place.
 
+        A drafter with `uses_features = False` is given no features (None). Its `next_tokens` are each row's text from
+        the prompt's first token on, in order and without gaps, on the CPU; the last one is the new root. The host has
+        this text anyway, so that no device is waited for.
+
         Args:
-            features: [B, T, H]; slot t of row b is the target's final hidden state at one position. None for a drafter
-                that does not use them.
-            next_tokens: int64 [B, T], the token behind that position (in the last slot: the new root). For a drafter
-                without features: on the CPU, the next tokens of the text, the first time the prompt and one token.
+            features: [B, T, H]; slot t of row b is the target's final hidden state at one position.
+            next_tokens: int64 [B, T], the token behind that position (in the last slot: the new root).
             num_tokens: how many leading slots of each row count; the other slots are padding with any content, NaN
                 included. A row of 0 tokens stays as it is.
         """

@@ -76,6 +76,7 @@ class EagleDrafter(Drafter):
         """See `Drafter.observe`."""
         assert features is not None
         state = _own_state(state)
+        assert features is not None
         self._check_observed(state, features, next_tokens, num_tokens)
         num_slots = num_tokens.longest
         if num_slots == 0:

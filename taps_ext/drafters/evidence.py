@@ -28,6 +28,19 @@ def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     return exact.nan_to_num(nan=LEAST).clamp(min=LEAST)
 
 
+def of_text(log_probs: Tensor, is_prompt: bool, decay: float) -> float:
+    """Return the evidence of one row's appended tokens, from the log-probabilities float32 [T] that they had.
+
+    The tokens that count are those that count in `of_observation`: of a prompt the last `MAX_SLOTS`, without the first.
+    """
+    if is_prompt:
+        log_probs = log_probs[1:][1 - MAX_SLOTS :]
+    weights = decay ** torch.arange(len(log_probs) - 1, -1, -1)
+    if is_prompt:
+        weights[:-1] *= PROMPT_WEIGHT
+    return float((weights * log_probs.clamp(min=LEAST)).sum())
+
+
 def of_observation(
     outputs: Tensor,
     next_tokens: Tensor,

@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoints import average_drafters, load_drafter, load_drafters
 from ..checkpoints.files import DrafterFiles, read_drafter_files, sha256
 from ..checkpoints.formats import check_fits, network_config
-from ..checkpoints.load import TargetIdentity
+from ..checkpoints.load import LOOKUP, TargetIdentity
 from ..decode.decoder import SpeculativeDecoder
 from ..target.model import TargetModel
 from ..tree import TreeShape
@@ -23,9 +23,11 @@ Folders = Mapping[str, Any]  # drafters by name: a folder or hub id each
 
 
 def check_drafters(folders: Folders, target_config: Any) -> dict[str, DrafterFiles]:
-    """The drafters' files; ValueError or OSError, in a sentence, for one that does not fit the target's config."""
+    """The files of the drafters that have some; ValueError or OSError, in a sentence, for one that does not fit."""
     found = {}
     for name, folder in folders.items():
+        if folder == LOOKUP:
+            continue
         try:
             found[name] = read_drafter_files(folder)
             check_fits(found[name], network_config(found[name], target_config), target_config)
@@ -47,11 +49,9 @@ def refuse_strangers(drafters: Mapping[str, DrafterFiles], target: TargetIdentit
 
 
 def drafter_facts(drafters: Mapping[str, DrafterFiles], folders: Folders) -> dict[str, Any]:
-    """Which weights they are, as JSON values."""
-    return {
-        name: {"name": short_name(folders[name]), "sha256": files.digest or _digest(files.folder)}
-        for name, files in drafters.items()
-    }
+    """Which weights they are, as JSON values; look-ups have none."""
+    digests = {name: files.digest or _digest(files.folder) for name, files in drafters.items()}
+    return {name: {"name": short_name(folder), "sha256": digests.get(name, "")} for name, folder in folders.items()}
 
 
 def short_name(path_or_id: Any) -> str:

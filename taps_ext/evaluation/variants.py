@@ -5,14 +5,14 @@
 COMPOSITION is plain, single, average or one of the decoder's compositions; the names are the drafters that take part
 (all, unless they are named). NODES is the size of each drafter's tree; `merged@NODES` verifies as many nodes of the
 union, weighted by evidence unless `evidence=0`, and `merged` the whole union of trees of the evaluation's size.
-`average` is one drafter of averaged weights; W is the first one's share of two. `topk` drafts what is likely, without a
+`average` is one drafter of averaged weights (look-ups have none); W is the first one's share of two. `topk` drafts what is likely, without a
 look at the target's noise. The spec is the label where none is given.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -55,13 +55,18 @@ class Variant:
 
 
 def parse_variants(
-    specs: Sequence[str], drafters: Sequence[str], temperatures: Sequence[float], max_nodes: int
+    specs: Sequence[str],
+    drafters: Sequence[str],
+    temperatures: Sequence[float],
+    max_nodes: int,
+    without_weights: Collection[str] = (),
 ) -> list[Variant]:
     """The variants of these specs, of the default list without any; plain is the first, added where it is missing.
 
     Args:
         drafters: the names that there are.
         max_nodes: the size of a tree where a spec says none.
+        without_weights: the names of drafters that cannot be averaged.
 
     Raises ValueError, in a sentence, for what is no spec, unknown names, and variants that are the same.
     """
@@ -72,8 +77,9 @@ def parse_variants(
             raise ValueError(
                 f"the name {AVERAGE!r} is that of averaged weights; give the drafter another, as NAME=FOLDER"
             )
-    specs = specs or default_specs(drafters, max_nodes, is_sampled=any(value > 0 for value in temperatures))
-    variants = [_parse(spec.strip(), drafters, max_nodes) for spec in specs]
+    averaged = [name for name in drafters if name not in without_weights]
+    specs = specs or default_specs(drafters, max_nodes, any(value > 0 for value in temperatures), len(averaged) > 1)
+    variants = [_parse(spec.strip(), drafters, averaged, max_nodes) for spec in specs]
     plain = [one for one in variants if one.is_plain] or [Variant(PLAIN, PLAIN)]
     variants = [*plain, *(one for one in variants if not one.is_plain)]
     _refuse_repeated(variants)
@@ -86,7 +92,7 @@ def parse_variants(
     return variants
 
 
-def default_specs(drafters: Sequence[str], max_nodes: int, is_sampled: bool) -> list[str]:
+def default_specs(drafters: Sequence[str], max_nodes: int, is_sampled: bool, is_averaged: bool = True) -> list[str]:
     """What is compared unless something else is asked for; merged trees at the union and at an equal budget."""
     singles = [f"{SINGLE}:{name}" for name in drafters]
     if len(drafters) < 2:
@@ -94,10 +100,10 @@ def default_specs(drafters: Sequence[str], max_nodes: int, is_sampled: bool) -> 
     routed = [name for name in COMPOSITIONS if name not in (SINGLE, MERGED)]
     merged = [MERGED, f"{MERGED}@{max_nodes}", f"{MERGED}@{max_nodes},{EVIDENCE}=0"]
     topk = [f"{spec},topk" for spec in (*singles, "confidence", MERGED) if is_sampled]
-    return [PLAIN, *singles, AVERAGE, *routed, *merged, *topk]
+    return [PLAIN, *singles, *([AVERAGE] if is_averaged else []), *routed, *merged, *topk]
 
 
-def _parse(text: str, drafters: Sequence[str], max_nodes: int) -> Variant:
+def _parse(text: str, drafters: Sequence[str], averaged: Sequence[str], max_nodes: int) -> Variant:
     """The variant of a spec; ValueError, in a sentence that quotes it, unless it is one."""
     labelled = LABELLED.fullmatch(text)
     label, spec = (labelled["label"].strip(), labelled["spec"]) if labelled else (text, text)
@@ -109,7 +115,8 @@ def _parse(text: str, drafters: Sequence[str], max_nodes: int) -> Variant:
             raise ValueError("the label before = is empty")
         if found["composition"] == PLAIN:
             return _plain(label, spec)
-        return _speculative(label, found.groupdict(), drafters, max_nodes)
+        names = averaged if found["composition"] == AVERAGE else drafters
+        return _speculative(label, found.groupdict(), names, max_nodes)
     except ValueError as error:
         raise ValueError(f"variant {text!r}: {error}") from error
 

@@ -1,0 +1,82 @@
+"""What an index of look-ups says, by searching the whole text each time: the specification of csrc/lookup.
+
+The numbers of the table are read from hit_table.h; what they are for is written again here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+HEADERS = Path(__file__).parent.parent / "csrc" / "lookup"
+NUM_CONTINUATIONS, NUM_CANDIDATES, LEAST_ESCAPE, NUM_OTHERS = 16, 48, 0.02, 100
+RATE, PROMPT_RATE, MOST_OFFSET = 0.1, 0.03, 4.0
+LENGTHS, TOTALS, CHILDREN = (1, 2, 3, 4, 6), (1, 2, 4, 8), (1, 2, 4)  # the last of each group but the last group
+
+
+def _table(name: str) -> list[float]:
+    numbers = re.search(rf"{name}\[\w*\] = \{{([^}}]*)\}}", (HEADERS / "hit_table.h").read_text())
+    assert numbers is not None
+    return [float(number.strip().rstrip("f")) for number in numbers[1].split(",")]
+
+
+BY_LENGTH, BY_TOTAL, BY_CHILDREN, BY_MISSES = map(_table, ("kByLength", "kByTotal", "kByChildren", "kByMisses"))
+NEWEST = float(re.search(r"kNewest = ([\d.]+)f", (HEADERS / "hit_table.h").read_text())[1])  # type: ignore[index]
+
+
+def group(value: int, ends: tuple[int, ...]) -> int:
+    return sum(value > end for end in ends)
+
+
+def continuations(text: list[int], context: list[int]) -> dict[int, int]:
+    """What followed the context inside the text, with counts, the newest first."""
+    counts: dict[int, int] = {}
+    for end in range(len(text) - 1, len(context) - 1, -1):
+        if text[end - len(context) : end] == context:
+            counts[text[end]] = counts.get(text[end], 0) + 1
+    return counts
+
+
+class LiteralLookup:
+    """One row's text, and the offsets that it has taught."""
+
+    def __init__(self, max_context: int) -> None:
+        self.max_context = max_context
+        self.text: list[int] = []
+        self.offsets = [0.0] * len(BY_LENGTH)
+
+    def outlook(self, drafted: list[int]) -> tuple[dict[int, float], float, list[tuple[int, float, list[int]]]]:
+        """Behind the text and a drafted path: probabilities by token, the escape, and (group, hit, tokens) by level."""
+        path = self.text + drafted
+        found: dict[int, float] = {}
+        escape, levels = 1.0, []
+        for length in range(min(self.max_context, len(path)), 0, -1):
+            if escape <= LEAST_ESCAPE:
+                break
+            counts = continuations(self.text, path[-length:])
+            tokens = [token for token in list(counts)[:NUM_CONTINUATIONS] if token not in found]
+            tokens = tokens[: NUM_CANDIDATES - len(found)]
+            if not tokens:
+                continue
+            place = group(length, LENGTHS)
+            logit = BY_LENGTH[place] + BY_TOTAL[group(sum(counts.values()), TOTALS)] + self.offsets[place]
+            logit += BY_CHILDREN[group(len(counts), CHILDREN)] + BY_MISSES[min(len(levels), 2)]
+            hit = 1 / (1 + math.exp(-logit))
+            weights = [math.sqrt(counts[token]) * (NEWEST if n == 0 else 1) for n, token in enumerate(tokens)]
+            shares = [escape * hit * weight / sum(weights) for weight in weights]
+            found |= dict(zip(tokens, shares, strict=True))
+            levels.append((place, hit, tokens))
+            escape *= 1 - hit
+        return found, escape, levels
+
+    def append(self, token: int, is_prompt: bool) -> float:
+        """Take in a token; return the log-probability that it had."""
+        found, escape, levels = self.outlook([])
+        for place, hit, tokens in levels:
+            step = (PROMPT_RATE if is_prompt else RATE) * ((token in tokens) - hit)
+            self.offsets[place] = max(-MOST_OFFSET, min(MOST_OFFSET, self.offsets[place] + step))
+            if token in tokens:
+                break
+        self.text.append(token)
+        return math.log(found.get(token, escape / NUM_OTHERS))
