@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from taps_ext import ops
+from taps_ext.decode import costs
 
 ROOT = Path(__file__).parent.parent
 # A warning is attributed to the module of a caller: one of ours, or torch where a deprecated argument reaches a model
@@ -35,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="taps_ext_tests_")  # of cost tables
+    costs.SECONDS = 0.2
     config.addinivalue_line("markers", "long: takes minutes or gigabytes; deselected unless --long is given")
     config.addinivalue_line("markers", "backends(*names): of the tests that use `backend`, where this one runs")
     config.addinivalue_line("markers", "gpu: needs a GPU and the CUDA ops; belongs to the backend cuda")

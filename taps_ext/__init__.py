@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints import load_drafters as load_drafters
     from .checkpoints import save_drafter as save_drafter
     from .checkpoints import validate_drafter as validate_drafter
+    from .decode.budget import CostTable as CostTable
     from .decode.decoder import GenerationResult as GenerationResult
     from .decode.decoder import SpeculativeDecoder as SpeculativeDecoder
     from .decode.plain import plain_generate as plain_generate
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 # Each public name and the module that has it; loaded on first use, so that `import taps_ext` costs nothing.
 _HOMES = {
+    "CostTable": "decode.budget",
     "DecodeStats": "decode.stats",
     "DraftTree": "tree",
     "Drafter": "drafters",

@@ -22,7 +22,7 @@ from . import demo, drafters, evaluate, generate, train
 from .terminal import process_index
 
 COMMANDS = (
-    *(demo.demo, generate.generate, generate.info),
+    *(demo.demo, generate.generate, generate.tune, generate.info),
     *(evaluate.evaluate, evaluate.report, evaluate.check_lossless),
     *(train.train, train.features, train.regenerate),
     *(drafters.calibrate, drafters.average, drafters.export, drafters.validate),

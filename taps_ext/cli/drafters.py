@@ -100,7 +100,7 @@ def calibrate(
     target: terminal.Target[str],
     data: terminal.Data,
     temperature: terminal.Temperatures = TEMPERATURES,
-    depth: terminal.Depth = 6,
+    depth: terminal.Depth[int] = 6,
     positions: Annotated[int, typer.Option(help="Number of draws to fit and measure with.")] = 2048,
     seed: terminal.Seed = 0,
     max_length: Annotated[int, typer.Option(help="Number of tokens after which a conversation is cut.")] = 2048,

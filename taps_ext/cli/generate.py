@@ -1,10 +1,12 @@
-"""taps-ext generate | info."""
+"""taps-ext generate | tune | info."""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,9 @@ from rich.table import Table
 
 from .. import native
 from ..checkpoints import load_drafters
+from ..checkpoints.files import first_line, json_text, write_text
 from ..composition import make_composition
+from ..decode.budget import CostTable
 from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
 from ..decode.request import end_tokens
 from ..decode.stats import DecodeStats
@@ -50,9 +54,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End with the token that completes this text. Repeatable.")
     ] = None,
-    depth: terminal.Depth = 6,
-    branching: terminal.Branching = 10,
-    max_nodes: terminal.MaxNodes = 60,
+    depth: terminal.Depth[int | None] = None,
+    branching: terminal.Branching[int | None] = None,
+    max_nodes: terminal.MaxNodes[int | None] = None,
     merged_nodes: terminal.MergedNodes = None,
     min_score: Annotated[
         float | None, typer.Option(help="Drop nodes whose path has a log-probability below this, such as -5.")
@@ -62,6 +66,7 @@ def generate(
         float | None,
         typer.Option(help="Factor by which evidence fades per token; 0 turns it off in 'merged'. Default: 0.95."),
     ] = None,
+    costs_file: Annotated[Path | None, typer.Option("--costs", help="File of costs from 'taps-ext tune'.")] = None,
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
     as_json: terminal.AsJson = False,
@@ -69,12 +74,15 @@ def generate(
     """Generate a text, streamed in the colours of the drafters that proposed each piece, then print the figures.
 
     The text is a function of target, prompt and seed: no drafter or composition changes it. Without --temperature the
-    target's generation config decides whether and how the text is sampled.
+    target's generation config decides whether and how the text is sampled. Without --depth, --branching and
+    --max-nodes each step takes the tree that pays best by what a step costs on this machine, which is measured at the
+    first use, in a few seconds.
     """
     text, place = _read_prompt(prompt, prompt_file), choose_device(device)
     filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     sampling = _sampling({name: value for name, value in filters.items() if value is not None}, seed)
-    shape = TreeShape(depth, branching, max_nodes, min_score)
+    shape = _shape({"depth": depth, "branching": branching, "max_nodes": max_nodes, "min_score": min_score})
+    costs = None if costs_file is None else _read_costs(costs_file)
     make_composition(composition, merged_nodes, evidence_decay)  # checks it before a large target is loaded
     check_drafting(drafting)
     paths = terminal.drafter_folders(target, drafter)
@@ -92,6 +100,7 @@ def generate(
         max_nodes=merged_nodes,
         drafting=drafting,
         evidence_decay=evidence_decay,
+        costs=costs,
     )
     messages = [{"role": "user", "content": text if raw else text.strip()}]
     inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
@@ -117,6 +126,44 @@ def generate(
     show(True, facts)
 
 
+def tune(
+    target: terminal.Target[str] = TINY,
+    drafter: terminal.Drafters = None,
+    batch_size: terminal.BatchSize = 1,
+    dtype: terminal.Dtype = "auto",
+    device: terminal.Device = None,
+    output: terminal.Output[Path | None] = None,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Measure what the parts of a decode step cost on this machine, and keep the figures for later calls.
+
+    Steps whose tree adapts use them. A file written with --output can be given to generate --costs, so that another
+    run takes the same trees.
+    """
+    paths, place = terminal.drafter_folders(target, drafter), choose_device(device)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    terminal.keep_logs_clean()
+    model, _ = terminal.load_target_and_tokenizer(target, dtype, place)
+    table = SpeculativeDecoder(model, load_drafters(paths, model)).cost_table(batch_size, measure=True)
+    if output is not None:
+        write_text(output, json_text(table.to_dict()))
+    show(as_json, table.to_dict(), *_cost_tables(table))
+
+
+def _cost_tables(table: CostTable) -> Iterator[Table]:
+    """Yield the costs as tables, with bars."""
+    plain, most = table.step_ms[0], max(table.step_ms)
+    steps = Table("nodes per row", "step, ms", "times one node", "", **terminal.PLAIN)
+    for size, ms in zip(table.sizes, table.step_ms, strict=True):
+        steps.add_row(str(size), f"{ms:.1f}", f"{ms / plain:.2f}", "#" * round(40 * ms / most))
+    yield steps
+    drafting = Table("drafter", "first level, ms", "further level, ms", **terminal.PLAIN)
+    for name, (first, more) in table.draft_ms.items():
+        drafting.add_row(name, f"{first:.1f}", f"{more:.1f}")
+    yield drafting
+
+
 def info(as_json: terminal.AsJson = False) -> None:
     """Print versions, what was built and why, and what torch finds on this machine."""
     facts = native.installation()
@@ -140,6 +187,20 @@ def _read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if not prompt.strip():
         raise ValueError("the prompt is empty; give --prompt, --prompt-file or text on standard input")
     return prompt
+
+
+def _shape(limits: dict[str, Any]) -> TreeShape:
+    """Return a shape of the sizes that were given, or one that adapts if none was."""
+    given = {name: value for name, value in limits.items() if value is not None}
+    sizes = given.keys() - {"min_score"}
+    return TreeShape(**given) if sizes else replace(TreeShape.auto(), **given)
+
+
+def _read_costs(path: Path) -> CostTable:
+    try:
+        return CostTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--costs {path} is not a file of taps-ext tune -o ({first_line(error)})") from error
 
 
 def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:

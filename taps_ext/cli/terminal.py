@@ -43,9 +43,9 @@ Composition = Annotated[str, Option(help=COMPOSITION_HELP)]
 Compositions = Annotated[list[str], Option(help=f"{COMPOSITION_HELP} Repeatable.")]
 DRAFTING_HELP = "'coupled' drafts with the target's noise at temperatures above 0; 'topk' drafts the likeliest tokens."
 Drafting = Annotated[str, Option(help=DRAFTING_HELP)]
-Depth = Annotated[int, Option(help="Number of levels that a drafter drafts, below the root.")]
-Branching = Annotated[int, Option(help="Number of children kept per expanded node.")]
-MaxNodes = Annotated[int, Option(help="Number of nodes per drafter's tree, root included.")]
+Depth = Annotated[T, Option(help="Number of levels that a drafter drafts, below the root.")]
+Branching = Annotated[T, Option(help="Number of children kept per expanded node.")]
+MaxNodes = Annotated[T, Option(help="Number of nodes per drafter's tree, root included.")]
 MergedNodes = Annotated[int | None, Option(help="Number of nodes kept in the merged tree. Default: the whole union.")]
 TEMPERATURE_HELP = "Sampling temperature; 0 is greedy decoding."
 Temperature = Annotated[float, Option(help=TEMPERATURE_HELP)]

@@ -11,6 +11,7 @@ Dims: B rows, N nodes, S sizes, L depths, D drafters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ from ..tree import DraftTree, TreeShape
 DECAY = 0.95  # per step, of the accepted and expected nodes of each depth
 PRIOR_NODES = 2.0  # accepted and expected nodes that each depth begins with
 MEAN = 0.1  # weight of a step in the running means of tokens and milliseconds
+LEAST_SHARE = 0.5  # of what the cheapest node costs: less probable ones are not proposed
+SMALLEST = 1e-6  # probability that is proposed, where nodes cost nothing
 JUDGEMENT = 0.2  # weight of a step in what a drafter is worth
 MIN_PAUSE, MAX_PAUSE = 4, 32  # steps for which a drafter that does not pay is left out, doubling
 
@@ -38,13 +41,13 @@ class CostTable:
     branching: int  # the largest one that costs hardly more than a narrow one
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the table is one: sizes ascend from 1, costs are positive and do not fall."""
+        """Raise ValueError unless sizes ascend from 1 and costs are numbers above 0 (of drafting, at least 0)."""
         sizes, costs = list(self.sizes), list(self.step_ms)
         if not sizes or sizes[0] != 1 or sizes != sorted(set(sizes)):
             raise ValueError(f"the sizes of a cost table must ascend from 1, got {sizes}")
-        if len(costs) != len(sizes) or not costs[0] > 0 or costs != sorted(costs):
-            raise ValueError(f"a cost table needs a positive cost per size that does not fall, got {costs}")
-        if self.branching < 1 or any(not ms >= 0 for pair in self.draft_ms.values() for ms in pair):
+        if len(costs) != len(sizes) or not all(0 < ms < math.inf for ms in costs):
+            raise ValueError(f"a cost table needs a finite cost above 0 for each size, got {costs}")
+        if self.branching < 1 or not all(0 <= ms < math.inf for pair in self.draft_ms.values() for ms in pair):
             raise ValueError("a cost table needs draft costs of at least 0 and a branching of at least 1")
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,6 +102,9 @@ class TreeBudget:
         self.shape = replace(shape, max_nodes=limit, branching=branching, adapts=False)
         self.sizes = [size for size in costs.sizes if size <= limit]
         self.step_ms = costs.step_ms[: len(self.sizes)]
+        # Of a node in the tree whose nodes cost least, on average.
+        pairs = list(zip(self.sizes, self.step_ms, strict=True))[1:]
+        self._least_node_ms = min(((ms - self.step_ms[0]) / (size - 1) for size, ms in pairs), default=0.0)
         self.draft_ms = [costs.draft_ms[name] for name in drafters]
         self.batch_size = batch_size
         self.tokens, self.ms = float(batch_size), self.step_ms[0]  # of a step: running means
@@ -121,8 +127,11 @@ class TreeBudget:
         self.waits = [max(0, wait - 1) for wait in self.waits]
         deeper = [more for (_, more), is_drafting in zip(self.draft_ms, drafts, strict=True) if is_drafting]
         # One more level adds at most the probability of the nodes that it expands.
-        least = self.rate * max(deeper, default=0.0) / self.batch_size
-        self._plan = Plan(replace(self.shape, min_mass=least), drafts)
+        min_mass = self.rate * max(deeper, default=0.0) / self.batch_size
+        min_score = math.log(max(self.rate * self._least_node_ms * LEAST_SHARE, SMALLEST))
+        if self.shape.min_score is not None:
+            min_score = max(min_score, self.shape.min_score)
+        self._plan = Plan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
         return self._plan
 
     def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:

@@ -36,14 +36,15 @@ FREE = 1.25  # a branching is free while a level costs at most this much more th
 
 
 def load_or_measure(
-    step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int
+    step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int, anew: bool
 ) -> CostTable:
-    """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement if there is one."""
+    """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement unless `anew`."""
     path = cache_directory() / f"{fingerprint(step, batch_size)}.json"
-    try:
-        return CostTable.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError):
-        pass  # never measured, or not readable
+    if not anew:
+        try:
+            return CostTable.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError):
+            pass  # never measured, or not readable
     table = measure(step, start, batch_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +120,10 @@ def measure(
     drafting = [(1, index, depth, width) for index in every for depth in DEPTHS for width in WIDTHS]
     settings: list[_Setting] = [PLAIN, *((size, *FIRST_LEVEL) for size in sizes), *drafting]
     least: dict[_Setting, float] = {}
-    began, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or time.perf_counter() - began < SECONDS:
+    # With one thread, processor time: what else runs on the machine does not count.
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    began, rounds = clock(), 0
+    while rounds < MIN_ROUNDS or clock() - began < SECONDS:
         run = start(_random_tokens(step, batch_size).to(device), probe)
         probe.force(*PLAIN)
         run()  # warms up
@@ -130,7 +133,9 @@ def measure(
             probe.force(*setting)
             if setting in drafting:
                 run()  # lets a drafter observe what it was not shown yet
-            ms = _time_ms(run)
+            started = clock()
+            run()  # ends with a step's one read, so that a device has finished too
+            ms = 1e3 * (clock() - started)
             least[setting] = min(least.get(setting, ms), ms)
         rounds += 1
     return _table(sizes, least, [drafter.name for drafter in step.drafters])
@@ -140,8 +145,8 @@ def _table(sizes: Sequence[int], least: dict[_Setting, float], names: Sequence[s
     """Return the table of the least times of all settings."""
     every, plain = range(len(names)), least[PLAIN]
     verified = [plain + least[(size, *FIRST_LEVEL)] - least[(1, *FIRST_LEVEL)] for size in sizes]
-    rising = [max(plain, *verified[: index + 1]) for index in range(len(sizes))]
-    num_sizes = sum(ms <= MOST * plain for ms in rising)
+    step_ms = [max(plain, ms) for ms in verified]
+    num_sizes = sum(ms <= MOST * plain for ms in step_ms)
 
     def more(d: int, width: int) -> float:  # of a further level
         return max(0.0, least[1, d, DEPTHS[1], width] - least[1, d, DEPTHS[0], width]) / (DEPTHS[1] - DEPTHS[0])
@@ -150,7 +155,7 @@ def _table(sizes: Sequence[int], least: dict[_Setting, float], names: Sequence[s
     free = [width for width in WIDTHS if all(more(d, width) <= FREE * more(d, WIDTHS[0]) + slack for d in every)]
     branching = max(free)
     draft_ms = {name: (max(0.0, least[1, d, 1, branching] - plain), more(d, branching)) for d, name in enumerate(names)}
-    return CostTable(tuple(sizes[:num_sizes]), tuple(rising[:num_sizes]), draft_ms, branching)
+    return CostTable(tuple(sizes[:num_sizes]), tuple(step_ms[:num_sizes]), draft_ms, branching)
 
 
 def random_tree(roots: Tensor, size: int) -> DraftTree:
@@ -167,12 +172,6 @@ def _random_tokens(step: DecodeStep, batch_size: int) -> Tensor:
     context = getattr(step.target.config, "max_position_embeddings", None) or 2 * PREFIX_LENGTH
     length = max(1, min(PREFIX_LENGTH, context // 4))
     return torch.randint(step.target.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
-
-
-def _time_ms(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()  # ends with a step's one read, so that a device has finished too
-    return 1e3 * (time.perf_counter() - started)
 
 
 def _facts(drafter: Any) -> list[Any]:

@@ -99,16 +99,22 @@ class SpeculativeDecoder:
         self.drafters = _select_drafters(drafters, self._composition_name, drafter)
         for name, one in self.drafters.items():
             _refuse_other_sizes(name, one, self.target)
+            if self.costs is not None and self.shape.adapts and name not in self.costs.draft_ms:
+                raise ValueError(f"the cost table has no cost of drafter {name!r}; measure one with these drafters")
         chosen = list(self.drafters.values())
         self._device_half = DecodeStep(self.target, chosen, self.composition, self.shape, self.joint_budget)
         self._tables: dict[int, CostTable] = {}
 
-    def cost_table(self, batch_size: int = 1) -> CostTable:
-        """Return what the parts of a step of `batch_size` rows cost, in milliseconds; measure them if nobody has."""
-        if self.costs is not None:
+    def cost_table(self, batch_size: int = 1, measure: bool = False) -> CostTable:
+        """Return what the parts of a step of `batch_size` rows cost on this machine, in milliseconds.
+
+        It is the one given as `costs`, or the one that was measured before, or it is measured now, in a few seconds;
+        with `measure` it is measured now in any case, and kept for later calls and processes.
+        """
+        if self.costs is not None and not measure:
             return self.costs
-        if batch_size not in self._tables:
-            self._tables[batch_size] = load_or_measure(self._device_half, self._start, batch_size)
+        if measure or batch_size not in self._tables:
+            self._tables[batch_size] = load_or_measure(self._device_half, self._start, batch_size, measure)
         return self._tables[batch_size]
 
     def _start(self, input_ids: Tensor, probe: ForcedBudget) -> Callable[[], object]:
@@ -164,7 +170,7 @@ class SpeculativeDecoder:
 
     def _warn_of_uncalibrated(self, request: Request) -> None:
         """Warn of drafters that cannot use the noise, and name the command that calibrates them."""
-        names = [name for name, drafter in self.drafters.items() if drafter.calibration is None]
+        names = [name for name, one in self.drafters.items() if one.uses_features and one.calibration is None]
         if names and self._is_coupled(request):
             warn(
                 f"not calibrated, and drafted as with drafting='topk': {', '.join(names)}; to accept more at "

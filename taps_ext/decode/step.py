@@ -65,7 +65,7 @@ class DecodeStep:
         """Propose, score and verify one tree per row; finished rows take part as padding."""
         plan = state.budget.plan() if state.budget is not None else Plan(self.shape, (True,) * len(self.drafters))
         composed, outlook = self.propose(plan, state), None
-        if state.budget is not None and any(plan.drafts):
+        if state.budget is not None and (composed.tree.capacity > 1 or self._is_costly(plan)):
             tree, outlook = state.budget.cut(composed.tree, state.active)
             composed = replace(composed, tree=_trimmed(tree))
         scored = self.target.score(composed.tree, state.kv, state.last_positions)
@@ -103,6 +103,10 @@ class DecodeStep:
         if self.joint_budget is not None:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
         return replace(composed, tree=_trimmed(composed.tree))
+
+    def _is_costly(self, plan: Plan) -> bool:
+        """Return whether a network drafts."""
+        return any(drafts and drafter.uses_features for drafter, drafts in zip(self.drafters, plan.drafts, strict=True))
 
     def _draft(self, plan: Plan, state: DecodeState) -> list[DraftTree]:
         """Return a tree per drafter, only roots for those that the plan leaves out."""
