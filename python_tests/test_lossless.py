@@ -248,7 +248,6 @@ SMALL_CASES: dict[str, tuple[dict[str, Any], taps.SamplingParams]] = {
     "merged by evidence, 4 nodes": ({**BY_EVIDENCE, "max_nodes": 4}, UNFILTERED),
     "joint budget, filtered": ({"joint_budget": 3 * BATCH}, FILTERED),
     "look-ups": ({"composition": "single", "lookup": True}, UNFILTERED),
-    "merged, look-ups": ({"lookup": True}, UNFILTERED),
 }
 Rule = Callable[[Tensor, taps.DraftTree, Any, Tensor], Acceptance]
 
