@@ -5,7 +5,9 @@
 #include <torch/extension.h>
 
 #include <map>
+#include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "lookup/lookup_index.h"
@@ -108,8 +110,8 @@ at::Tensor append(taps::LookupIndex& index, const at::Tensor& tokens, bool is_pr
 
 // Writes into rows that the caller made, so that a batch is one tensor of each kind.
 int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching, double min_score,
-                const at::Tensor& tokens, const at::Tensor& parents, const at::Tensor& scores,
-                const at::Tensor& entropies) {
+                const std::optional<std::tuple<int64_t, float, float>>& noise, const at::Tensor& tokens,
+                const at::Tensor& parents, const at::Tensor& scores, const at::Tensor& entropies) {
   for (const at::Tensor& row : {tokens, parents, scores, entropies}) {
     TORCH_CHECK_VALUE(row.is_cpu() && row.dim() == 1 && row.is_contiguous() && row.numel() == tokens.numel(),
                       "tokens, parents, scores and entropies must be contiguous [N] on the CPU, got ", row.sizes());
@@ -117,7 +119,14 @@ int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching
   TORCH_CHECK_VALUE(depth >= 1 && branching >= 1 && tokens.numel() >= 1,
                     "depth, branching and the number of slots must be at least 1, got ", depth, ", ", branching,
                     " and ", tokens.numel());
-  return index.propose({depth, branching, tokens.numel(), min_score},
+  taps::LookupNoise settings{};
+  if (noise) {
+    settings = std::make_from_tuple<taps::LookupNoise>(*noise);
+    TORCH_CHECK_VALUE(settings.scale > 0 && 0 <= settings.beta && settings.beta < 1,
+                      "noise must be (seed, scale above 0, beta from 0 to below 1), got a scale of ", settings.scale,
+                      " and a beta of ", settings.beta);
+  }
+  return index.propose({depth, branching, tokens.numel(), min_score}, noise ? &settings : nullptr,
                        {tokens.mutable_data_ptr<int64_t>(), parents.mutable_data_ptr<int64_t>(),
                         scores.mutable_data_ptr<float>(), entropies.mutable_data_ptr<float>()});
 }
@@ -136,7 +145,8 @@ void bind_lookup_index(py::module_& module) {
       .def_property_readonly("num_bytes", &Index::num_bytes)
       .def("append", &append, py::call_guard<py::gil_scoped_release>(), py::arg("tokens"), py::arg("is_prompt"))
       .def("propose", &propose, py::call_guard<py::gil_scoped_release>(), py::arg("depth"), py::arg("branching"),
-           py::arg("min_score"), py::arg("tokens"), py::arg("parents"), py::arg("scores"), py::arg("entropies"));
+           py::arg("min_score"), py::arg("noise"), py::arg("tokens"), py::arg("parents"), py::arg("scores"),
+           py::arg("entropies"));
 }
 
 }  // namespace

@@ -9,8 +9,10 @@ import math
 import re
 from pathlib import Path
 
+from taps_ext.reference import gumbel_noise
+
 HEADERS = Path(__file__).parent.parent / "csrc" / "lookup"
-NUM_CONTINUATIONS, NUM_CANDIDATES, LEAST_ESCAPE, NUM_OTHERS = 16, 48, 0.02, 100
+NUM_CONTINUATIONS, NUM_CANDIDATES, LEAST_ESCAPE, NUM_OTHERS = 16, 48, 0.02, 1000
 RATE, PROMPT_RATE, MOST_OFFSET = 0.1, 0.03, 4.0
 LENGTHS, TOTALS, CHILDREN = (1, 2, 3, 4, 6), (1, 2, 4, 8), (1, 2, 4)  # the last of each group but the last group
 
@@ -69,6 +71,16 @@ class LiteralLookup:
             levels.append((place, hit, tokens))
             escape *= 1 - hit
         return found, escape, levels
+
+    def coupled(self, drafted: list[int], noise: tuple[int, float, float]) -> tuple[dict[int, float], float]:
+        """The probabilities and the escape behind a path, where the noise of the draw behind it is known."""
+        found, escape, _ = self.outlook(drafted)
+        seed, scale, beta = noise
+        drawn = gumbel_noise(seed, len(self.text) + len(drafted), max(found, default=0) + 1)
+        weights = {token: p**scale * math.exp(beta * float(drawn[token])) for token, p in found.items()}
+        others = escape**scale * math.gamma(1 - beta)
+        total = sum(weights.values()) + others
+        return {token: weight / total for token, weight in weights.items()}, others / total
 
     def append(self, token: int, is_prompt: bool) -> float:
         """Take in a token; return the log-probability that it had."""

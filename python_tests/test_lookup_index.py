@@ -17,11 +17,16 @@ pytestmark = pytest.mark.backends("cpu", "simt")  # host code: under the stand-i
 TOLERANCE = 2e-4  # nats: float32 sums of a few logarithms
 
 
-def proposal(index: Any, depth: int, branching: int, max_nodes: int, min_score: float, root: int) -> DraftTree:
+Noise = tuple[int, float, float] | None
+
+
+def proposal(
+    index: Any, depth: int, branching: int, max_nodes: int, min_score: float, noise: Noise = None, root: int = 0
+) -> DraftTree:
     tokens, parents = torch.zeros(1, max_nodes, dtype=torch.int64), torch.zeros(1, max_nodes, dtype=torch.int64)
     scores, entropies = torch.full((1, max_nodes), -torch.inf), torch.zeros(1, max_nodes)
     tokens[0, 0], parents[0, 0], scores[0, 0] = root, -1, 0
-    count = index.propose(depth, branching, min_score, tokens[0], parents[0], scores[0], entropies[0])
+    count = index.propose(depth, branching, min_score, noise, tokens[0], parents[0], scores[0], entropies[0])
     return DraftTree(tokens, parents, scores, torch.tensor([count]), entropies=entropies)
 
 
@@ -38,9 +43,9 @@ def random_text(rng: random.Random) -> list[int]:
     return text
 
 
-def check_tree(tree: DraftTree, literal: LiteralLookup, shape: tuple[int, int, int, float]) -> None:
+def check_tree(tree: DraftTree, literal: LiteralLookup, shape: tuple[int, int, int, float, Noise]) -> None:
     """The nodes are the best continuations by the literal search, each with its score."""
-    depth, branching, max_nodes, min_score = shape
+    depth, branching, max_nodes, min_score, noise = shape
     tree.validate()
     count = int(tree.num_nodes[0])
     tokens, parents, scores = (values[0, :count].tolist() for values in (tree.tokens, tree.parents, tree.scores))
@@ -49,7 +54,7 @@ def check_tree(tree: DraftTree, literal: LiteralLookup, shape: tuple[int, int, i
         paths.append([*paths[parents[node]], tokens[node]])
     left_out = []
     for node, path in enumerate(paths):
-        found, escape, _ = literal.outlook(path)
+        found, escape = literal.outlook(path)[:2] if noise is None else literal.coupled(path, noise)
         children = [child for child in range(1, count) if parents[child] == node]
         for child in children:
             assert scores[child] - scores[node] == pytest.approx(math.log(found[tokens[child]]), abs=TOLERANCE)
@@ -77,7 +82,10 @@ def check_text(backend: Any, seed: int) -> None:
         assert log_probs.tolist() == pytest.approx(expected, abs=TOLERANCE)
         place += len(block)
         assert index.size == place
-        shape = rng.randint(1, 5), rng.randint(1, 4), rng.randint(1, 12), rng.choice([-math.inf, -2.0])
+        shape: Any = rng.randint(1, 5), rng.randint(1, 4), rng.randint(1, 12), rng.choice([-math.inf, -2.0])
+        noise = (rng.getrandbits(62), rng.choice([0.5, 1.0, 3.0]), rng.choice([0.0, 0.4, 0.9]))
+        is_coupled = rng.random() < 0.3 and max(literal.text, default=0) < 100  # the literal noise is the vocabulary's
+        shape = (*shape, noise if is_coupled else None)
         check_tree(proposal(index, *shape, root=literal.text[-1] if place else 0), literal, shape)
 
 
@@ -97,18 +105,18 @@ def test_the_index_proposes_what_a_search_finds_in_many_texts(backend: Any) -> N
 def test_an_index_without_text_proposes_only_the_root(backend: Any) -> None:
     index = backend.LookupIndex(8)
     assert index.append(torch.zeros(0, dtype=torch.int64), True).tolist() == []
-    assert int(proposal(index, 4, 4, 8, -math.inf, 5).num_nodes) == 1
+    assert int(proposal(index, 4, 4, 8, -math.inf, root=5).num_nodes) == 1
 
 
 def test_proposing_and_copying_change_nothing(backend: Any) -> None:
     index, text = backend.LookupIndex(8), torch.tensor([4, 5, 6, 4, 5, 6, 4])
     index.append(text, True)
-    first, second = (proposal(index, 4, 4, 8, -math.inf, 4) for _ in range(2))
+    first, second = (proposal(index, 4, 4, 8, -math.inf, root=4) for _ in range(2))
     assert torch.equal(first.tokens, second.tokens) and torch.equal(first.scores, second.scores)
     assert first.tokens[0, 1:4].tolist() == [5, 6, 4]
     strided = backend.LookupIndex(8)
     strided.append(torch.stack([text, text + 1], dim=1)[:, 0], True)
-    assert torch.equal(proposal(strided, 4, 4, 8, -math.inf, 4).scores, first.scores)
+    assert torch.equal(proposal(strided, 4, 4, 8, -math.inf, root=4).scores, first.scores)
 
 
 def test_the_offsets_learn_how_a_text_repeats_itself(backend: Any) -> None:
@@ -121,7 +129,7 @@ def test_the_offsets_learn_how_a_text_repeats_itself(backend: Any) -> None:
     scores = []
     for index in (pairs, words):
         index.append(torch.tensor([100, 101, 100]), False)
-        scores.append(float(proposal(index, 1, 1, 2, -math.inf, 100).scores[0, 1]))
+        scores.append(float(proposal(index, 1, 1, 2, -math.inf, root=100).scores[0, 1]))
     assert scores[0] > scores[1] + 0.1
 
 
@@ -130,7 +138,7 @@ def processor_time(index: Any, tokens: list[int]) -> float:
     started = time.process_time()
     for token in tokens:
         index.append(torch.tensor([token]), False)
-        proposal(index, 8, 10, 60, -math.inf, token)
+        proposal(index, 8, 10, 60, -math.inf, root=token)
     return time.process_time() - started
 
 
@@ -170,7 +178,9 @@ def test_bad_rows_get_one_sentence(backend: Any) -> None:
         with pytest.raises(ValueError, match=rf"max_context must lie in 1\.\.32, got {length}"):
             backend.LookupIndex(length)
     with pytest.raises(ValueError, match="must be at least 1, got 0, 1 and 3"):
-        proposal(index, 0, 1, 3, 0.0, 0)
+        proposal(index, 0, 1, 3, 0.0)
     row = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"must be contiguous \[N\] on the CPU, got \[2\]"):
-        index.propose(1, 1, 0.0, row, row[:2], torch.zeros(3), torch.zeros(3))
+        index.propose(1, 1, 0.0, None, row, row[:2], torch.zeros(3), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"noise must be .*, got a scale of 1 and a beta of 1"):
+        proposal(index, 1, 1, 3, 0.0, (1, 1.0, 1.0))

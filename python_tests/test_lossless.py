@@ -52,6 +52,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "evidence, all limits": {"composition": "evidence", "joint_budget": 19, "shape": replace(SHAPE, min_score=-3.5)},
     "merged, one uncalibrated": {**BY_EVIDENCE, "uncalibrated": "chat"},
     "evidence, one uncalibrated": {"composition": "evidence", "uncalibrated": "math"},
+    "look-ups": {"composition": "single", "lookup": True},
+    "confidence, look-ups": {"composition": "confidence", "lookup": True},
+    "evidence, look-ups": {"composition": "evidence", "lookup": True},
+    "merged by evidence, look-ups, 9 nodes": {**BY_EVIDENCE, "max_nodes": 9, "lookup": True},
 }
 # Every way under every filter, and once without a look at the noise.
 GRID = [(way, name, "coupled") for way in WAYS for name in SAMPLINGS]
@@ -59,10 +63,16 @@ GRID += [(way, name, "topk") for way, name in zip(WAYS, itertools.cycle(SAMPLING
 
 
 def make_decoder(
-    family: str = "llama", composition: str = "merged", uncalibrated: str = "", **kwargs: object
+    family: str = "llama",
+    composition: str = "merged",
+    uncalibrated: str = "",
+    lookup: bool = False,
+    **kwargs: object,
 ) -> taps.SpeculativeDecoder:
-    drafter = "math" if composition == "single" else None
-    drafters = dict(trained_drafters(family))
+    drafters: dict[str, taps.Drafter] = dict(trained_drafters(family))
+    if lookup:
+        drafters["lookup"] = taps.LookupDrafter(trained_target(family).config.vocab_size)
+    drafter = ("lookup" if lookup else "math") if composition == "single" else None
     if uncalibrated:
         one = drafters[uncalibrated]
         drafters[uncalibrated] = EagleDrafter(one.network, one.embedding, one.lm_head, uncalibrated)
@@ -73,11 +83,11 @@ def make_decoder(
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("composition", COMPOSITIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_text_is_that_of_stock_generate(family: str, composition: str, batch_size: int) -> None:
+@pytest.mark.parametrize(("family", "lookup"), [*((family, False) for family in FAMILIES), ("llama", True)])
+def test_greedy_text_is_that_of_stock_generate(family: str, lookup: bool, composition: str, batch_size: int) -> None:
     ids, mask = prompts(batch_size)
     stock = trained_target(family).generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
-    result = make_decoder(family, composition).generate(ids, mask, max_new_tokens=40)
+    result = make_decoder(family, composition, lookup=lookup).generate(ids, mask, max_new_tokens=40)
     assert torch.equal(result.sequences, stock)
 
 
@@ -114,7 +124,11 @@ def test_sampled_text_is_plain_samplings_whatever_the_tree(family: str, sampling
 
 
 @pytest.mark.parametrize(
-    ("temperature", "way"), [(0.0, "merged"), (1.0, "merged"), (1.0, "evidence"), (1.0, "merged by evidence, 9 nodes")]
+    ("temperature", "way"),
+    [
+        *((0.0, "merged"), (1.0, "merged"), (1.0, "evidence"), (1.0, "merged by evidence, 9 nodes")),
+        *((0.0, "look-ups"), (1.0, "look-ups"), (1.0, "merged by evidence, look-ups, 9 nodes")),
+    ],
 )
 def test_a_rows_text_does_not_depend_on_its_neighbours(temperature: float, way: str) -> None:
     """Neither do its trees: as much of them is accepted."""
@@ -233,11 +247,12 @@ SMALL_CASES: dict[str, tuple[dict[str, Any], taps.SamplingParams]] = {
     "evidence": ({"composition": "evidence"}, UNFILTERED),
     "merged by evidence, 4 nodes": ({**BY_EVIDENCE, "max_nodes": 4}, UNFILTERED),
     "joint budget, filtered": ({"joint_budget": 3 * BATCH}, FILTERED),
+    "look-ups": ({"composition": "single", "lookup": True}, UNFILTERED),
 }
 Rule = Callable[[Tensor, taps.DraftTree, Any, Tensor], Acceptance]
 
 
-def small_vocabulary_decoder(**kwargs: Any) -> taps.SpeculativeDecoder:
+def small_vocabulary_decoder(lookup: bool = False, **kwargs: Any) -> taps.SpeculativeDecoder:
     """Two random drafters that look at the noise, over a target of five tokens."""
     torch.manual_seed(2)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -248,11 +263,14 @@ def small_vocabulary_decoder(**kwargs: Any) -> taps.SpeculativeDecoder:
     config = EagleConfig.for_target(target.config)
     networks = [EagleNetwork(config).eval().requires_grad_(False) for _ in range(2)]
     embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
-    drafters = {
+    drafters: dict[str, taps.Drafter] = {
         name: EagleDrafter(network, embedding, lm_head, name, CALIBRATIONS[name])
         for name, network in zip(CALIBRATIONS, networks, strict=True)
     }
-    return taps.SpeculativeDecoder(target, drafters, **{"shape": taps.TreeShape(2, 2, 4), **kwargs})
+    if lookup:
+        drafters["lookup"] = taps.LookupDrafter(SMALL_VOCAB)
+    drafter = "lookup" if kwargs.get("composition") == "single" else None
+    return taps.SpeculativeDecoder(target, drafters, drafter=drafter, **{"shape": taps.TreeShape(2, 2, 4), **kwargs})
 
 
 def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor, sampling: taps.SamplingParams) -> Tensor:
@@ -342,8 +360,13 @@ def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling:
     return Acceptance(found.path, found.num_accepted, tokens, fresh.bonus_tokens, found.is_invalid)
 
 
-@pytest.mark.parametrize("case", ["merged", "evidence", "joint budget, filtered"])
-@pytest.mark.parametrize("rule", [count_twice, trust_the_drafter, redraw_beside_the_candidates])
+WRONG_RULES = (count_twice, trust_the_drafter, redraw_beside_the_candidates)
+# What a look-up proposes tells less of the draw: a redraw beside it would show in more draws only.
+NOTICED = [*itertools.product(WRONG_RULES, ["merged", "evidence", "joint budget, filtered"])]
+NOTICED += [(rule, "look-ups") for rule in WRONG_RULES[:2]]
+
+
+@pytest.mark.parametrize(("rule", "case"), NOTICED)
 @torch.inference_mode()
 def test_the_chi_square_notices_what_coupling_invites(rule: Rule, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_half, "verify", rule)

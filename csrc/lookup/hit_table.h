@@ -1,5 +1,5 @@
 // How probably the next token is one that followed a context before: the logistic sum of four small tables, fitted to
-// greedy texts of a language model, and the weights of the tokens among themselves.
+// greedy texts of a language model by benchmarks/lookup_table.py, and the weights of the tokens among themselves.
 #pragma once
 
 #include <cmath>
@@ -8,10 +8,10 @@
 namespace taps {
 
 constexpr int kLengthGroups = 6;  // of contexts of 1, 2, 3, 4, 5 to 6, and 7 or more tokens
-constexpr float kByLength[kLengthGroups] = {-1.11f, -0.24f, -0.02f, 0.02f, 0.44f, 1.05f};
-constexpr float kByTotal[] = {-1.32f, -0.76f, -0.02f, 0.56f, 1.68f};  // occurrences: 1, 2, 3 to 4, 5 to 8, more
-constexpr float kByChildren[] = {1.14f, 0.08f, -0.35f, -0.74f};       // different next tokens: 1, 2, 3 to 4, more
-constexpr float kByMisses[] = {0.77f, -0.11f, -0.51f};                // longer contexts that missed: 0, 1, more
+constexpr float kByLength[kLengthGroups] = {-1.16f, -0.28f, -0.07f, -0.01f, 0.51f, 1.11f};
+constexpr float kByTotal[] = {-1.42f, -0.80f, 0.00f, 0.66f, 1.66f};  // occurrences: 1, 2, 3 to 4, 5 to 8, more
+constexpr float kByChildren[] = {1.23f, 0.08f, -0.41f, -0.79f};      // different next tokens: 1, 2, 3 to 4, more
+constexpr float kByMisses[] = {0.78f, -0.09f, -0.59f};               // longer contexts that missed: 0, 1, more
 
 inline int length_group(int length) {
   return length <= 4 ? length - 1 : length <= 6 ? 4 : 5;

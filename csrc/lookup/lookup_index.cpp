@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+
+#include "common/coupling_rule.h"
+#include "common/philox.h"
 
 namespace taps {
 
@@ -27,11 +31,36 @@ int LookupIndex::Outlook::find(int32_t token) const {
 }
 
 float LookupIndex::Outlook::entropy() const {
-  float sum = -escape * std::log(escape / kNumOthers);
+  const auto part = [](float p, float share) { return p > 0 ? -p * std::log(share) : 0.0f; };
+  float sum = part(escape, escape / kNumOthers);
   for (int i = 0; i < num_candidates; ++i) {
-    sum -= candidates[i].probability * std::log(candidates[i].probability);
+    sum += part(candidates[i].probability, candidates[i].probability);
   }
   return sum;
+}
+
+// Each candidate's noise at this position is known. The escape's is that of tokens nobody names: it counts with the
+// mean of exp(beta * noise), gamma(1 - beta).
+void LookupIndex::Outlook::couple(const LookupNoise& noise, int64_t position) {
+  std::array<float, kMostCandidates> logits;
+  const float others = noise.scale * std::log(escape) + std::lgamma(1 - noise.beta);
+  float most = others;
+  for (int i = 0; i < num_candidates; ++i) {
+    const uint32_t token = static_cast<uint32_t>(candidates[i].token);
+    const float drawn = coupling_noise(noise_words(noise.seed, position, token / 4).word[token % 4]);
+    logits[i] = noise.scale * std::log(candidates[i].probability) + noise.beta * drawn;
+    most = std::max(most, logits[i]);
+  }
+  escape = std::exp(others - most);
+  float sum = escape;
+  for (int i = 0; i < num_candidates; ++i) {
+    candidates[i].probability = std::exp(logits[i] - most);
+    sum += candidates[i].probability;
+  }
+  escape /= sum;
+  for (int i = 0; i < num_candidates; ++i) {
+    candidates[i].probability /= sum;
+  }
 }
 
 LookupIndex::Outlook LookupIndex::look(const Contexts& contexts) const {
@@ -133,7 +162,8 @@ struct LookupIndex::Drafted {
   }
 };
 
-int64_t LookupIndex::propose(const LookupShape& shape, const LookupTree& tree) const {
+int64_t LookupIndex::propose(const LookupShape& shape, const LookupNoise* noise, const LookupTree& tree) const {
+  const double least = std::max<double>(shape.min_score, std::numeric_limits<float>::lowest());
   std::vector<Drafted> heap;
   std::vector<Contexts> contexts = {contexts_};
   int64_t order = 0;
@@ -142,13 +172,16 @@ int64_t LookupIndex::propose(const LookupShape& shape, const LookupTree& tree) c
       return;
     }
     Outlook outlook = look(contexts[parent]);
+    if (noise != nullptr) {
+      outlook.couple(*noise, size_ + depth);
+    }
     const auto begin = outlook.candidates.begin(), end = begin + outlook.num_candidates;
     std::stable_sort(begin, end, [](const auto& a, const auto& b) { return a.probability > b.probability; });
     const int64_t num_children = std::min<int64_t>(shape.branching, outlook.num_candidates);
     const float entropy = outlook.entropy();
     for (int64_t i = 0; i < num_children; ++i) {
       const float child_score = score + std::min(std::log(outlook.candidates[i].probability), 0.0f);
-      if (child_score >= shape.min_score) {
+      if (child_score >= least) {
         heap.push_back({outlook.candidates[i].token, parent, depth + 1, child_score, entropy, order++});
         std::push_heap(heap.begin(), heap.end());
       }

@@ -22,12 +22,19 @@ constexpr int kMostContext = 32;        // tokens of the longest context that ma
 constexpr int kMostContinuations = 16;  // tokens looked at behind one context, the newest ones
 constexpr int kMostCandidates = 48;     // tokens looked at behind all contexts of a node
 constexpr float kLeastEscape = 0.02f;   // shorter contexts are not looked at for less
-constexpr float kNumOthers = 100.0f;    // the escape counts as spread over so many tokens: in evidence and entropies
+constexpr float kNumOthers = 1000.0f;   // the escape counts as spread over so many tokens: in evidence and entropies
 
 // What a proposal may hold, as TreeShape says; max_nodes counts the root.
 struct LookupShape {
   int64_t depth, branching, max_nodes;
   double min_score;
+};
+
+// How a row couples its proposals to the noise of the target's draws (common/coupling_rule.h).
+struct LookupNoise {
+  int64_t seed;
+  float scale;  // alpha / T
+  float beta;   // below 1
 };
 
 // The rows of one tree, each of at least max_nodes entries; entry 0, the root, is left as it is.
@@ -50,8 +57,9 @@ class LookupIndex {
   // offsets, those of a prompt less.
   void append(const int64_t* tokens, int64_t count, bool is_prompt, float* log_probs);
 
-  // Writes the best continuations, parents first, best first; returns the number of nodes, root included.
-  int64_t propose(const LookupShape& shape, const LookupTree& tree) const;
+  // Writes the best continuations, parents first, best first; returns the number of nodes, root included. With noise,
+  // which may be null, they are the tokens that the target is about to draw.
+  int64_t propose(const LookupShape& shape, const LookupNoise* noise, const LookupTree& tree) const;
 
  private:
   using Contexts = std::array<int32_t, kMostContext + 1>;  // [n]: the node of the last n tokens, or kNone
@@ -75,6 +83,7 @@ class LookupIndex {
 
     int find(int32_t token) const;  // the candidate's place, or -1
     float entropy() const;
+    void couple(const LookupNoise& noise, int64_t position);
   };
 
   struct Drafted;  // a node of a growing tree

@@ -5,8 +5,8 @@
 COMPOSITION is plain, single, average or one of the decoder's compositions; the names are the drafters that take part
 (all, unless they are named). NODES is the size of each drafter's tree; `merged@NODES` verifies as many nodes of the
 union, weighted by evidence unless `evidence=0`, and `merged` the whole union of trees of the evaluation's size.
-`average` is one drafter of averaged weights (look-ups have none); W is the first one's share of two. `topk` drafts what
-is likely, without a look at the target's noise. The spec is the label where none is given.
+`average` is one drafter of averaged weights, without look-ups, which have none; W is the first one's share of two.
+`topk` drafts what is likely, without a look at the target's noise. The spec is the label where none is given.
 """
 
 from __future__ import annotations
