@@ -159,7 +159,9 @@ def measure(world: World, composition: str) -> dict[str, Any]:
     Each is the median over the steps, which a step that a busy machine interrupts does not move.
     """
     drafter = next(iter(world.drafters)) if composition == "single" else None
-    decoder = taps_ext.SpeculativeDecoder(world.target, world.drafters, composition, drafter=drafter)
+    decoder = taps_ext.SpeculativeDecoder(
+        world.target, world.drafters, composition, drafter=drafter, shape=taps_ext.TreeShape()
+    )
     steps: list[dict[str, float]] = []
     with no_garbage_collection():
         decode_steps(decoder, world.prompts[0], world.max_new_tokens)  # warm-up

@@ -35,7 +35,8 @@ def measure(folder: Path, num_prompts: int, max_new_tokens: int) -> list[dict[st
     rows = []
     for path in sorted((folder / "runs").glob("*/final")):
         name = path.parent.name
-        decoder = taps_ext.SpeculativeDecoder(target, {name: taps_ext.load_drafter(path, target)}, "single")
+        drafter = taps_ext.load_drafter(path, target)
+        decoder = taps_ext.SpeculativeDecoder(target, {name: drafter}, "single", shape=taps_ext.TreeShape())
         lengths = {
             f"{domain}, T={temperature:g}": round(_acceptance(decoder, inputs, temperature, max_new_tokens), 3)
             for domain, inputs in prompts.items()

@@ -20,6 +20,7 @@ from taps_ext.checkpoints import load_drafters
 from taps_ext.decode.decoder import SpeculativeDecoder
 from taps_ext.decode.plain import plain_generate
 from taps_ext.sampling import SamplingParams
+from taps_ext.tree import TreeShape
 
 NEW_TOKENS = 64
 Generate = Callable[[Tensor, SamplingParams], list[list[int]]]
@@ -30,9 +31,11 @@ def generators(device: str) -> dict[str, Generate]:
     model = tiny.load_target()[0].to(device)
     drafters = load_drafters({name: str(path) for name, path in tiny.drafter_paths().items()}, model)
     decoders = {
-        f"single {next(iter(drafters))}": SpeculativeDecoder(model, drafters, "single", drafter=next(iter(drafters))),
-        "confidence": SpeculativeDecoder(model, drafters, "confidence"),
-        "merged": SpeculativeDecoder(model, drafters, "merged"),
+        f"single {next(iter(drafters))}": SpeculativeDecoder(
+            model, drafters, "single", drafter=next(iter(drafters)), shape=TreeShape()
+        ),
+        "confidence": SpeculativeDecoder(model, drafters, "confidence", shape=TreeShape()),
+        "merged": SpeculativeDecoder(model, drafters, "merged", shape=TreeShape()),
     }
 
     def plain(input_ids: Tensor, sampling: SamplingParams) -> list[list[int]]:

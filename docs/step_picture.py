@@ -69,7 +69,7 @@ def real_step() -> Step:
     tokenizer: Any
     target, tokenizer = tiny.load_target()
     drafters = taps.load_drafters(tiny.drafter_paths(), target)
-    decoder = taps.SpeculativeDecoder(target, drafters, "merged")
+    decoder = taps.SpeculativeDecoder(target, drafters, "merged", shape=taps.TreeShape())
     chat = tiny.prompts("chat", PROMPT + 1)[PROMPT]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     *earlier, event = islice(decoder.stream(**inputs, max_new_tokens=96), STEP + 1)

@@ -274,7 +274,7 @@ def test_a_line_holds_what_the_decoder_did(finished: Path) -> None:
     model, tokenizer = models()
     questions = TASKS["tiny_math"].load(limit=2)
     prompts = [torch.tensor([Prompter(tokenizer).encode(question, [])]) for question in questions]
-    decoder = SpeculativeDecoder(model, load_drafters(folders(), model), "confidence")
+    decoder = SpeculativeDecoder(model, load_drafters(folders(), model), "confidence", shape=TreeShape())
     for line in read(finished):
         if (line["variant"], line["task"]) != ("confidence", "tiny_math"):
             continue

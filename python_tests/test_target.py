@@ -633,7 +633,7 @@ def test_a_quantised_target_gives_its_own_text_and_takes_drafters(tmp_path: Path
     drafters = taps.load_drafters({"math": str(tmp_path / "math")}, quantised)
     ids, mask = prompts(2)
     stock = quantised.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=16)
-    result = taps.SpeculativeDecoder(quantised, drafters).generate(ids, mask, max_new_tokens=16)
+    result = taps.SpeculativeDecoder(quantised, drafters, shape=taps.TreeShape()).generate(ids, mask, max_new_tokens=16)
     assert torch.equal(result.sequences, stock)
     assert result.stats.acceptance_length > 1.5
 

@@ -254,7 +254,7 @@ def test_the_recipe_makes_a_world_that_can_be_loaded(tmp_path: Path) -> None:
 def acceptance(domain: str, composition: str, drafters: dict[str, Path], num_prompts: int) -> tuple[float, list[float]]:
     """The micro average at T = 0, and each prompt's own."""
     target, tokenizer = tiny.load_target()
-    decoder = taps.SpeculativeDecoder(target, taps.load_drafters(drafters, target), composition=composition)
+    decoder = taps.SpeculativeDecoder(target, taps.load_drafters(drafters, target), composition, shape=taps.TreeShape())
     tokenizer.padding_side = "left"
     inputs = tokenizer.apply_chat_template(
         corpus.prompts(domain, num_prompts, seed=42),

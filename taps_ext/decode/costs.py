@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..checkpoints.files import json_text, replacing
 from ..tree import DraftTree, TreeShape
@@ -39,6 +40,11 @@ def load_or_measure(
     step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int, anew: bool
 ) -> CostTable:
     """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement unless `anew`."""
+    group = _processes_of(step)
+    if group is not None:  # they must take the same trees: the table of the first one is that of all
+        tables = [measure(step, start, batch_size, is_timed=False)]
+        torch.distributed.broadcast_object_list(tables, group=group, group_src=0)
+        return tables[0]
     path = cache_directory() / f"{fingerprint(step, batch_size)}.json"
     if not anew:
         try:
@@ -108,11 +114,15 @@ class ForcedBudget(TreeBudget):
 
 
 def measure(
-    step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int
+    step: DecodeStep,
+    start: Callable[[Tensor, ForcedBudget], Callable[[], object]],
+    batch_size: int,
+    is_timed: bool = True,
 ) -> CostTable:
     """Return the measured costs, in milliseconds.
 
-    `start` begins a call on prompts int64 [B, P] with a probe, and returns what runs one step of it.
+    `start` begins a call on prompts int64 [B, P] with a forced budget, and returns what runs one step of it. Without
+    `is_timed` the number of steps does not depend on a clock.
     """
     device, sizes = step.target.device, SIZES if step.target.device.type == "cpu" else SIZES_ON_DEVICE
     probe = ForcedBudget(step, batch_size)
@@ -123,12 +133,12 @@ def measure(
     # With one thread, processor time: what else runs on the machine does not count.
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     began, rounds = clock(), 0
-    while rounds < MIN_ROUNDS or clock() - began < SECONDS:
+    while rounds < MIN_ROUNDS or (is_timed and clock() - began < SECONDS):
         run = start(_random_tokens(step, batch_size).to(device), probe)
         probe.force(*PLAIN)
         run()  # warms up
         for setting in settings:
-            if rounds > 1 and least[setting] > 2 * MOST * least[PLAIN]:
+            if is_timed and rounds > 1 and least[setting] > 2 * MOST * least[PLAIN]:
                 continue
             probe.force(*setting)
             if setting in drafting:
@@ -172,6 +182,14 @@ def _random_tokens(step: DecodeStep, batch_size: int) -> Tensor:
     context = getattr(step.target.config, "max_position_embeddings", None) or 2 * PREFIX_LENGTH
     length = max(1, min(PREFIX_LENGTH, context // 4))
     return torch.randint(step.target.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
+
+
+def _processes_of(step: DecodeStep) -> Any:
+    """Return the group of processes that the target's weights are sharded over; None for a target of one process."""
+    for parameter in step.target.model.parameters():
+        if isinstance(parameter, DTensor) and parameter.device_mesh.size() > 1:
+            return parameter.device_mesh.get_group()
+    return None
 
 
 def _facts(drafter: Any) -> list[Any]:
