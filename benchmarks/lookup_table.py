@@ -107,23 +107,28 @@ def main() -> None:
     parser.add_argument("--max-nodes", type=int, default=32)
     arguments = parser.parse_args()
     texts = json.loads(arguments.texts.read_text())
-    if arguments.what == "fit":
-        for name, table in fit(texts).items():
-            print(f"{name}: {', '.join(f'{value:.2f}' for value in table.tolist())}")
-        return
-    pairs = [
-        pair
-        for row in texts
-        for pair in check(
-            row["prompt_ids"] + row["new_ids"], len(row["prompt_ids"]), arguments.depth, arguments.max_nodes
-        )
-    ]
+    print(json.dumps(print_fit(texts) if arguments.what == "fit" else print_check(texts, arguments)))
+
+
+def print_fit(texts: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    tables = {name: table.tolist() for name, table in fit(texts).items()}
+    for name, values in tables.items():
+        print(f"{name}: {', '.join(f'{value:.2f}' for value in values)}")
+    return tables
+
+
+def print_check(texts: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, float]]:
+    limits = arguments.depth, arguments.max_nodes
+    rows = [(row["prompt_ids"] + row["new_ids"], len(row["prompt_ids"])) for row in texts]
+    pairs = torch.tensor([pair for row in rows for pair in check(*row, *limits)], dtype=torch.float64)
+    tenths = (10 * pairs[:, 0]).long().clamp(max=9)
+    found = []
     for tenth in range(10):
-        chosen = torch.tensor([pair for pair in pairs if tenth <= 10 * pair[0] < tenth + 1] or [(math.nan, math.nan)])
-        mean, share = chosen.double().mean(dim=0).tolist()
-        print(
-            f"{tenth / 10:.1f} to {tenth / 10 + 0.1:.1f}: {len(chosen)} nodes, score {mean:.3f}, accepted {share:.3f}"
-        )
+        chosen = pairs[tenths == tenth]
+        score, accepted = chosen.mean(dim=0).tolist()
+        found.append({"num_nodes": len(chosen), "score": score, "accepted": accepted})
+        print(f"{tenth / 10:.1f}: {len(chosen)} nodes, mean score {score:.3f}, accepted {accepted:.3f}")
+    return found
 
 
 if __name__ == "__main__":
