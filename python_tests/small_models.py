@@ -152,9 +152,10 @@ def _decode_in_parallel(target: str, *drafters: str, out: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(target, tp_plan="auto").eval()
     split = [name for name, weight in model.named_parameters() if hasattr(weight, "full_tensor")]
     assert "model.layers.0.self_attn.q_proj.weight" in split, split  # transformers 5 splits the embedding too
-    decoder = taps.SpeculativeDecoder(model, taps.load_drafters({Path(one).name: one for one in drafters}, model))
-    ids, mask = prompts(2)
-    result = decoder.generate(ids, mask, max_new_tokens=24)
+    loaded, (ids, mask) = taps.load_drafters({Path(one).name: one for one in drafters}, model), prompts(2)
+    result = taps.SpeculativeDecoder(model, loaded, shape=taps.TreeShape()).generate(ids, mask, max_new_tokens=24)
+    adapting = taps.SpeculativeDecoder(model, loaded).generate(ids, mask, max_new_tokens=24)  # by costs of each process
+    assert torch.equal(adapting.sequences, result.sequences)
     if torch.distributed.get_rank() == 0:
         torch.save((result.sequences, result.stats.acceptance_length), out)
     torch.distributed.destroy_process_group()

@@ -32,7 +32,9 @@ FLASH, EFFICIENT = "_scaled_dot_product_flash_attention", "_scaled_dot_product_e
 # ---- a device that computes nothing
 
 
-def fake_decoder(composition: str, dtype: torch.dtype) -> taps.SpeculativeDecoder:
+def fake_decoder(
+    composition: str, dtype: torch.dtype, shape: taps.TreeShape = SHAPE, costs: taps.CostTable | None = None
+) -> taps.SpeculativeDecoder:
     """A target and three drafters, two of them alike, on the fake device."""
     target = taps.TargetModel(fake_cuda.placed(new_target(), dtype))
     drafters = {}
@@ -41,7 +43,7 @@ def fake_decoder(composition: str, dtype: torch.dtype) -> taps.SpeculativeDecode
         network = fake_cuda.placed(EagleNetwork(config), dtype)
         drafters[name] = EagleDrafter(network, target.embedding, target.lm_head, name, CALIBRATIONS["math"])
     chosen = "b" if composition == "single" else None
-    return taps.SpeculativeDecoder(target, drafters, composition, drafter=chosen, shape=SHAPE)
+    return taps.SpeculativeDecoder(target, drafters, composition, drafter=chosen, shape=shape, costs=costs)
 
 
 def fake_request(lengths: list[int], temperature: float, **changes: Any) -> Request:
@@ -76,6 +78,24 @@ def test_a_step_reads_the_host_once_and_copies_nothing(composition: str) -> None
                     traffic.copies.clear()
             assert traffic.waits == 1 and traffic.reads == []
             assert traffic.copies == []
+
+
+@pytest.mark.parametrize("composition", sorted(COMPOSITIONS.keys() - {"evidence"}))
+@torch.inference_mode()
+def test_a_step_whose_tree_adapts_reads_the_host_once(composition: str) -> None:
+    """Nothing but small tables goes to the device: how deep drafts were accepted."""
+    costs = taps.CostTable((1, 4, 8), (1.0, 1.1, 1.2), dict.fromkeys("abc", (0.1, 0.1)), 3)
+    with fake_cuda.fake_cuda() as traffic:
+        decoder = fake_decoder(composition, torch.float32, taps.TreeShape.auto(), costs)
+        for lengths in ([5], [5, 3, 4, 1]):
+            request = fake_request(lengths, 1.0)
+            state = decoder._begin(request)
+            decoder._prefill(request, state)
+            for _ in range(3):
+                traffic.clear()
+                decoder._step(request, state)
+                assert traffic.waits == 1 and traffic.reads == []
+                assert len(traffic.copies) <= 1
 
 
 @torch.inference_mode()

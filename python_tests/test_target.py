@@ -603,7 +603,8 @@ def test_two_processes_of_tensor_parallelism_give_the_text_of_one(tmp_path: Path
     )
     assert done.returncode == 0, done.stderr[-6000:]
     ids, mask = prompts(2)
-    alone = taps.SpeculativeDecoder(target, taps.load_drafters(folders, target)).generate(ids, mask, max_new_tokens=24)
+    drafters = taps.load_drafters(folders, target)
+    alone = taps.SpeculativeDecoder(target, drafters, shape=taps.TreeShape()).generate(ids, mask, max_new_tokens=24)
     sequences, acceptance_length = torch.load(tmp_path / "out")
     assert torch.equal(sequences, alone.sequences)
     assert acceptance_length == alone.stats.acceptance_length > 1.5

@@ -177,7 +177,8 @@ class TreeBudget:
         parts = torch.cat([chances[None], chances.masked_fill(own, 0)])
         best = parts.sort(dim=2, descending=True).values.cumsum(dim=2).sum(dim=1)  # [1 + D, N]
         places = [min(size - 1, best.shape[1]) for size in self.sizes]
-        gains = torch.nn.functional.pad(best, (1, 0))[:, places]
+        sums = torch.nn.functional.pad(best, (1, 0))
+        gains = torch.stack([sums[:, place] for place in places], dim=1)
         levels = torch.where((tree.proposers & bits) != 0, depths, 0).amax(dim=(1, 2))
         return gains, levels
 

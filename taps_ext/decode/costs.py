@@ -36,22 +36,20 @@ DEPTHS = (1, 3)
 FREE = 1.25  # a branching is free while a level costs at most this much more than the narrowest
 
 
-def load_or_measure(
-    step: DecodeStep, start: Callable[[Tensor, ForcedBudget], Callable[[], object]], batch_size: int, anew: bool
-) -> CostTable:
+def load_or_measure(step: DecodeStep, names: Sequence[str], start: Start, batch_size: int, anew: bool) -> CostTable:
     """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement unless `anew`."""
     group = _processes_of(step)
     if group is not None:  # they must take the same trees: the table of the first one is that of all
-        tables = [measure(step, start, batch_size, is_timed=False)]
+        tables = [measure(step, names, start, batch_size, is_timed=False)]
         torch.distributed.broadcast_object_list(tables, group=group, group_src=0)
         return tables[0]
-    path = cache_directory() / f"{fingerprint(step, batch_size)}.json"
+    path = cache_directory() / f"{fingerprint(step, names, batch_size)}.json"
     if not anew:
         try:
             return CostTable.from_dict(json.loads(path.read_text()))
         except (OSError, ValueError):
             pass  # never measured, or not readable
-    table = measure(step, start, batch_size)
+    table = measure(step, names, start, batch_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -66,14 +64,14 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taps_ext" / "costs"
 
 
-def fingerprint(step: DecodeStep, batch_size: int) -> str:
+def fingerprint(step: DecodeStep, names: Sequence[str], batch_size: int) -> str:
     """Return a name for everything that a table depends on."""
     model, device = step.target.model, step.target.device
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     facts = {
         "target": model.config.to_dict(),
         "dtype": str(model.dtype),
-        "drafters": [_facts(drafter) for drafter in step.drafters],
+        "drafters": [[name, *_facts(drafter)] for name, drafter in zip(names, step.drafters, strict=True)],
         "batch_size": batch_size,
         "machine": [platform.node(), processor, torch.get_num_threads()],
         "versions": [torch.__version__, transformers.__version__],
@@ -90,7 +88,7 @@ class ForcedBudget(TreeBudget):
     """Force what a step does, in place of a budget: who drafts, and a random tree of some size."""
 
     def __init__(self, step: DecodeStep, batch_size: int) -> None:
-        names = [drafter.name for drafter in step.drafters]
+        names = [str(index) for index in range(len(step.drafters))]
         free = CostTable((1,), (1.0,), dict.fromkeys(names, (0.0, 0.0)), 1)
         super().__init__(free, TreeShape.auto(), names, batch_size)
         self.size, self.forced = 1, Plan(self.shape, (False,) * len(names))
@@ -113,12 +111,10 @@ class ForcedBudget(TreeBudget):
         """See `TreeBudget.record`."""
 
 
-def measure(
-    step: DecodeStep,
-    start: Callable[[Tensor, ForcedBudget], Callable[[], object]],
-    batch_size: int,
-    is_timed: bool = True,
-) -> CostTable:
+Start = Callable[[Tensor, ForcedBudget], Callable[[], object]]
+
+
+def measure(step: DecodeStep, names: Sequence[str], start: Start, batch_size: int, is_timed: bool = True) -> CostTable:
     """Return the measured costs, in milliseconds.
 
     `start` begins a call on prompts int64 [B, P] with a forced budget, and returns what runs one step of it. Without
@@ -148,7 +144,7 @@ def measure(
             ms = 1e3 * (clock() - started)
             least[setting] = min(least.get(setting, ms), ms)
         rounds += 1
-    return _table(sizes, least, [drafter.name for drafter in step.drafters])
+    return _table(sizes, least, names)
 
 
 def _table(sizes: Sequence[int], least: dict[_Setting, float], names: Sequence[str]) -> CostTable:
@@ -194,7 +190,7 @@ def _processes_of(step: DecodeStep) -> Any:
 
 def _facts(drafter: Any) -> list[Any]:
     parameters = [list(one.shape) for one in getattr(getattr(drafter, "network", None), "parameters", list)()]
-    return [drafter.name, type(drafter).__name__, parameters, getattr(drafter, "dtype", None)]
+    return [type(drafter).__name__, parameters, getattr(drafter, "dtype", None)]
 
 
 def _processor() -> str:

@@ -114,7 +114,9 @@ class SpeculativeDecoder:
         if self.costs is not None and not measure:
             return self.costs
         if measure or batch_size not in self._tables:
-            self._tables[batch_size] = load_or_measure(self._device_half, self._start, batch_size, measure)
+            self._tables[batch_size] = load_or_measure(
+                self._device_half, tuple(self.drafters), self._start, batch_size, measure
+            )
         return self._tables[batch_size]
 
     def _start(self, input_ids: Tensor, probe: ForcedBudget) -> Callable[[], object]:
