@@ -477,6 +477,13 @@ def test_the_command_says_lossless_to_people_and_to_programs(tmp_path: Path) -> 
     assert [one["way"] for one in facts["frequencies"]] == ["plain", *ways]
 
 
+def test_the_command_checks_look_ups() -> None:
+    result = run("--json", "--drafter=lookup", "--temperature=0", "--temperature=1", "--composition=single")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["verdict"]) == (0, "lossless")
+    assert [*dict.fromkeys(one["way"] for one in facts["texts"])] == ["merged", "single:lookup"]
+
+
 def test_the_command_shows_where_texts_part_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_half, "verify", trust_the_drafter)
     result = run("--draws=0")

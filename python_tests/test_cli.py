@@ -192,6 +192,15 @@ def test_an_expected_error_is_one_sentence_and_exit_code_2(generate, arguments: 
     assert err.count("\n") == 1
 
 
+def test_look_ups_need_no_files_with_any_target(run, model_folders) -> None:
+    arguments = ["--target", model_folders["target"], "--prompt", PROMPT, "--max-new-tokens", "30", "--json"]
+    code, out, err = run("generate", "--drafter", "mine=lookup", *arguments)
+    assert code == 0, err
+    plain = taps.plain_generate(small_models.trained_target(), torch.tensor([[2, 10, 11, 12]]), max_new_tokens=30)
+    assert json.loads(out)["new_tokens"] == plain.new_tokens[0]
+    assert json.loads(out)["stats"]["drafters"] == ["mine"]
+
+
 def test_a_target_other_than_tiny_needs_a_drafter(run, model_folders) -> None:
     code, _, err = run("generate", "--target", model_folders["target"], "--prompt", PROMPT)
     assert code == 2

@@ -72,6 +72,18 @@ def test_without_tasks_it_evaluates_the_tiny_world_and_shows_a_table(evaluate, t
     assert {"command", "commit", "versions", "device", "date"} <= provenance.keys()
 
 
+def test_look_ups_are_evaluated_beside_files(evaluate, tmp_path: Path) -> None:
+    """They have no weights: nothing of them is averaged."""
+    drafters = ("--drafter=lookup", "--drafter=tiny/math")
+    done = evaluate(*drafters, "--limit=1", "--max-new-tokens=5", "--variant=merged", "--variant=single:lookup")
+    assert done.code == 0, done.err
+    assert "single:lookup" in done.out and "All 8 answers equal plain decoding's" in done.out
+    configuration = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert configuration["drafters"]["lookup"] == {"name": "lookup", "sha256": ""}
+    refused = evaluate(*drafters, "--variant=average:lookup+math", output=tmp_path / "other")
+    assert refused.code == 2 and "there is no drafter 'lookup'; there are math" in refused.err
+
+
 def test_json_is_one_object_with_the_same_figures(evaluate, tmp_path: Path) -> None:
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"prompt": "Why should I label the cables?"}\n{"prompt": "How do I sort 12 boxes?"}\n')

@@ -169,6 +169,16 @@ def test_the_default_list_holds_every_composition_at_both_budgets_and_topk_where
     assert [variant.label for variant in parse_variants([], ["a"], [0], 40)] == ["plain", "single:a"]
 
 
+def test_drafters_without_weights_take_part_in_all_but_averages() -> None:
+    def labels(*names: str) -> list[str]:
+        return [variant.label for variant in parse_variants([], names, [0], 40, ["lookup"])]
+
+    assert "average" in labels("a", "b", "lookup")
+    assert "average" not in labels("a", "lookup") and "merged" in labels("a", "lookup")
+    *_, average = parse_variants(["average"], ["a", "lookup", "b"], [0], 40, ["lookup"])
+    assert average.drafters == ("a", "b")
+
+
 def test_plain_comes_first_and_names_that_specs_cannot_hold_are_refused() -> None:
     assert [one.label for one in parse_variants(["single:a", "p=plain"], ["a"], [0], 60)] == ["p", "single:a"]
     with pytest.raises(ValueError, match="may not be empty or hold"):

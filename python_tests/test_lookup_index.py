@@ -56,6 +56,7 @@ def check_tree(tree: DraftTree, literal: LiteralLookup, shape: tuple[int, int, i
     for node, path in enumerate(paths):
         found, escape = literal.outlook(path)[:2] if noise is None else literal.coupled(path, noise)
         children = [child for child in range(1, count) if parents[child] == node]
+        assert len(children) <= branching
         for child in children:
             assert scores[child] - scores[node] == pytest.approx(math.log(found[tokens[child]]), abs=TOLERANCE)
             entropy = -sum(p * math.log(p) for p in found.values()) - escape * math.log(escape / NUM_OTHERS)
