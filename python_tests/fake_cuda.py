@@ -64,7 +64,10 @@ def fake_cuda() -> Iterator[Traffic]:
             "choice": 0,
             "log_probs": [-0.5] * length,
         }
-        return {name: [values[name]] * batch_size for name in tensors}
+        outlook = {
+            name: _zeros(list(tensors[name].shape)) for name in ("gains", "levels", "promised") if name in tensors
+        }
+        return {name: [values[name]] * batch_size for name in tensors.keys() - outlook.keys()} | outlook
 
     def tolist(tensor: Tensor) -> Any:
         if tensor.is_cpu:
