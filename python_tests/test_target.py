@@ -604,7 +604,7 @@ def test_two_processes_of_tensor_parallelism_give_the_text_of_one(tmp_path: Path
     alone = taps.SpeculativeDecoder(target, taps.load_drafters(folders, target)).generate(ids, mask, max_new_tokens=24)
     sequences, acceptance_length = torch.load(tmp_path / "out")
     assert torch.equal(sequences, alone.sequences)
-    assert acceptance_length == alone.stats.acceptance_length > 1.5
+    assert acceptance_length == alone.stats.acceptance_length > 2.5, "random drafters have 1.4"
 
 
 def test_a_dispatched_target_gives_the_same_text() -> None:
