@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -508,7 +509,11 @@ def test_what_cannot_be_calibrated_is_refused_in_a_sentence(
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)  # also where root may write anywhere
+    def refuse(dir: Path) -> None:  # also where root may write anywhere
+        assert dir == folder
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(PermissionError, match=r"cannot be written to") as caught:
         calibrate_drafter(folder, None, None)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

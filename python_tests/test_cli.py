@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,7 +21,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import small_models
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
+from training_cases import write_conversations
 from transformers import PreTrainedTokenizerFast
 from typer.models import OptionInfo
 from typer.testing import CliRunner
@@ -138,9 +143,20 @@ def test_generate_samples_by_seed(generate) -> None:
     def text(seed: str) -> str:
         return json.loads(generate("--temperature", "1", "--top-k", "20", "--seed", seed, "--json")[1])["text"]
 
-    with pytest.warns(UserWarning, match="math, chat; .* run: taps-ext calibrate"):
-        texts = [text(seed) for seed in "334"]
+    texts = [text(seed) for seed in "334"]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_warning_is_one_line_once_and_python_keeps_its_own_form(generate, model_folders, recwarn) -> None:
+    _, _, err = generate("--temperature", "1", "--max-new-tokens", "4")
+    assert re.search("^warning: not calibrated, .*math, chat; .* run: taps-ext calibrate", err, re.M)
+    assert err.count("not calibrated") == 1 and "UserWarning" not in err and ".py" not in err
+    target = small_models.trained_target()
+    drafters = taps.load_drafters({name: model_folders[name] for name in ("math", "chat")}, target)
+    assert not recwarn
+    decoder = taps.SpeculativeDecoder(target, drafters)
+    decoder.generate(torch.tensor([[2, 10]]), sampling=taps.SamplingParams(1.0), max_new_tokens=2)
+    assert {Path(one.filename).name for one in recwarn} == {Path(__file__).name}
 
 
 def test_generate_streams_the_same_text_and_then_the_figures(generate) -> None:
@@ -182,6 +198,8 @@ def test_the_prompt_may_come_from_a_file_or_from_standard_input(generate, tmp_pa
         (["--branching", "0"], "TreeShape.branching must be an integer of at least 1, got 0"),
         (["--target", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--prompt", "   "], "the prompt is empty"),
+        (["--seed", "99999999999999999999"], "seed must be a 64-bit integer, got 99999999999999999999"),
+        (["--merged-nodes", "0"], "max_nodes of the merged tree must be at least 1, got 0"),
     ],
 )
 def test_an_expected_error_is_one_sentence_and_exit_code_2(generate, arguments: list[str], said: str) -> None:
@@ -201,6 +219,31 @@ def test_look_ups_need_no_files_with_any_target(run, model_folders) -> None:
     assert json.loads(out)["stats"]["drafters"] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    "pattern, change, said",
+    [
+        ("*.safetensors", lambda file: os.truncate(file, 2000), "the target {folder} cannot be loaded ("),
+        ("tokenizer*.json", lambda file: file.unlink(), "the tokenizer of the target {folder} cannot be loaded ("),
+    ],
+)
+def test_a_target_that_is_torn_or_has_no_tokenizer_is_one_sentence(
+    run, tmp_path: Path, pattern: str, change: Callable[[Path], Any], said: str
+) -> None:
+    folder = shutil.copytree(tiny.resolve("tiny"), tmp_path / "target")
+    for file in folder.glob(pattern):
+        change(file)
+    code, out, err = run("generate", f"--target={folder}", "--drafter=tiny/math", "--prompt", "x")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"taps-ext: {said.format(folder=folder)}")
+
+
+@pytest.mark.parametrize("directory", ["/proc/none", "/proc"])
+def test_an_output_that_the_system_refuses_is_refused_before_the_work(run, monkeypatch, directory: str) -> None:
+    monkeypatch.setattr("taps_ext.cli.demo.run", lambda *_: pytest.fail("the work was done"))
+    code, _, err = run("demo", "-o", directory)
+    assert code == 2 and re.fullmatch(f"taps-ext: {directory} cannot be written to, as .*; give another one\n", err)
+
+
 def test_a_target_other_than_tiny_needs_a_drafter(run, model_folders) -> None:
     code, _, err = run("generate", "--target", model_folders["target"], "--prompt", PROMPT)
     assert code == 2
@@ -218,6 +261,76 @@ def test_what_is_written_is_named_for_programs(run, tmp_path: Path) -> None:
     assert "max_position_embeddings is 2048" in told["notes"][0]
     code, out, err = run("export", "tiny/math", "--to=eagle", "--dtype=int8", "-o", str(tmp_path / "eagle"), "--json")
     assert (code, out) == (2, "") and "dtype must be auto, float32, bfloat16 or float16, got 'int8'" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, work, is_resumed",
+    [
+        ("generate --prompt x", "taps_ext.decode.decoder.SpeculativeDecoder.stream", False),
+        ("demo -o {out}", "taps_ext.cli.demo.run", False),
+        ("report {out} -o {out}", "taps_ext.evaluation.report.reading.read", False),
+        ("evaluate --limit 1 -o {out}", "taps_ext.evaluation.runner.evaluate", True),
+        ("check-lossless --limit 1", "taps_ext.evaluation.lossless.check_lossless", False),
+        ("train {recipe}", "taps_ext.training.run.train", True),
+        ("features {recipe} features.path={out}", "taps_ext.cli.train.prepare", True),
+        ("regenerate --target tiny --data {data} -o {out}", "taps_ext.training.regeneration.regenerate", True),
+        ("calibrate {drafter} --target tiny --data {data}", "taps_ext.training.calibrating.calibrate_drafter", False),
+        ("average tiny/math tiny/chat -o {out}", "taps_ext.checkpoints.average_drafters", False),
+        ("export tiny/math --to vllm -o {out}", "taps_ext.checkpoints.export_drafter", False),
+        ("validate tiny/math", "taps_ext.checkpoints.validate_drafter", False),
+        ("info", "taps_ext.native.installation", False),
+    ],
+)
+def test_ctrl_c_ends_every_command_with_one_line_and_its_own_exit_code(
+    run, monkeypatch, tmp_path: Path, arguments: str, work: str, is_resumed: bool
+) -> None:
+    data, drafter, out = tmp_path / "data.jsonl", tmp_path / "drafter", tmp_path / "out"
+    write_conversations(data, 8)
+    shutil.copytree(tiny.resolve("tiny/math"), drafter)
+    recipe = f"target=tiny output={out} data.sources=[{data}] training.steps=1"
+    monkeypatch.setattr(work, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    code, printed, err = run(*arguments.format(data=data, drafter=drafter, out=out, recipe=recipe).split())
+    assert (code, printed.strip()) == (130, "")
+    assert err.splitlines()[-1] == ("stopped; the same command resumes it" if is_resumed else "stopped")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "arguments, stages",
+    [
+        ("evaluate --limit 1 --max-new-tokens 4 --task tiny_math --variant merged -o {out}", ["tiny_math, T = 0"]),
+        ("regenerate --target tiny --data {data} --max-new-tokens 40 -o {out}", ["conversations"]),
+        ("calibrate {drafter} --target tiny --data {data} --depth 1", ["conversations", "texts", "coupled, sweep 1"]),
+        ("features {recipe} features.path={out}", ["conversations", "tokens"]),
+        ("check-lossless --limit 1 --max-new-tokens 4 --draws 0 --composition merged", ["merged"]),
+    ],
+)
+def test_long_work_without_a_terminal_says_in_lines_how_far_it_is(
+    run, monkeypatch, tmp_path: Path, arguments: str, stages: list[str]
+) -> None:
+    monkeypatch.setattr("taps_ext.training.progress.TELL_EVERY_S", 0.0)
+    data, drafter, out = tmp_path / "data.jsonl", tmp_path / "drafter", tmp_path / "out"
+    write_conversations(data, 40)
+    shutil.copytree(tiny.resolve("tiny/math"), drafter)
+    recipe = f"target=tiny output={out} data.sources=[{data}] training.steps=1"
+    code, printed, err = run(*arguments.format(data=data, drafter=drafter, out=out, recipe=recipe).split())
+    assert code == 0, err
+    for stage in stages:
+        assert re.search(rf"^{stage}.*: [1-9][\d,]* of [\d,]+", err, re.M), f"{stage}\n{err}"
+    assert not re.search(r": \d+ of \d+, .* left", printed), "results are on stdout"
+
+
+def test_the_bar_of_loading_weights_does_not_show(run, model_folders, monkeypatch) -> None:
+    monkeypatch.setattr(terminal, "LOADING_AFTER_S", 0.0)
+    transformers.utils.logging.enable_progress_bar()
+    target = model_folders["target"]
+    _, _, err = run("generate", f"--target={target}", f"--drafter={model_folders['math']}", "--prompt", PROMPT)
+    assert "Loading weights" not in err and f"loading {target}\n" in err
+
+
+def test_the_version_is_one_short_line(run) -> None:
+    versions = (taps.__version__, torch.__version__, transformers.__version__)
+    assert run("--version") == (0, "taps_ext {}, torch {}, transformers {}\n".format(*versions), "")
 
 
 def test_the_installed_command_explains_itself() -> None:

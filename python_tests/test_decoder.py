@@ -112,6 +112,8 @@ def test_stop_strings_end_a_row_as_transformers_ends_it() -> None:
     result = make_decoder().generate(ids, mask, max_new_tokens=30, stop_strings=stops, tokenizer=tokenizer)
     assert torch.equal(result.sequences, stock)
     assert result.finish_reasons[0] == "stop_string"
+    with pytest.raises(ValueError, match="stop_strings hold an empty string"):
+        make_decoder().generate(ids, mask, stop_strings=["", stops[0]], tokenizer=tokenizer)
     one = make_decoder().generate(ids, mask, max_new_tokens=30, stop_strings=stops[0], tokenizer=tokenizer)
     assert one.new_tokens[0] == result.new_tokens[0]
     door = trained_target().generate(

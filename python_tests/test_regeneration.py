@@ -194,7 +194,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(whole: Path, tmp_path: Path) -> 
     """Stopped between two writes; then what it left is torn at any byte, as a full disk or a killed process does."""
     output, rng, begun = tmp_path / "out.jsonl", Random(3), []
     with pytest.raises(StoppedError):
-        run(output, batch_size=1, progress=stop_after(8))
+        run(output, batch_size=1, progress=stop_after(9))
     partial = tmp_path / "out.jsonl.partial"
     left = partial.read_bytes()
     assert left.count(b"\n") == 1 + 8
@@ -211,7 +211,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(whole: Path, tmp_path: Path) -> 
 def test_a_run_does_not_go_on_with_what_another_began(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     with pytest.raises(StoppedError):
-        run(output, batch_size=1, progress=stop_after(8))
+        run(output, batch_size=1, progress=stop_after(9))
     left = (tmp_path / "out.jsonl.partial").read_bytes()
     with pytest.raises(ValueError, match=r"out.jsonl.partial was begun with other temperature, seed; .* delete it"):
         run(output, seed=6, temperature=0.5)

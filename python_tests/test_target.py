@@ -10,7 +10,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -538,41 +537,21 @@ def test_under_autocast_the_text_is_the_targets_under_autocast(
         assert torch.equal(decoder.generate(ids, mask, max_new_tokens=20).sequences, stock)
 
 
-class WrappedModel(torch.nn.Module):
-    """What a PeftModel shows of itself: the attributes of the model inside, and its `generate`."""
+def with_adapters(model: Any) -> Any:
+    """The model in a PeftModel, with LoRA weights that change its text."""
+    import peft
 
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.base_model = model
-
-    def get_base_model(self) -> Any:
-        return self.base_model
-
-    def generate(self, *arguments: Any, **kwargs: Any) -> Any:
-        return self.base_model.generate(*arguments, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.base_model, name)
-
-
-def with_adapters(model: Any, is_peft: bool) -> Any:
-    if not is_peft:
-        return WrappedModel(model)
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     return peft.get_peft_model(model, lora).eval()
 
 
-@pytest.mark.parametrize("is_peft", [False, True])
-def test_a_wrapper_of_adapters_and_the_model_inside_are_one_target(is_peft: bool) -> None:
-    model = with_adapters(deepcopy(trained_target()), is_peft)
+def test_a_wrapper_of_adapters_and_the_model_inside_are_one_target() -> None:
+    model = with_adapters(deepcopy(trained_target()))
     ids, mask = prompts(2)
     arguments = {"input_ids": ids, "attention_mask": mask, "do_sample": False, "max_new_tokens": 16}
     stock = model.generate(**arguments)
+    assert not torch.equal(stock, trained_target().generate(**arguments)), "the adapters change the text"
     for target in (model, model.get_base_model()):
         decoder = taps.SpeculativeDecoder(target, trained_drafters())
         assert torch.equal(decoder.generate(ids, mask, max_new_tokens=16).sequences, stock)
@@ -580,11 +559,30 @@ def test_a_wrapper_of_adapters_and_the_model_inside_are_one_target(is_peft: bool
             assert torch.equal(caller.generate(**arguments, custom_generate=decoder), stock)
 
 
-def test_prompts_that_are_learned_are_no_part_of_the_layers_and_refused() -> None:
-    wrapped = WrappedModel(new_target())
-    wrapped.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+def test_adapters_that_are_switched_off_or_merged_decode_as_the_model_then_writes() -> None:
+    model, (ids, mask) = with_adapters(deepcopy(trained_target())), prompts(2)
+
+    def assert_same(decoder: taps.SpeculativeDecoder, target: Any) -> None:
+        stock = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=16)
+        assert torch.equal(decoder.generate(ids, mask, max_new_tokens=16).sequences, stock)
+
+    decoder = taps.SpeculativeDecoder(model, trained_drafters())
+    with model.disable_adapter():
+        assert_same(decoder, trained_target())
+    model.merge_adapter()
+    assert_same(decoder, model)
+    model.unmerge_adapter()
+    merged = model.merge_and_unload()
+    assert_same(taps.SpeculativeDecoder(merged, trained_drafters()), merged)
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts_that_are_learned_are_no_part_of_the_layers_and_refused(method: str) -> None:
+    import peft
+
+    config = getattr(peft, method)(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ValueError, match="learns prompts or prefixes"):
-        taps.TargetModel(wrapped)
+        taps.TargetModel(peft.get_peft_model(new_target(), config).eval())
 
 
 def test_two_processes_of_tensor_parallelism_give_the_text_of_one(tmp_path: Path) -> None:
@@ -607,7 +605,7 @@ def test_two_processes_of_tensor_parallelism_give_the_text_of_one(tmp_path: Path
     alone = taps.SpeculativeDecoder(target, drafters, shape=taps.TreeShape()).generate(ids, mask, max_new_tokens=24)
     sequences, acceptance_length = torch.load(tmp_path / "out")
     assert torch.equal(sequences, alone.sequences)
-    assert acceptance_length == alone.stats.acceptance_length > 1.5
+    assert acceptance_length == alone.stats.acceptance_length > 2.5, "random drafters have 1.4"
 
 
 def test_a_dispatched_target_gives_the_same_text() -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from taps_ext.training import picture
-from taps_ext.training.progress import BarObserver, LineObserver, Observer, StepRecord, ValidationRecord, choose
+from taps_ext.training.progress import (
+    BarObserver,
+    LineObserver,
+    Observer,
+    StepRecord,
+    TimedLines,
+    ValidationRecord,
+    choose,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -48,12 +56,29 @@ def test_lines_come_every_few_steps_at_the_end_and_with_each_validation() -> Non
 
 
 def test_a_long_preparation_says_now_and_then_how_far_it_is() -> None:
-    stream, seconds = io.StringIO(), iter(range(100))
-    observer = LineObserver(10, stream, clock=lambda: next(seconds) / 2)
-    for done in range(1, 41):
-        observer.preparing(done, None if done <= 20 else 1000)
-    lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and "conversations read" in lines[0] and "of 1,000 conversations" in lines[1]
+    stream, now = io.StringIO(), [1000.0]
+    observer = LineObserver(10, stream, clock=lambda: now[0])
+    for done in range(1, 66):
+        now[0] += 1.0
+        observer.preparing(done, None if done <= 40 else 1000)
+    assert stream.getvalue().splitlines() == ["conversations: 30", "conversations: 60 of 1,000, 16 min left"]
+
+
+def test_lines_of_long_work_come_every_half_minute_with_the_time_left_at_the_present_speed() -> None:
+    lines, now = list[str](), [1000.0]
+    tell = TimedLines(lines.append, clock=lambda: now[0])
+    tell("texts", 400, 1000)  # of a run that was stopped
+    for done in range(401, 461):
+        now[0] += 1.0
+        tell("texts", done, 1000)
+    for done in range(0, 31, 10):  # the next stage
+        now[0] += 10.0
+        tell("sweep", done, 100)
+    left = ["texts: 430 of 1,000, 10 min left", "texts: 460 of 1,000, 9 min left", "sweep: 20 of 100, 80 s left"]
+    assert lines == left
+    now[0] += 19.0
+    tell("sweep", 100, 100)
+    assert len(lines) == 3, "work that ends soon after a line says no more"
 
 
 def test_on_a_terminal_the_preparation_is_one_line_that_ends_with_the_next_sentence() -> None:
@@ -63,8 +88,8 @@ def test_on_a_terminal_the_preparation_is_one_line_that_ends_with_the_next_sente
         observer.preparing(done, None)
     observer.note("all is read")
     run(observer, 0, 5, validate_every=5)
-    assert "300 conversations read" in stream.getvalue()
-    assert stream.getvalue().index("all is read") > stream.getvalue().index("conversations read")
+    assert "conversations: 300" in stream.getvalue()
+    assert stream.getvalue().index("all is read") > stream.getvalue().index("conversations: 300")
 
 
 def test_a_share_of_nothing_is_a_dash() -> None:

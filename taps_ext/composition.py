@@ -138,6 +138,8 @@ def make_composition(name: str, max_nodes: int | None = None, evidence_decay: fl
         raise ValueError(f"composition must be one of {', '.join(COMPOSITIONS)}, got {name!r}")
     if max_nodes is not None and name != "merged":
         raise ValueError(f"max_nodes budgets a merged tree, got composition {name!r}; set TreeShape.max_nodes instead")
+    if max_nodes is not None and max_nodes < 1:
+        raise ValueError(f"max_nodes of the merged tree must be at least 1, got {max_nodes}")
     if evidence_decay is not None and name not in ("evidence", "merged"):
         raise ValueError(f"evidence_decay goes with composition evidence or merged, got {name!r}")
     return COMPOSITIONS[name](max_nodes, evidence_decay)

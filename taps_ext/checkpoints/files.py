@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -254,8 +255,12 @@ def check_writable(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise NotADirectoryError(f"{folder} cannot be a directory, as {existing} is a file; give another one")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder} cannot be written to, as {existing} does not allow it; give another one")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        reason = f"{folder} cannot be written to, as {existing} does not allow it ({error.strerror})"
+        raise PermissionError(f"{reason}; give another one") from error
 
 
 @contextmanager

@@ -9,13 +9,15 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..drafters import Drafter, LookupDrafter
@@ -272,6 +274,15 @@ def open_target(path_or_id: PathOrId, revision: str | None = None) -> TargetFile
     except Exception as error:  # transformers raises anything for a bad config
         raise FileNotFoundError(f"the config of the target {name} cannot be read ({first_line(error)})") from error
     return TargetFiles(name, revision, config.get_text_config())
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Raise ValueError in one sentence where transformers fails to load something, for whatever reason."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{what} cannot be loaded ({first_line(error)}); give a directory or hub id") from error
 
 
 def load_target_ends(path_or_id: PathOrId, revision: str | None = None) -> TargetEnds:

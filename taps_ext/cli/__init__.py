@@ -7,8 +7,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from typing import Annotated, Any, NoReturn
+
+import torch
+import transformers
 
 try:
     import rich  # noqa: F401  (a missing package is named here)
@@ -17,9 +23,10 @@ except ModuleNotFoundError as missing:
     print(f"taps-ext: the command line needs {missing.name}: pip install 'taps_ext[cli]'", file=sys.stderr)
     raise SystemExit(2) from None
 
+from .. import __version__
 from ..native import NativeModuleError
 from . import demo, drafters, evaluate, generate, train
-from .terminal import process_index
+from .terminal import STOPPED, note, process_index
 
 COMMANDS = (
     *(demo.demo, generate.generate, generate.tune, generate.info),
@@ -27,9 +34,32 @@ COMMANDS = (
     *(train.train, train.features, train.regenerate),
     *(drafters.calibrate, drafters.average, drafters.export, drafters.validate),
 )
+RESUMABLE = (evaluate.evaluate, train.train, train.features, train.regenerate)
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
 TRAINING_PACKAGES = ("accelerate", "datasets", "pydantic", "yaml")
 WORKER_PATIENCE_S = 5.0  # far more than a launcher takes to end the workers of a main process that failed
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"taps_ext {__version__}, torch {torch.__version__}, transformers {transformers.__version__}")
+        raise typer.Exit
+
+
+def _stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that Ctrl-C ends with one line on stderr and the exit code 130."""
+
+    @wraps(command)
+    def stoppable(**options: Any) -> None:
+        try:
+            command(**options)
+        except KeyboardInterrupt:
+            after_the_sign = "\n" if sys.stderr.isatty() else ""  # the ^C that a terminal shows
+            note(f"{after_the_sign}stopped{'; the same command resumes it' if command in RESUMABLE else ''}")
+            raise typer.Exit(STOPPED) from None
+
+    return stoppable
+
 
 app = typer.Typer(
     help="Decode losslessly with several drafters at once; train, evaluate and convert drafters.",
@@ -37,9 +67,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Declare the options that come before a command."""
+
+
 for command in COMMANDS:  # typer keeps the line ends of a docstring, which then wrap badly in a narrow terminal
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    app.command(help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(command)
+    app.command(help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(_stoppable(command))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,12 +88,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     `TAPS_TRACEBACK=1` shows the traceback instead.
     """
+    transformers.utils.logging.disable_progress_bar()  # one bar at a time: `terminal.progress`
     try:
-        app(args=arguments, prog_name="taps-ext")
+        with _plain_warnings():
+            app(args=arguments, prog_name="taps-ext")
     except EXPECTED_ERRORS as error:
         _fail(error, str(error))
     except ImportError as error:
         _fail(error, _missing_package(error))
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print each warning once, as one line without the file and line number that a program would look for."""
+    printed: set[str] = set()
+
+    def show(message: Warning | str, *where: Any, **others: Any) -> None:
+        sentence = f"warning: {' '.join(str(message).split())}"
+        if sentence not in printed:
+            printed.add(sentence)
+            note(sentence)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _missing_package(error: ImportError) -> str:

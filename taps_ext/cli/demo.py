@@ -56,7 +56,6 @@ def demo(
     check_writable(output)
     place, drafting = str(choose_device(device)), check_drafting(drafting)
     settings = DemoSettings(limit, max_new_tokens, temperature, seed, place, drafting)
-    terminal.keep_logs_clean()
     done, total = count(1), 2 * len(tiny.DOMAINS) * limit
     with terminal.progress() as update, one_thread():
         result = run(settings, lambda domain: update(f"{domain} prompts", next(done), total))

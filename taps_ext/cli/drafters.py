@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +68,6 @@ def export(
 
     A training state needs --target, whose layers are not read.
     """
-    terminal.keep_logs_clean()
     chosen, paired = terminal.check_dtype(dtype), target and resolve(target)
     folder = checkpoints.export_drafter(
         resolve(drafter), to, output, target=paired, dtype=None if chosen == "auto" else chosen, also_bin=also_bin
@@ -88,7 +88,6 @@ def validate(
 
     The exit code is 1 if a check fails. The target's layers are not read.
     """
-    terminal.keep_logs_clean()
     report = checkpoints.validate_drafter(resolve(drafter), target and resolve(target))
     show(as_json, report.to_dict(), _checks(report))
     if not report.passed:
@@ -122,14 +121,13 @@ def calibrate(
     if output is not None:
         _check_output(output, folder)
     place = choose_device(device)
-    terminal.keep_logs_clean()
     model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
     sources = tuple(SourceConfig(path) for path in data)
     config = DataConfig(sources, min(max_length, longest), 0, system_prompt, seed=seed)
     tokenizer = with_chat_template(tokenizer, chat_template)
     with terminal.progress("conversations") as update:
-        texts = prepare(config, tokenizer, lambda done, total: update("conversations", done, total)).training
+        texts = prepare(config, tokenizer, partial(update, "conversations")).training
         report = calibrating.calibrate_drafter(folder, model, texts, settings, update, target_name=resolve(target))
     files = [str(folder / CALIBRATION_FILE)]
     if output is not None:

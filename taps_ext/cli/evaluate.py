@@ -38,7 +38,6 @@ from ..tiny import TINY, resolve
 from ..tree import TreeShape
 from . import terminal
 from .terminal import drafter_folders, load_target_and_tokenizer, number, show
-from .train import STOPPED
 
 TINY_TASKS = ("tiny_math", "tiny_chat")
 EVALUATED_TEMPERATURES, CHECKED_TEMPERATURES = [0.0, 1.0], list(TEMPERATURES)
@@ -104,15 +103,10 @@ def evaluate(
     facts = contestants.drafter_facts(contestants.check_drafters(paths, open_target(resolve(target)).config), paths)
     plan = Plan(asked, variants, temperature, settings, facts, sources, label)
     results.check_folder(output, plan.configuration())
-    terminal.keep_logs_clean()
     what = (*load_target_and_tokenizer(target, dtype, place), paths, asked, variants, temperature, settings, output)
     name = target if target == TINY else contestants.short_name(target)
-    try:
-        with terminal.progress() as update:
-            runner.evaluate(*what, update, label=label, target_name=name, sources=sources, command=_command())
-    except KeyboardInterrupt:
-        print(f"stopped; the same command resumes it in {output}", file=sys.stderr)
-        raise typer.Exit(STOPPED) from None
+    with terminal.progress() as update:
+        runner.evaluate(*what, update, label=label, target_name=name, sources=sources, command=_command())
     if terminal.process_index():
         return
     summary = summarise(output)
@@ -179,7 +173,6 @@ def check_lossless(
     ways = lossless.make_ways(list(paths), composition, check_drafting(drafting), merged_nodes)
     questions, place = _questions(target, prompts, limit), choose_device(device)
     contestants.check_drafters(paths, open_target(resolve(target)).config)
-    terminal.keep_logs_clean()
     with terminal.progress() as update:
         model, tokenizer = load_target_and_tokenizer(target, dtype, place)
         taken = TargetModel(model)

@@ -89,7 +89,6 @@ def generate(
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         given = "" if single_drafter is None else f", got {single_drafter!r}"
         raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}{given}")
-    terminal.keep_logs_clean()
     model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
     decoder = SpeculativeDecoder(
         model,
@@ -205,9 +204,9 @@ def _read_costs(path: Path) -> CostTable:
 
 def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:
     """Return what the options ask for; None if they ask for nothing: then the generation config decides."""
+    sampling = SamplingParams(**filters, seed=seed)  # checks the seed, whoever draws with it
     if not filters:
         return None
-    sampling = SamplingParams(**filters, seed=seed)
     if "temperature" not in filters:
         raise ValueError(f"--{next(iter(filters)).replace('_', '-')} filters what is sampled; give --temperature too")
     return sampling

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -27,7 +28,8 @@ from typer import Argument, Option
 
 from .. import tiny
 from ..checkpoints.files import json_text
-from ..checkpoints.load import open_target
+from ..checkpoints.load import loading, open_target
+from ..training.progress import TimedLines
 
 T = TypeVar("T")
 
@@ -71,6 +73,8 @@ PLAIN: dict[str, Any] = {"box": None, "padding": (0, 2, 0, 0)}  # of tables
 PIPE_WIDTH = 200  # columns, where stdout is no terminal
 COLOURS = ("bright_cyan", "bright_magenta", "bright_yellow", "bright_blue", "bright_red")
 SEVERAL = "bright_green"
+STOPPED = 130  # the exit code after Ctrl-C: for scripts, neither success nor failure
+LOADING_AFTER_S = 5.0
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
 
 
@@ -102,8 +106,10 @@ def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any
         model, tokenizer = tiny.load_target()
     else:
         open_target(target)  # raises an error of one sentence if there is none
-        model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+        with loading(f"the tokenizer of the target {target}"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+        with loading(f"the target {target}"), noting_later(f"loading {target}"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
     return model.to(device=device, dtype=chosen).eval(), tokenizer
 
 
@@ -133,18 +139,14 @@ def process_index() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def keep_logs_clean() -> None:
-    """Turn the progress bars of transformers off where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-
-
 @contextmanager
 def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar on stderr, on terminals only; the value is called with what is done, how many, and of how many."""
+    """Show a bar on stderr, or lines if it is no terminal; call the value with what is done, how many, of how many."""
+    if process_index() or not sys.stderr.isatty():
+        yield TimedLines(note)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    is_shown = not process_index() and sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(what, total=None)
         yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
 
@@ -153,6 +155,18 @@ def note(*sentences: str) -> None:
     """Print lines on stderr."""
     for sentence in () if process_index() else sentences:
         print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def noting_later(sentence: str) -> Iterator[None]:
+    """Print a line on stderr if the block takes long."""
+    timer = Timer(LOADING_AFTER_S, note, [sentence])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def show(as_json: bool, facts: dict[str, Any], *parts: RenderableType) -> None:

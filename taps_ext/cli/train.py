@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from ..training.dry_run import DryRun
     from ..training.trainer import TrainingResult
 
-STOPPED = 130  # the exit code of a run that was stopped and can be resumed: for scripts, neither success nor failure
 LOG = "log.jsonl"
 
 Config = Annotated[
@@ -56,7 +55,6 @@ def train(
     recipe = _read_recipe(config, overrides)
     from ..training import run  # needs accelerate, which the recipe's errors do not wait for
 
-    terminal.keep_logs_clean()
     observer = watching.choose(recipe.training.log_every, sys.stderr) if not terminal.process_index() else None
     if observer:
         observer.note(f"{recipe.objective.name} drafter for {recipe.target}, in {recipe.output}")
@@ -69,7 +67,7 @@ def train(
     if observer:
         _show_run(recipe, result, time.monotonic() - started, observer.note, as_json)
     if not result.is_finished:
-        raise typer.Exit(STOPPED)
+        raise typer.Exit(terminal.STOPPED)
 
 
 def features(
@@ -87,8 +85,8 @@ def features(
         raise ValueError("the recipe has no features.path; give features.path=DIRECTORY")
     from accelerate import PartialState
 
-    terminal.keep_logs_clean()
-    data = prepare(recipe.data, materials.load_tokenizer(recipe))
+    with terminal.progress() as update:
+        data = prepare(recipe.data, materials.load_tokenizer(recipe), partial(update, "conversations"))
     datasets = materials.datasets(data)
     space = _space(recipe, datasets)
     note(*data.report.lines())
@@ -128,7 +126,6 @@ def regenerate(
     place = choose_device(device)
     regeneration.check_output(output)
     conversations = [one.with_system(system_prompt) for one in _conversations(data, count, seed)]
-    terminal.keep_logs_clean()
     model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     tokenizer = with_chat_template(tokenizer, chat_template)
     with terminal.progress("conversations") as update:
@@ -197,7 +194,9 @@ def _compute(recipe: Recipe, datasets: Sequence[TokenDataset], processes: Any) -
 def _conversations(data: Sequence[str], count: int | None, seed: int) -> Iterator[Any]:
     """Yield the usable conversations of every source, or `count` of each; note what was dropped."""
     sources = tuple(SourceConfig(path, count=count) for path in data)
-    for number, source in enumerate(survey.survey(DataConfig(sources), keeps_questions=True)):
+    with terminal.progress() as update:
+        surveyed = survey.survey(DataConfig(sources), partial(update, "conversations"), keeps_questions=True)
+    for number, source in enumerate(surveyed):
         usable = f"{source.config.path}: {len(source.usable):,} usable conversations"
         note(usable + survey.what_was_dropped([source]))
         yield from list(source.conversations(f"{seed}/{number}"))[:count]

@@ -369,7 +369,10 @@ def _stop_strings(options: GenerateOptions) -> list[Any]:
         return []
     if tokenizer is None:
         raise ValueError("stop_strings need the tokenizer to find them in the text; pass tokenizer=...")
-    return [StopStringCriteria(tokenizer, [strings] if isinstance(strings, str) else list(strings))]
+    strings = [strings] if isinstance(strings, str) else list(strings)
+    if "" in strings:
+        raise ValueError("stop_strings hold an empty string, which every text ends with; leave it out")
+    return [StopStringCriteria(tokenizer, strings)]
 
 
 def _moved_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

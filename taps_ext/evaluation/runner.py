@@ -139,25 +139,27 @@ class _Run:
             if contestant.variant.runs_at(batch.temperature)
         ]
         for done, (batch, contestant) in enumerate(todo):
-            what = f"{batch.task}, T = {batch.temperature:g}, {contestant.variant.label}"
-            self._report(what, done, len(todo))
-            self._answer(batch, contestant)
+            asked = [self._asked(batch, place) for place in range(len(batch.questions))]
+            label = contestant.variant.label
+            missing = [place for place, one in enumerate(asked) if one.key(label) not in self._answers]
+            if missing:
+                self._report(f"{batch.task}, T = {batch.temperature:g}, {label}", done, len(todo))
+                self._answer(batch, contestant, asked, missing)
         self._report("done", len(todo), len(todo))
 
-    def _answer(self, batch: Batch, contestant: Contestant) -> None:
+    def _answer(self, batch: Batch, contestant: Contestant, asked: Sequence[Asked], missing: Sequence[int]) -> None:
         """The lines of a batch that are missing. All of it is decoded, as its rows are what they were decoded with."""
-        label = contestant.variant.label
-        asked = [self._asked(batch, place) for place in range(len(batch.questions))]
-        missing = [place for place, one in enumerate(asked) if one.key(label) not in self._answers]
-        if not missing:
-            return
         self._warm_up(batch, contestant)
         seeds = [one.seed for one in asked]
         given = self._answering.answer(contestant, batch.questions, seeds, batch.temperature)
         lines = []
         for place in missing:
             own = [turn.tokens for turn in given[place].turns]
-            plain = own if contestant.variant.is_plain else self._answers.plain_tokens(asked[place].key(label))
+            plain = (
+                own
+                if contestant.variant.is_plain
+                else self._answers.plain_tokens(asked[place].key(contestant.variant.label))
+            )
             lines.append(line_of(asked[place], given[place], contestant, plain, self._target_name))
         self._answers.add(lines)
 

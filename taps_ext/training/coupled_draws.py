@@ -72,20 +72,23 @@ class Draws:
         """The draws in their order, the same each time; the noise is that of all depths and temperatures."""
         num_values = (self.num_depths + 1) * len(self.slots) * self.repeats * self._vocab_size
         if self._kept is None and num_values <= KEPT_VALUES:
-            self._kept = list(self._make(what))
-        return iter(self._kept) if self._kept is not None else self._make(what)
+            self._kept = list(self._make())
+        done = 0
+        for chunk in self._kept if self._kept is not None else self._make():
+            self._progress(what, done, len(self.slots) * self.repeats)
+            yield chunk
+            done += len(chunk.reach)
 
     @property
     def _vocab_size(self) -> int:
         return self._head(self.slots.truth[:1]).shape[-1]
 
-    def _make(self, what: str) -> Iterator[Chunk]:
+    def _make(self) -> Iterator[Chunk]:
         slots, device = self.slots, self.slots.truth.device
         generator = torch.Generator(device).manual_seed(self._seed)
         size = max(LEAST_ROWS, (CPU_VALUES if device.type == "cpu" else GPU_VALUES) // self._vocab_size)
         places = torch.arange(len(slots), device=device).repeat(self.repeats)
         for start in range(0, len(places), size):
-            self._progress(what, start, len(places))
             here = places[start : start + size]
             truth = self._head(slots.truth[here])
             noise = torch.empty_like(truth).exponential_(generator=generator).clamp_(min=LEAST_WORD).log_().neg_()

@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoints.files import read_drafter_files
 from ..checkpoints.formats import check_fits
-from ..checkpoints.load import TargetIdentity, identify, load_network, load_target_ends, open_target
+from ..checkpoints.load import TargetIdentity, identify, load_network, load_target_ends, loading, open_target
 from ..drafters.network import EagleConfig, EagleNetwork
 from ..tiny import resolve
 from .config import Recipe
@@ -84,7 +84,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     open_target(resolve(recipe.target), recipe.target_revision)
-    with _told(f"the tokenizer of the target {recipe.target}"):
+    with loading(f"the tokenizer of the target {recipe.target}"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             resolve(recipe.target), revision=recipe.target_revision
         )
@@ -97,7 +97,7 @@ def load_target(recipe: Recipe, device: torch.device) -> FrozenTarget:
 
     dtype = recipe.target_dtype if recipe.target_dtype == "auto" else getattr(torch, recipe.target_dtype)
     place = {} if device.type == "cpu" else {"device_map": {"": device}}  # straight there, not through all of the RAM
-    with _told(f"the target {recipe.target}"), _loading_everywhere():
+    with loading(f"the target {recipe.target}"), _loading_everywhere():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve(recipe.target), revision=recipe.target_revision, dtype=dtype, **place
         )
@@ -165,16 +165,6 @@ def load_start(recipe: Recipe, target: TargetPart) -> tuple[EagleNetwork, dict[s
     network.load_state_dict(found.state_dict())
     told = files.provenance
     return network, {"name": Path(start).resolve().name if Path(start).exists() else start, **told}
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """A missing or broken folder as one sentence: transformers says it in many lines."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{what} cannot be loaded ({reason}); give a folder or hub id") from error
 
 
 @contextmanager

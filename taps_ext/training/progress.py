@@ -56,7 +56,7 @@ class Observer(Protocol):
         """The run ended, whatever the reason."""
 
 
-TELL_AFTER_S = 10.0
+TELL_EVERY_S = 30.0
 TELL_EVERY = 100  # conversations
 
 
@@ -70,6 +70,28 @@ def choose(log_every: int, stream: TextIO) -> Observer:
     return LineObserver(log_every, stream)
 
 
+class TimedLines:
+    """A line about every 30 s on how far long work is, and the time left at the speed since the line before."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._told = self._since = clock()
+        self._done: int | None = None  # at the time `_since`; a run that resumes does not begin with 0
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """So much of the work is done (total None: of an unknown amount); called as often as one likes."""
+        now = self._clock()
+        if self._done is None or done < self._done:  # the first or next stage of the work
+            self._since, self._done = now, done
+        if now - self._told >= TELL_EVERY_S:
+            sentence = so_far(what, done, total)
+            if total is not None and done > self._done:
+                left = (now - self._since) / (done - self._done) * (total - done)
+                sentence += f", {duration(left)} left"
+            self._say(sentence)
+            self._told, self._since, self._done = now, now, done
+
+
 class LineObserver:
     """Plain lines, aligned: one every `log_every` updates, one a validation."""
 
@@ -78,13 +100,11 @@ class LineObserver:
         self._stream = stream
         self._clock = clock
         self._recent = _Recent(log_every)
-        self._told = clock()  # when the last line on the preparation was written
+        self._preparation = TimedLines(self.note, clock)
 
     def preparing(self, done: int, total: int | None) -> None:
         """A line now and then."""
-        if self._clock() - self._told >= TELL_AFTER_S:
-            self._told = self._clock()
-            self.note(preparation(done, total))
+        self._preparation("conversations", done, total)
 
     def start(self, first_step: int, num_steps: int) -> None:
         """Say where a resumed run goes on."""
@@ -138,7 +158,7 @@ class BarObserver:
     def preparing(self, done: int, total: int | None) -> None:
         """A line that counts, until something else is said."""
         if done % TELL_EVERY == 0:
-            self._status.update(preparation(done, total))
+            self._status.update(so_far("conversations", done, total))
             self._status.start()
 
     def start(self, first_step: int, num_steps: int) -> None:
@@ -189,9 +209,9 @@ class _Recent:
         return [sum(one) / len(self._records) for one in by_pass]
 
 
-def preparation(done: int, total: int | None) -> str:
-    """How far the data is prepared."""
-    return f"{done:,} conversations read" if total is None else f"{done:,} of {total:,} conversations as tokens"
+def so_far(what: str, done: int, total: int | None) -> str:
+    """How far the work is."""
+    return f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}"
 
 
 def resumption(first_step: int, num_steps: int) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -81,12 +81,12 @@ def regenerate(
                 progress(num_done, len(conversations))
             pool = conversations[num_done : num_done + batch_size * POOL_BATCHES]
             drafts = [_Draft(num_done + i, list(one.messages)) for i, one in enumerate(pool)]
-            writer.answer_all(drafts, batch_size)
+            for num_answered in writer.answer_all(drafts, batch_size):
+                if progress:
+                    progress(num_done + num_answered, len(conversations))
             file.writelines(_line({"messages": draft.messages, "cut": draft.cut}) for draft in drafts)
             _sync(file)
             num_done += len(drafts)
-    if progress:
-        progress(num_done, num_done)
     return _finish(collected, output)
 
 
@@ -140,8 +140,11 @@ class _Writer:
                 "neither the target nor its tokenizer names an end-of-turn token; set eos_token_id in either"
             )
 
-    def answer_all(self, drafts: Sequence[_Draft], batch_size: int) -> None:
-        """Write every answer: the first of all conversations, then the second of those that have one, ..."""
+    def answer_all(self, drafts: Sequence[_Draft], batch_size: int) -> Iterator[int]:
+        """Write every answer: the first of all conversations, then the second of those that have one, ...
+
+        Yield after each batch how many conversations are done.
+        """
         while waiting := [draft for draft in drafts if draft.todo]:
             prompts = []
             for draft in waiting:
@@ -155,6 +158,7 @@ class _Writer:
             prompts.sort(key=lambda one: len(one[0]))
             for start in range(0, len(prompts), batch_size):
                 self._answer(prompts[start : start + batch_size])
+                yield sum(not draft.todo for draft in drafts)
 
     def _prompt(self, draft: _Draft) -> list[int] | None:
         """The conversation in the chat template, up to where its next answer begins; None if the template refuses."""
