@@ -60,7 +60,7 @@ def target_of(family: str) -> Any:
     """A small model with random weights, loud enough that another picture gives another text."""
     vision, text, more = FAMILIES[family]
     config = getattr(transformers, f"{family}Config")(
-        vision_config=vision, text_config={**TEXT, **text}, image_token_id=PICTURE, **more
+        vision_config=vision, text_config={**TEXT, **text}, image_token_id=PICTURE, pad_token_id=PAD, **more
     )
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
@@ -180,7 +180,8 @@ def test_a_target_that_widens_its_prompt_is_refused() -> None:
 
     def widen(stack: Any, arguments: Any, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"]
-        return arguments, {**kwargs, "inputs_embeds": torch.cat([embeds, embeds], dim=1), "position_ids": None}
+        counted_anew = dict.fromkeys(kwargs.keys() & {"position_ids", "cache_position", "attention_mask"})
+        return arguments, {**kwargs, "inputs_embeds": torch.cat([embeds, embeds], dim=1), **counted_anew}
 
     hook = model.get_decoder().register_forward_pre_hook(widen, with_kwargs=True)
     try:

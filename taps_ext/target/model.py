@@ -151,7 +151,9 @@ class TargetModel:
         scored = self._forward(prompts.arguments, kv, columns=last)
         refuse_other_length(self.model, num_tokens, scored.features.shape[1])
         kv.pack(columns)
-        kv.lengths, kv.position_offsets = lengths, prompts.position_offsets
+        kv.lengths = lengths
+        if prompts.position_offsets is not None:
+            kv.position_offsets = prompts.position_offsets.to(self.device)
         features = scored.features.gather(1, columns[:, :, None].expand(-1, -1, self.hidden_size))
         return replace(scored, features=features)
 

@@ -59,8 +59,12 @@ def inputs_beside_text(model: PreTrainedModel, model_kwargs: dict[str, Any], mas
 def prepare_prompts(
     model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any], more: set[str]
 ) -> PreparedPrompts:
-    """Return the prefill of prompts int64 [B, P] (mask [B, P]) with the inputs that `inputs_beside_text` named."""
-    first_call = {"is_first_iteration": True, "cache_position": torch.arange(input_ids.shape[1])}
+    """Return the prefill of prompts int64 [B, P] (mask [B, P]) with the inputs that `inputs_beside_text` named.
+
+    Raises ValueError where positions behind the prompts are not known before the prefill.
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    first_call = {"is_first_iteration": True, "cache_position": columns}
     known = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     first_call = {name: value for name, value in first_call.items() if name in known}
     prepare: Any = model.prepare_inputs_for_generation
