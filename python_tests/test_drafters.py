@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +32,7 @@ from literal_drafter import (
 from small_models import prompts, trained_drafters, trained_target
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import taps_ext as taps
 from taps_ext import native, ops
@@ -459,8 +458,8 @@ def small_target(vocab_size: int) -> LlamaForCausalLM:
 
 
 def test_a_config_without_sizes_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"config \(SimpleNamespace\) gives no word_embed_proj_dim or hidden_size"):
-        EagleConfig.for_target(SimpleNamespace(vocab_size=8))
+    with pytest.raises(ValueError, match=r"config \(\w+\) gives no word_embed_proj_dim or hidden_size"):
+        EagleConfig.for_target(PretrainedConfig(vocab_size=8))
 
 
 # --- drafters of one's own --------------------------------------------------------------------------------------------

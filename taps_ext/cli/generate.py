@@ -142,7 +142,6 @@ def tune(
     paths, place = terminal.drafter_folders(target, drafter), choose_device(device)
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    terminal.keep_logs_clean()
     model, _ = terminal.load_target_and_tokenizer(target, dtype, place)
     table = SpeculativeDecoder(model, load_drafters(paths, model)).cost_table(batch_size, measure=True)
     if output is not None:

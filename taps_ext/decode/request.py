@@ -25,6 +25,7 @@ from transformers.generation import logits_process
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..sampling import SamplingParams, warn
+from ..target.prompts import PreparedPrompts, inputs_beside_text, prepare_prompts
 from ..tree import DraftTree
 from .state import RowText, StopRules
 from .stats import DecodeStats
@@ -53,9 +54,7 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("constraints", "force_words_ids", "cache_implementation"), ()),
     "use_cache": (True,),
 }
-# Arguments that `generate` itself makes or that the decoder uses.
 ANSWER = "Zq7 answer 7qZ"  # stands for an answer in a chat template
-USED_ARGUMENTS = ("attention_mask", "use_cache", "logits_to_keep", "cache_position")
 NOT_SAMPLED = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # silences what greedy does not use
 WARPERS_WITH_OP = tuple(warper.__name__ for warper in WARPER_PARAMETERS)
 
@@ -117,6 +116,7 @@ class Request:
     pad_token: int
     processors: LogitsProcessorList  # other than temperature, top-k, top-p and min-p: run in Python, per node
     return_log_probs: bool
+    prepared: PreparedPrompts | None = None  # prompts with more than text; None: the tokens are all
 
     @classmethod
     def build(
@@ -159,10 +159,12 @@ class Request:
         """Return the request that transformers' `generate` prepared, checked."""
         prepared = _Prepared.collect(model, input_ids, **kwargs)
         mask = prepared.model_kwargs.get("attention_mask")
-        _refuse_unused(prepared.model_kwargs, input_ids if mask is None else mask)
+        more = inputs_beside_text(model, prepared.model_kwargs, torch.ones_like(input_ids) if mask is None else mask)
         mask = _check_prompts(input_ids, mask, model.config.get_text_config().vocab_size)
         max_new_tokens = prepared.generation_config.max_length - input_ids.shape[1]
-        return cls._of(prepared, input_ids, mask, _lengths(max_new_tokens, len(input_ids)), None)
+        made = cls._of(prepared, input_ids, mask, _lengths(max_new_tokens, len(input_ids)), None)
+        prompts = prepare_prompts(model, input_ids, mask, prepared.model_kwargs, more) if more else None
+        return replace(made, prepared=prompts)
 
     @classmethod
     def _of(
@@ -208,17 +210,14 @@ class Request:
 
     def prompts(self) -> list[list[int]]:
         """Return the real tokens of each prompt."""
-        return [
-            row[:length]
-            for row, length in zip(self.packed(torch.device("cpu")).tolist(), self.prompt_lengths, strict=True)
-        ]
+        rows = self.input_ids.gather(1, self.columns()).tolist()
+        return [row[:length] for row, length in zip(rows, self.prompt_lengths, strict=True)]
 
-    def packed(self, device: torch.device) -> Tensor:
-        """Return the prompts moved to column 0, int64 [B, longest], with token 0 behind them."""
-        first_real = torch.argsort(self.attention_mask, dim=1, descending=True, stable=True)
-        tokens = self.input_ids.gather(1, first_real)[:, : max(self.prompt_lengths)]
-        is_real = self.attention_mask.gather(1, first_real)[:, : tokens.shape[1]]
-        return (tokens * is_real).to(device)
+    def columns(self) -> Tensor:
+        """Return where each row's real tokens stand in the prompts, int64 [B, longest], repeating the last one."""
+        real_first = torch.argsort(self.attention_mask, dim=1, descending=True, stable=True)
+        counts = torch.arange(max(self.prompt_lengths), device=real_first.device)
+        return real_first.gather(1, counts.minimum(self.attention_mask.sum(dim=1, keepdim=True) - 1))
 
     def sequences(self, rows: Sequence[RowText]) -> Tensor:
         """Return the prompts as given, each row's new tokens, then padding: int64 [B, P + longest]."""
@@ -339,23 +338,6 @@ def _refuse_not_honoured(config: Any) -> None:
             raise ValueError(
                 f"{name}={value!r} is not available from speculative decoding; leave it out, or decode without it"
             )
-
-
-def _refuse_unused(model_kwargs: dict[str, Any], mask: Tensor) -> None:
-    """Raise ValueError for an argument of `generate` that nobody would use."""
-    for name, value in model_kwargs.items():
-        if name in ("cache", "past_key_values"):  # the second before transformers 5.24
-            if value is not None and value.get_seq_length() > 0:
-                raise ValueError(
-                    "speculative decoding keeps its own cache, but cache (past_key_values) holds tokens; leave it out"
-                )
-        elif name == "position_ids":
-            counted = (mask.ne(0).cumsum(dim=-1) - 1).clamp_min(0).expand_as(mask)
-            is_counted = value is None or bool(((value == counted) | (mask == 0)).all())
-            if not is_counted:
-                raise ValueError("position_ids must count the real tokens of each prompt from 0; leave them out")
-        elif name not in USED_ARGUMENTS and value is not None:
-            raise ValueError(f"speculative decoding does not use {name}; leave it out, or decode without taps_ext")
 
 
 def _named(criterion: Any) -> tuple[str, Any]:

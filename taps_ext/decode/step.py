@@ -50,9 +50,12 @@ class DecodeStep:
     @torch.inference_mode()
     def prefill(self, request: Request, state: DecodeState) -> StepOutput:
         """Commit the prompts and draw each row's first token."""
-        tokens = request.packed(self.target.device)
-        lengths = Lengths.of(request.prompt_lengths, tokens.device)
-        scored = self.target.prefill(tokens, lengths, state.kv)
+        columns, lengths = request.columns(), Lengths.of(request.prompt_lengths, self.target.device)
+        tokens = request.input_ids.gather(1, columns).to(self.target.device)
+        if request.prepared is None:
+            scored = self.target.prefill(tokens, lengths, state.kv)
+        else:
+            scored = self.target.prefill_prepared(request.prepared, columns.to(tokens.device), lengths, state.kv)
         last = lengths.tensor[:, None] - 1
         roots = DraftTree.of_roots(tokens.gather(1, last)[:, 0])
         acceptance, log_probs = self.verify(request, state, roots, scored.logits, lengths.tensor)

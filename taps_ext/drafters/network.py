@@ -86,6 +86,7 @@ class EagleConfig:
     @classmethod
     def for_target(cls, target_config: Any, **overrides: Any) -> EagleConfig:
         """Return the config of the published drafters: the target's widths, heads and rope; `overrides` are fields."""
+        target_config = target_config.get_text_config()
         theta, scaling = rope_of(target_config)
         hidden_size, heads = size_of(target_config, FEATURE_SIZES), size_of(target_config, ("num_attention_heads",))
         fields: dict[str, Any] = {

@@ -45,6 +45,7 @@ class TreeKVCache:
 
     def __init__(self, specs: Sequence[tuple[KVSpec, KVSpec]], lengths: Lengths) -> None:
         self.lengths = lengths  # committed columns per row
+        self.position_offsets: Tensor | None = None  # int64 [B], to add to a column for its position; None: nothing
         self.capacity = 0
         self._slots: list[tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = []
         self._counts: dict[KVSpec, int] = {}
@@ -78,6 +79,13 @@ class TreeKVCache:
         """Return the layer's key and value buffers, [B, heads, capacity, head_dim], as views."""
         (key_spec, key_slot), (value_spec, value_slot) = self._slots[index]
         return self.buffers[key_spec][key_slot], self.buffers[value_spec][value_slot]
+
+    def pack(self, columns: Tensor) -> None:
+        """Move each row's columns int64 [B, longest] to the front, in every layer."""
+        for spec, buffer in self.buffers.items():
+            order = columns.to(spec.device)[:, None, :, None].expand(-1, spec.num_heads, -1, spec.head_dim)
+            for states in buffer:
+                states[:, :, : columns.shape[1]] = states.gather(2, order)
 
     def compact(self, path: Tensor, num_accepted: Tensor) -> None:
         """Move each row's accepted path (num_accepted -1: nothing) behind its prefix, in every layer."""

@@ -27,15 +27,18 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from .. import ops
 from ..tree import DraftTree, Lengths
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
+from .prompts import PreparedPrompts
 from .support import (
     UNSUPPORTED_ATTENTION,
     Probe,
     attention_settings,
+    decoder_stack,
     name_of,
     refuse_attention_arguments,
     refuse_logits_dtype,
     refuse_long_text,
     refuse_other_head,
+    refuse_other_length,
     refuse_other_logits,
     refuse_training_mode,
     refuse_unsupported_model,
@@ -80,7 +83,7 @@ class TargetModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Any = unwrapped(model)
         refuse_unsupported_model(self.model)
-        self.decoder_stack: Any = _decoder_stack(self.model)
+        self.decoder_stack: Any = decoder_stack(self.model)
         self.embedding: Any = self.model.get_input_embeddings()
         self.lm_head: Any = self.model.get_output_embeddings()
         self.config: Any = self.model.config.get_text_config()
@@ -129,9 +132,30 @@ class TargetModel:
         """
         kv.reserve(tokens.shape[1])
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        scored = self._forward(tokens, positions, kv, columns=lengths.tensor - 1)
+        scored = self._forward({"input_ids": tokens, "position_ids": positions}, kv, columns=lengths.tensor - 1)
         kv.lengths = lengths
         return scored
+
+    @torch.inference_mode()
+    def prefill_prepared(
+        self, prompts: PreparedPrompts, columns: Tensor, lengths: Lengths, kv: TreeKVCache
+    ) -> ScoredTree:
+        """Commit prompts with all that transformers prepared for the model's own forward, pictures included.
+
+        `columns`, int64 [B, longest], say where each row's tokens stand in the prepared prompts. Returns logits
+        [B, 1, V] of each row's last token and features [B, longest, H].
+        """
+        num_tokens = prompts.arguments["input_ids"].shape[1]
+        kv.reserve(num_tokens)
+        last = columns.gather(1, lengths.tensor[:, None] - 1)[:, 0]
+        scored = self._forward(prompts.arguments, kv, columns=last)
+        refuse_other_length(self.model, num_tokens, scored.features.shape[1])
+        kv.pack(columns)
+        kv.lengths = lengths
+        if prompts.position_offsets is not None:
+            kv.position_offsets = prompts.position_offsets.to(self.device)
+        features = scored.features.gather(1, columns[:, :, None].expand(-1, -1, self.hidden_size))
+        return replace(scored, features=features)
 
     @torch.inference_mode()
     def score(self, tree: DraftTree, kv: TreeKVCache, last_positions: Tensor | None = None) -> ScoredTree:
@@ -143,10 +167,13 @@ class TargetModel:
         positions = kv.lengths.tensor[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
+        if kv.position_offsets is not None:
+            positions = positions + kv.position_offsets[:, None]
         kv.reserve(tree.capacity)
         # A root alone is the next token of its row: the model's own causal attention, one call a layer.
         is_plain = tree.capacity == 1 and not kv.lengths.is_ragged
-        return self._forward(tree.tokens, positions, kv, None if is_plain else _view(tree, kv))
+        view = None if is_plain else _view(tree, kv)
+        return self._forward({"input_ids": tree.tokens, "position_ids": positions}, kv, view)
 
     def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.
@@ -161,8 +188,7 @@ class TargetModel:
 
     def _forward(
         self,
-        tokens: Tensor,
-        positions: Tensor,
+        inputs: dict[str, Any],
         kv: TreeKVCache,
         view: TreeView | None = None,
         columns: Tensor | None = None,
@@ -173,10 +199,9 @@ class TargetModel:
                 "speculation; make a new TargetModel or SpeculativeDecoder"
             )
         arguments = {
-            "input_ids": tokens,
-            "position_ids": positions,
             # transformers makes a mask of its own unless it is given one of four axes.
             "attention_mask": None if view is None else view.ancestors,
+            **inputs,
             self._cache_keyword: kv.cache,
         }
         features, logits = _run(self.model, _Forward(self.decoder_stack, view, columns), arguments)
@@ -207,7 +232,7 @@ class TargetModel:
             prefill = self.prefill(probe.prefixes, Lengths.of(probe.lengths, self.device), kv)
             view = _view(probe.tree, kv)
             positions = kv.lengths.tensor[:, None] + ops.tree_depths(probe.tree.parents, probe.tree.num_nodes)
-            scored = self._forward(probe.tree.tokens, positions, kv, view)
+            scored = self._forward({"input_ids": probe.tree.tokens, "position_ids": positions}, kv, view)
         if view.num_layers < len(self._kv_specs):
             raise ValueError(
                 f"target {name_of(self.model)} has {len(self._kv_specs)} layers with keys and values, but only "
@@ -233,7 +258,7 @@ def refuse_unlike_head(model: PreTrainedModel, head: Callable[[Tensor], Tensor])
     A drafter whose head is not the target's would draft, or be trained on, other distributions than the target's.
     """
     inner: Any = unwrapped(model)
-    stack = _decoder_stack(inner)
+    stack = decoder_stack(inner)
     _listen_to(stack)
     tokens = Probe.tokens(inner, 32).view(4, 8).to(inner.get_input_embeddings().weight.device)
     features, logits = _run(inner, _Forward(stack), {"input_ids": tokens, "use_cache": False})
@@ -311,12 +336,3 @@ def _view(tree: DraftTree, kv: TreeKVCache) -> TreeView:
     lengths = kv.lengths
     ancestors = ops.tree_attention_mask(tree.parents, tree.num_nodes, torch.zeros_like(lengths.tensor), 0)
     return TreeView(ancestors, lengths.longest, lengths.tensor if lengths.is_ragged else None)
-
-
-def _decoder_stack(model: PreTrainedModel) -> Any:
-    """Return the model without its LM head.
-
-    Some families' `get_decoder` returns the whole model, or the last matrix of the LM head.
-    """
-    stack: Any = model.get_decoder()
-    return stack if isinstance(stack, PreTrainedModel) and stack is not model else model.base_model

@@ -94,6 +94,18 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model()
 
 
+def decoder_stack(model: PreTrainedModel) -> Any:
+    """Return the model without its LM head; of a model that takes pictures, its language model.
+
+    Some families' `get_decoder` returns the whole model, or the last matrix of the LM head; in transformers 4 that of
+    Idefics3 returns the vision model, too.
+    """
+    stack: Any = model.get_decoder()
+    if not isinstance(stack, PreTrainedModel) or stack is model:
+        stack = model.base_model
+    return getattr(stack, "text_model", stack)
+
+
 def refuse_training_mode(model: Any) -> None:
     """Raise ValueError for a model in training mode, whose dropout makes its text random."""
     if model.training:
@@ -222,6 +234,15 @@ def refuse_other_logits(
         f"target {name_of(model)} gives {what} other logits than its own forward gives the same tokens (by "
         f"{max(plain, branched):.2g} of their standard deviation, allowed {limit:g}){reason}; decode it plainly"
     )
+
+
+def refuse_other_length(model: PreTrainedModel, num_tokens: int, num_features: int) -> None:
+    """Raise ValueError if a model made another number of places of a prompt than it has tokens."""
+    if num_features != num_tokens:
+        raise ValueError(
+            f"target {name_of(model)} makes {num_features} places of a prompt of {num_tokens} tokens; give one "
+            "placeholder token for each place of a picture, as its processor does"
+        )
 
 
 def refuse_other_head(model: PreTrainedModel, head: Tensor, logits: Tensor) -> None:
