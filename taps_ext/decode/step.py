@@ -63,7 +63,8 @@ class DecodeStep:
     @torch.inference_mode()
     def run(self, request: Request, state: DecodeState) -> StepOutput:
         """Propose, score and verify one tree per row; finished rows take part as padding."""
-        composed = self.propose(state)
+        with state.kv.products.running():
+            composed = self.propose(state)
         scored = self.target.score(composed.tree, state.kv, state.last_positions)
         positions = state.kv.lengths.tensor + 1
         acceptance, log_probs = self.verify(request, state, composed.tree, scored.logits, positions)
@@ -139,8 +140,9 @@ class DecodeStep:
         else:
             path = output.acceptance.path[:, :num_slots].clamp_min(0)
             features = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
-        for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
-            drafter.observe(drafter_state, features, next_tokens, num_tokens)
+        with state.kv.products.running():
+            for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
+                drafter.observe(drafter_state, features, next_tokens, num_tokens)
 
     def _refuse_other_capacities(self, trees: Sequence[DraftTree]) -> None:
         for drafter, tree, capacity in zip(self.drafters, trees, self.capacities, strict=True):

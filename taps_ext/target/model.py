@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .. import ops
+from ..products import pack_products
 from ..tree import DraftTree, Lengths
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
 from .support import (
@@ -93,6 +94,7 @@ class TargetModel:
             for config, attention in settings:
                 config._attn_implementation = attention
             raise
+        pack_products(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +146,8 @@ class TargetModel:
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
         kv.reserve(tree.capacity)
-        return self._forward(tree.tokens, positions, kv, _view(tree, kv))
+        with kv.products.running():
+            return self._forward(tree.tokens, positions, kv, _view(tree, kv))
 
     def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.
