@@ -17,16 +17,17 @@ CSRC = ROOT / "csrc"
 
 # What each room may import from taps_ext, itself included; a package stands for its files. The command line is not
 # listed: it stands above everything.
-BELOW_DECODE = {"composition", "drafters", "native", "ops", "sampling", "target", "tree"}
+BELOW_DECODE = {"composition", "drafters", "native", "ops", "products", "sampling", "target", "tree"}
 MAY_IMPORT: dict[str, set[str]] = {
     "tree": set(),
     "sampling": set(),
     "native": set(),
+    "products": set(),
     "ops": {"native", "tree"},
     "reference": {"ops", "tree"},
     "composition": {"ops", "tree"},
-    "target": {"native", "ops", "target", "tree"},
-    "drafters": {"drafters", "native", "ops", "sampling", "tree"},
+    "target": {"native", "ops", "products", "target", "tree"},
+    "drafters": {"drafters", "native", "ops", "products", "sampling", "tree"},
     "checkpoints": {"checkpoints", "drafters", "sampling", "target", "tree"},
     "decode": {"decode", "checkpoints.files", *BELOW_DECODE},
     "training": {"training", "checkpoints", "decode", "tiny", *BELOW_DECODE},

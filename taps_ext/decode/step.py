@@ -67,7 +67,8 @@ class DecodeStep:
     def run(self, request: Request, state: DecodeState) -> StepOutput:
         """Propose, score and verify one tree per row; finished rows take part as padding."""
         plan = state.budget.plan() if state.budget is not None else Plan(self.shape, (True,) * len(self.drafters))
-        composed, outlook = self.propose(plan, state), None
+        with state.kv.products.running():
+            composed, outlook = self.propose(plan, state), None
         if state.budget is not None and (composed.tree.capacity > 1 or self._is_costly(plan)):
             tree, outlook = state.budget.cut(composed.tree, state.active)
             composed = replace(composed, tree=_trimmed(tree))

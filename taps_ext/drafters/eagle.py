@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..products import pack_products
 from ..sampling import SamplingRows
 from ..tree import DraftTree, Lengths, TreeShape
 from . import evidence
@@ -45,6 +46,7 @@ class EagleDrafter(Drafter):
         self.vocab_size = network.config.vocab_size
         self.hidden_size = network.config.hidden_size
         self.network = network
+        pack_products(network)
         self.calibration = calibration
         self.embedding = embedding
         self.lm_head = lm_head

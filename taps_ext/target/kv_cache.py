@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import ops
+from ..products import PackedProducts
 from ..tree import Lengths
 
 FIRST_CAPACITY = 256  # token slots; doubles whenever prompt, text and tree no longer fit
@@ -46,6 +47,7 @@ class TreeKVCache:
     def __init__(self, specs: Sequence[tuple[KVSpec, KVSpec]], lengths: Lengths) -> None:
         self.lengths = lengths  # committed columns per row
         self.position_offsets: Tensor | None = None  # int64 [B], to add to a column for its position; None: nothing
+        self.products = PackedProducts()  # the packed weights that the call has checked
         self.capacity = 0
         self._slots: list[tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = []
         self._counts: dict[KVSpec, int] = {}

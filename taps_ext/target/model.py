@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from .. import ops
+from ..products import pack_products
 from ..tree import DraftTree, Lengths
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
 from .prompts import PreparedPrompts
@@ -96,6 +97,7 @@ class TargetModel:
             for config, attention in settings:
                 config._attn_implementation = attention
             raise
+        pack_products(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -173,7 +175,8 @@ class TargetModel:
         # A root alone is the next token of its row: the model's own causal attention, one call a layer.
         is_plain = tree.capacity == 1 and not kv.lengths.is_ragged
         view = None if is_plain else _view(tree, kv)
-        return self._forward({"input_ids": tree.tokens, "position_ids": positions}, kv, view)
+        with kv.products.running():
+            return self._forward({"input_ids": tree.tokens, "position_ids": positions}, kv, view)
 
     def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.
