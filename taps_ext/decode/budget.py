@@ -134,6 +134,10 @@ class TreeBudget:
         self._plan = Plan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
         return self._plan
 
+    def is_concerned(self, tree: DraftTree, is_costly: bool) -> bool:
+        """Return whether there is something to cut or to judge; `is_costly`: a network has drafted."""
+        return tree.capacity > 1 or is_costly
+
     def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
         """Return the trees with as many nodes per row as pay, and the outlook of the trees given."""
         depths = ops.tree_depths(tree.parents, tree.num_nodes)

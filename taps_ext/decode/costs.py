@@ -102,6 +102,10 @@ class ForcedBudget(TreeBudget):
         """See `TreeBudget.plan`."""
         return self.forced
 
+    def is_concerned(self, tree: DraftTree, is_costly: bool) -> bool:
+        """See `TreeBudget.is_concerned`: a step that is to draft verifies the forced tree."""
+        return any(self.forced.drafts)
+
     def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
         """See `TreeBudget.cut`: as much work, and the forced tree."""
         kept, outlook = super().cut(tree, active)
@@ -131,8 +135,9 @@ def measure(step: DecodeStep, names: Sequence[str], start: Start, batch_size: in
     began, rounds = clock(), 0
     while rounds < MIN_ROUNDS or (is_timed and clock() - began < SECONDS):
         run = start(_random_tokens(step, batch_size).to(device), probe)
-        probe.force(*PLAIN)
-        run()  # warms up
+        for warming in (PLAIN, (sizes[-1], *FIRST_LEVEL)):  # what a call does once, such as checking packed weights
+            probe.force(*warming)
+            run()
         for setting in settings:
             if is_timed and rounds > 1 and least[setting] > 2 * MOST * least[PLAIN]:
                 continue

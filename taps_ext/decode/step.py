@@ -69,7 +69,7 @@ class DecodeStep:
         plan = state.budget.plan() if state.budget is not None else Plan(self.shape, (True,) * len(self.drafters))
         with state.kv.products.running():
             composed, outlook = self.propose(plan, state), None
-        if state.budget is not None and (composed.tree.capacity > 1 or self._is_costly(plan)):
+        if state.budget is not None and state.budget.is_concerned(composed.tree, self._is_costly(plan)):
             tree, outlook = state.budget.cut(composed.tree, state.active)
             composed = replace(composed, tree=_trimmed(tree))
         scored = self.target.score(composed.tree, state.kv, state.last_positions)
