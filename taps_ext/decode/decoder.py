@@ -21,6 +21,8 @@ from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
 from .step import DecodeStep
 
+EXTENSION = "extension"  # the proposer of nodes that no drafter drafted
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -53,6 +55,8 @@ class SpeculativeDecoder:
             weights off.
         joint_budget: the number of nodes that all rows of a batch verify together in a step, roots included: the best
             ones, wherever they are.
+        extend: continue the leaves of each tree with what followed their paths earlier in the row's own text. The new
+            nodes cost no drafting and compete for the slots of the tree; statistics name their proposer "extension".
     """
 
     def __init__(
@@ -67,12 +71,14 @@ class SpeculativeDecoder:
         drafting: str = "coupled",
         evidence_decay: float | None = None,
         joint_budget: int | None = None,
+        extend: bool = False,
     ) -> None:
         self.composition = make_composition(composition, max_nodes, evidence_decay)
         self.drafting = check_drafting(drafting)
         self.joint_budget = _check_joint_budget(joint_budget)
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape()
+        self.extend = extend
         self._composition_name = composition
         self._use(drafters, drafter)
 
@@ -89,12 +95,21 @@ class SpeculativeDecoder:
         other._use(drafters, drafter)
         return other
 
+    @property
+    def proposers(self) -> tuple[str, ...]:
+        """Names of all that propose nodes, in the order of their bits: the drafters, then the extension if it is on."""
+        return (*self.drafters, *([EXTENSION] if self.extend else []))
+
     def _use(self, drafters: Mapping[str, Drafter], drafter: str | None) -> None:
         self.drafters = _select_drafters(drafters, self._composition_name, drafter)
         for name, one in self.drafters.items():
             _refuse_other_sizes(name, one, self.target)
+        if self.extend and (EXTENSION in self.drafters or len(self.drafters) > 62):
+            raise ValueError(f"with extend=True give at most 62 drafters, none of them named {EXTENSION!r}")
         chosen = list(self.drafters.values())
-        self._device_half = DecodeStep(self.target, chosen, self.composition, self.shape, self.joint_budget)
+        self._device_half = DecodeStep(
+            self.target, chosen, self.composition, self.shape, self.joint_budget, self.extend
+        )
 
     def generate(
         self,
@@ -178,16 +193,18 @@ class SpeculativeDecoder:
         sampling = request.sampling.rows(batch_size, device)
         with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
             active = torch.ones(batch_size, dtype=torch.bool, device=device)
+            text = torch.zeros(batch_size, max(longest) + 1, dtype=torch.int64, device=device) if self.extend else None
         return DecodeState(
             kv=self.target.new_cache(batch_size),
             drafter_states=self._device_half.reset(batch_size, sampling if self._is_coupled(request) else None),
             sampling=sampling,
             rules=request.rules,
             rows=request.rows(),
-            stats=DecodeStats(tuple(self.drafters), batch_size),
+            stats=DecodeStats(self.proposers, batch_size),
             last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
             active=active,
+            text=text,
         )
 
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:

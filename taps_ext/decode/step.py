@@ -7,6 +7,7 @@ and transformers' logits processors run on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -23,6 +24,13 @@ from ..tree import DraftTree, Lengths, TreeShape
 from .request import Request, process_logits
 from .state import Acceptance, DecodeState, StepOutput
 
+# How often the token behind a match of 1, 2, ... tokens of a row's own text is the next one: measured on the answers of
+# SmolLM2-135M-Instruct to 128 questions, greedy.
+MATCH_CONFIDENCES = (0.25, 0.57, 0.64, 0.66, 0.71, 0.78, 0.8, 0.8, 0.8, 0.8, 0.82, 0.91)
+MATCH_LOG_PROBS = [math.log(confidence) for confidence in MATCH_CONFIDENCES]
+MATCH_WINDOW = 4096  # tokens: a step costs the same in a text of any length
+MAX_EXTENSION = 8  # nodes below a leaf
+
 
 class DecodeStep:
     """Run decode steps with a target, drafters and a composition. Immutable: what changes is in the `DecodeState`."""
@@ -34,12 +42,14 @@ class DecodeStep:
         composition: Composition,
         shape: TreeShape,
         joint_budget: int | None,
+        extend: bool,
     ) -> None:
         self.target = target
         self.drafters = tuple(drafters)
         self.composition = composition
         self.shape = shape
         self.joint_budget = joint_budget
+        self.extend = extend
         self.groups = group_drafters(self.drafters)
         self.capacities = [shape.capacity(drafter.vocab_size) for drafter in self.drafters]
 
@@ -58,6 +68,9 @@ class DecodeStep:
         acceptance, log_probs = self.verify(request, state, roots, scored.logits, lengths.tensor)
         state.root_tokens = acceptance.bonus_tokens.clamp_min(0)
         next_tokens = tokens.roll(-1, dims=1).scatter(1, last, state.root_tokens[:, None])
+        if state.text is not None:
+            state.text[:, 0] = tokens[:, 0]
+            state.text[:, 1 : 1 + tokens.shape[1]] = next_tokens
         return StepOutput(roots, acceptance, scored.features, next_tokens, lengths.tensor, log_probs=log_probs)
 
     @torch.inference_mode()
@@ -92,6 +105,8 @@ class DecodeStep:
             trees = draft_chosen(self.drafters, chosen, state.drafter_states, *rows)
         self._refuse_other_capacities(trees)
         composed = self.composition.compose(trees, evidence)
+        if state.text is not None:
+            composed = replace(composed, tree=self._extended(composed.tree, state.text, state))
         if self.joint_budget is not None:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
         if composed.tree.tokens.device.type != "cpu":
@@ -122,6 +137,8 @@ class DecodeStep:
 
         `committed` are `output.num_committed`, with their copy on the host.
         """
+        if state.text is not None:
+            _append(state.text, state.kv.lengths.tensor + 1, output.acceptance.tokens, output.num_committed)
         lengths = state.kv.lengths.plus(committed)
         self.target.commit(output.acceptance.path, output.num_committed - 1, lengths, state.kv)
         bonus_tokens = output.acceptance.bonus_tokens.clamp_min(0)
@@ -142,6 +159,19 @@ class DecodeStep:
         for drafter, drafter_state in zip(self.drafters, state.drafter_states, strict=True):
             drafter.observe(drafter_state, features, next_tokens, num_tokens)
 
+    def _extended(self, tree: DraftTree, text: Tensor, state: DecodeState) -> DraftTree:
+        """Return the best nodes of the trees and of what their leaves continue in the rows' own texts.
+
+        The number of slots stays, and the new nodes have a proposer bit of their own, behind the drafters'.
+        """
+        bit = 1 << len(self.drafters)
+        lengths = torch.where(state.active, state.kv.lengths.tensor + 1, 0)
+        longer = ops.extend_tree(tree, text, lengths, MATCH_LOG_PROBS, MAX_EXTENSION, MATCH_WINDOW, bit)
+        if self.shape.min_score is not None:
+            is_low = (longer.proposers == bit) & (longer.scores < self.shape.min_score)
+            longer = replace(longer, scores=longer.scores.masked_fill(is_low, -torch.inf))
+        return ops.prune_tree(longer, tree.capacity)
+
     def _refuse_other_capacities(self, trees: Sequence[DraftTree]) -> None:
         for drafter, tree, capacity in zip(self.drafters, trees, self.capacities, strict=True):
             if (num_slots := tree.tokens.shape[1]) != capacity:
@@ -161,6 +191,17 @@ class DecodeStep:
                 )
             parts.append(state.evidence)
         return torch.stack([part.to(parts[0].device) for part in parts])
+
+
+def _append(text: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    """Write the first `counts` [B] of `tokens` [B, N] behind each row's text; the last column takes the rest.
+
+    That column is never read: it keeps the indices in range where the host does not know the lengths.
+    """
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    last = text.shape[1] - 1
+    places = torch.where(slots < counts[:, None], lengths[:, None] + slots, last)
+    text.scatter_(1, places.clamp_max(last), tokens)
 
 
 def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: Tensor) -> Acceptance:
