@@ -26,6 +26,7 @@ COMMANDS = (
     *(evaluate.evaluate, evaluate.report, evaluate.check_lossless),
     *(train.train, train.features, train.regenerate),
     *(drafters.calibrate, drafters.average, drafters.export, drafters.validate),
+    drafters.index,
 )
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
 TRAINING_PACKAGES = ("accelerate", "datasets", "pydantic", "yaml")

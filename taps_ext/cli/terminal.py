@@ -30,6 +30,7 @@ from ..checkpoints.files import json_text
 from ..checkpoints.load import open_target
 
 T = TypeVar("T")
+Report = Callable[[str, int, int | None], None]  # of progress: what is done, how many, and of how many
 
 Target = Annotated[T, Option(help="Target model: directory or hub id; 'tiny' is the embedded one.")]
 DRAFTER_HELP = "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; embedded: tiny/math, tiny/chat. Repeatable."
@@ -136,8 +137,8 @@ def keep_logs_clean() -> None:
 
 
 @contextmanager
-def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar on stderr, on terminals only; the value is called with what is done, how many, and of how many."""
+def progress(what: str = "loading") -> Iterator[Report]:
+    """Show a bar on stderr, on terminals only; the value is called with the progress."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     is_shown = not process_index() and sys.stderr.isatty()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as bars:
