@@ -67,6 +67,12 @@ void for_each_op(Visit visit) {
       "merge_trees(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, int? max_nodes) -> "
       "(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor proposers, Tensor node_map)",
       &taps::merge_trees);
+  visit(
+      "extend_tree(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor entropies, "
+      "Tensor? proposers, Tensor text, Tensor lengths, float[] log_probs, int max_extension, int window, "
+      "int proposer) -> "
+      "(Tensor tokens, Tensor parents, Tensor scores, Tensor num_nodes, Tensor entropies, Tensor proposers)",
+      &taps::extend_tree);
   visit("tree_depths(Tensor parents, Tensor num_nodes) -> Tensor", &taps::tree_depths);
   visit("ancestor_bits(Tensor parents, Tensor num_nodes) -> Tensor", &taps::ancestor_bits);
   visit(

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace taps {
 
@@ -32,6 +33,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prune_tree(const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> merge_trees(const Tensor& tokens, const Tensor& parents,
                                                                        const Tensor& scores, const Tensor& num_nodes,
                                                                        std::optional<int64_t> max_nodes);
+
+// tree_extension/
+// -> tokens, parents, scores [B, C], num_nodes [B], entropies, proposers [B, C], C = N (1 + max_extension)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extend_tree(
+    const Tensor& tokens, const Tensor& parents, const Tensor& scores, const Tensor& num_nodes, const Tensor& entropies,
+    const std::optional<Tensor>& proposers, const Tensor& text, const Tensor& lengths,
+    const std::vector<double>& log_probs, int64_t max_extension, int64_t window, int64_t proposer);
 
 // tree_attention/
 Tensor tree_depths(const Tensor& parents, const Tensor& num_nodes);    // -> [B, N]

@@ -11,6 +11,7 @@ from test_coupled_expansion import coupled_case
 from test_kv_compaction import random_compaction
 from test_tree_attention import MASK_DTYPES, random_prefix
 from test_tree_expansion import expansion_case, with_entropies, with_proposers
+from test_tree_extension import extension_case
 from test_tree_merging import random_proposals
 from test_tree_verification import random_case
 from torch import Tensor
@@ -56,6 +57,13 @@ def _pruning(seed: int) -> Arguments:
     return {**{name: getattr(tree, name) for name in names}, "max_nodes": max(1, tree.capacity * 2 // 3)}
 
 
+def _extension(seed: int) -> Arguments:
+    tree, *others = extension_case(seed)
+    names = ("tokens", "parents", "scores", "num_nodes", "entropies", "proposers")
+    further = ("text", "lengths", "log_probs", "max_extension", "window", "proposer")
+    return {**{name: getattr(tree, name) for name in names}, **dict(zip(further, others, strict=True))}
+
+
 def _merging(seed: int) -> Arguments:
     trees = random_proposals(seed)
     return {**trees._asdict(), "max_nodes": None if seed % 2 else trees.tokens.shape[2]}
@@ -76,6 +84,7 @@ CASES: dict[str, dict[str, Callable[[int], Arguments]]] = {
     "expand_frontier": {"": _expansion, ", coupled": _coupled_expansion},
     "prune_tree": {"": _pruning},
     "merge_trees": {"": _merging},
+    "extend_tree": {"": _extension},
     "tree_depths": {"": lambda seed: _trees(random_tree(seed))},
     "ancestor_bits": {"": lambda seed: _trees(random_tree(seed))},
     "tree_attention_mask": {"": _mask},

@@ -139,6 +139,13 @@ def test_generate_prints_the_text_of_plain_decoding_as_json(generate, compositio
     assert result["stats"]["acceptance_length"] > 1
 
 
+def test_generate_names_the_extension_among_the_proposers_and_keeps_the_text(generate) -> None:
+    plain, extended = (json.loads(generate(*extra, "--json")[1]) for extra in ((), ("--extend",)))
+    assert extended["new_tokens"] == plain["new_tokens"]
+    assert extended["stats"]["drafters"] == [*plain["stats"]["drafters"], "extension"]
+    assert "extension " in generate("--extend")[1], "in the figures"
+
+
 def test_generate_samples_by_seed(generate) -> None:
     def text(seed: str) -> str:
         return json.loads(generate("--temperature", "1", "--top-k", "20", "--seed", seed, "--json")[1])["text"]

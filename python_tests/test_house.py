@@ -187,6 +187,7 @@ def test_loops_and_kernels_know_no_torch(path: Path) -> None:
     "name",
     [
         *("tree_rules.h", "philox.h", "sampling_rule.h", "logits_type.h", "device.h", "ticket.h"),
+        "text_match.h",
         *("launch.cuh", "block_primitives.cuh"),
     ],
 )

@@ -77,6 +77,7 @@ Ranges = list[tuple[float, float] | None]  # of each result, both ends allowed; 
 
 # Whatever the input, an index that a kernel returns is an index. (`a`: the arguments.)
 RANGES: dict[str, Callable[[Arguments], Ranges]] = {
+    "extend_tree": lambda a: [None, (-1, extended(a) - 1), None, (1, extended(a)), None, None],
     "tree_depths": lambda a: [(0, a["parents"].shape[1] - 1)],
     "ancestor_bits": lambda a: [None],
     "tree_attention_mask": lambda a: [None],
@@ -96,6 +97,11 @@ def union(arguments: Arguments) -> int:
     _, drafters, nodes = arguments["tokens"].shape
     full: int = drafters * (nodes - 1) + 1
     return full if arguments["max_nodes"] is None else min(full, arguments["max_nodes"])
+
+
+def extended(arguments: Arguments) -> int:
+    slots: int = arguments["tokens"].shape[1] * (1 + arguments["max_extension"])
+    return slots
 
 
 @pytest.mark.backends("simt", "cuda")

@@ -50,6 +50,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "joint budget": {"joint_budget": 27},
     "min_score": {"shape": replace(SHAPE, min_score=-2.5)},
     "evidence, all limits": {"composition": "evidence", "joint_budget": 19, "shape": replace(SHAPE, min_score=-3.5)},
+    "merged, extended": {"extend": True},
+    "evidence, all limits, extended": {
+        "composition": "evidence",
+        "joint_budget": 19,
+        "shape": replace(SHAPE, min_score=-3.5),
+        "extend": True,
+    },
     "merged, one uncalibrated": {**BY_EVIDENCE, "uncalibrated": "chat"},
     "evidence, one uncalibrated": {"composition": "evidence", "uncalibrated": "math"},
     "look-ups": {"composition": "single", "lookup": True},
@@ -88,6 +95,15 @@ def test_greedy_text_is_that_of_stock_generate(family: str, lookup: bool, compos
     ids, mask = prompts(batch_size)
     stock = trained_target(family).generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=40)
     result = make_decoder(family, composition, lookup=lookup).generate(ids, mask, max_new_tokens=40)
+    assert torch.equal(result.sequences, stock)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_greedy_text_with_extended_trees_is_that_of_stock_generate(composition: str, batch_size: int) -> None:
+    ids, mask = prompts(batch_size)
+    stock = trained_target().generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=80, eos_token_id=None)
+    result = make_decoder(composition=composition, extend=True).generate(ids, mask, max_new_tokens=80, eos_token_id=())
     assert torch.equal(result.sequences, stock)
 
 
@@ -246,6 +262,7 @@ SMALL_CASES: dict[str, tuple[dict[str, Any], taps.SamplingParams]] = {
     "merged": ({}, UNFILTERED),
     "evidence": ({"composition": "evidence"}, UNFILTERED),
     "merged by evidence, 4 nodes": ({**BY_EVIDENCE, "max_nodes": 4}, UNFILTERED),
+    "merged, extended": ({"extend": True}, UNFILTERED),
     "joint budget, filtered": ({"joint_budget": 3 * BATCH}, FILTERED),
     "look-ups": ({"composition": "single", "lookup": True}, UNFILTERED),
 }

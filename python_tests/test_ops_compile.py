@@ -16,6 +16,7 @@ from test_ops_errors import (
     OPS,
     compaction_arguments,
     coupled_arguments,
+    extension_arguments,
     pruning_arguments,
     tree_arguments,
     verification_arguments,
@@ -42,6 +43,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "prune_tree": [{"max_nodes": 50}, {"proposers": None}],
     "merge_trees": [{"max_nodes": None}, {"max_nodes": 500}],
+    "extend_tree": [{"max_extension": 1, "proposers": None}, {"log_probs": [-0.5] * 32}],
     "verify_tree": [{"logits": torch.randn(2, 4, 10).half()}],
 }
 SCHEMAS: dict[str, str] = native.load().schemas
@@ -110,7 +112,9 @@ def proposing(
     fields = (tree.tokens, tree.parents, tree.scores, tree.num_nodes)
     merged = ops.merge_trees(*(torch.stack([field, field], dim=1) for field in fields))
     expanded = ops.expand_frontier(logits, torch.zeros(2, 4), 3)
-    return expanded, ops.expand_frontier(logits, expanded.scores[:, :, 0], 3, coupling), pruned, merged
+    given = extension_arguments()
+    extended = ops.extend_tree(tree, given["text"], given["lengths"], [-2.0, -1.0], 3, 100)
+    return expanded, ops.expand_frontier(logits, expanded.scores[:, :, 0], 3, coupling), pruned, merged, extended
 
 
 def committing(

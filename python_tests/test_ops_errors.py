@@ -72,6 +72,18 @@ def merging_arguments() -> Arguments:
     }
 
 
+def extension_arguments() -> Arguments:
+    return {
+        **{name: value for name, value in pruning_arguments().items() if name != "max_nodes"},
+        "text": ints([9, 8, 1, 0], [7, 6, 8, 5]),
+        "lengths": ints(3, 4),
+        "log_probs": [-2.0, -1.0],
+        "max_extension": 2,
+        "window": 3,
+        "proposer": 4,
+    }
+
+
 def verification_arguments() -> Arguments:
     return {
         "logits": torch.randn(2, 4, 10),
@@ -112,6 +124,18 @@ def prune(
     ops.prune_tree(DraftTree(tokens, parents, scores, num_nodes, proposers, entropies), max_nodes)
 
 
+def extend(
+    tokens: Tensor,
+    parents: Tensor,
+    num_nodes: Tensor,
+    scores: Tensor,
+    entropies: Tensor,
+    proposers: Tensor,
+    **others: Any,
+) -> None:
+    ops.extend_tree(DraftTree(tokens, parents, scores, num_nodes, proposers, entropies), **others)
+
+
 def verify(logits: Tensor, tokens: Tensor, parents: Tensor, num_nodes: Tensor, **sampling: Tensor) -> None:
     ops.verify_tree(logits, DraftTree(tokens, parents, torch.zeros(2, 4), num_nodes), **sampling)
 
@@ -124,6 +148,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[[], Arguments]]] = {
     "coupled expand_frontier": (expand, coupled_arguments),
     "prune_tree": (prune, pruning_arguments),
     "merge_trees": (ops.merge_trees, merging_arguments),
+    "extend_tree": (extend, extension_arguments),
     "verify_tree": (verify, verification_arguments),
     "compact_kv": (ops.compact_kv, compaction_arguments),
 }
@@ -153,7 +178,7 @@ BROKEN_TREES: list[tuple[str, Any]] = [
 
 BROKEN: list[tuple[str, str, Any]] = [
     *((op, name, value) for op in ("tree_depths", "ancestor_bits", "tree_attention_mask", "prune_tree",
-                                   "verify_tree") for name, value in BROKEN_TREES),
+                                   "extend_tree", "verify_tree") for name, value in BROKEN_TREES),
     # tree_attention_mask
     ("tree_attention_mask", "prefix_lengths", ints(0, 6)),
     ("tree_attention_mask", "prefix_lengths", ints(-1, 5)),
@@ -229,6 +254,28 @@ BROKEN: list[tuple[str, str, Any]] = [
     ("merge_trees", "num_nodes", ints(3, 3)),
     ("merge_trees", "num_nodes", ints([3, 3]).int()),
     ("merge_trees", "max_nodes", 0),
+    # extend_tree
+    ("extend_tree", "tokens", ints([1, 2, 3], [5, 6, 7])),
+    ("extend_tree", "tokens", ints([1, 2, -3, 4], [5, 6, 7, 0])),
+    ("extend_tree", "scores", torch.zeros(2, 4).double()),
+    ("extend_tree", "entropies", torch.zeros(2, 5)),
+    ("extend_tree", "proposers", ints([3, 1, 2, 3], [3, 1, 1, 0]).int()),
+    ("extend_tree", "text", ints([9, 8, 1, 0], [7, 6, 8, 5]).int()),
+    ("extend_tree", "text", ints(9, 8, 1, 0)),
+    ("extend_tree", "text", ints([9, 8, 1, 0])),
+    ("extend_tree", "text", ints([9, 8, 2, 0], [7, 6, 8, 5])),  # ends with another token than the root
+    ("extend_tree", "text", ints([9, 8, 1, 0], [7, -6, 8, 5])),
+    ("extend_tree", "lengths", ints(3, 5)),
+    ("extend_tree", "lengths", ints(-1, 4)),
+    ("extend_tree", "lengths", ints(3)),
+    ("extend_tree", "lengths", ints(3, 4).int()),
+    ("extend_tree", "log_probs", []),
+    ("extend_tree", "log_probs", [-1.0] * 33),
+    ("extend_tree", "log_probs", [-1.0, 0.5]),
+    ("extend_tree", "log_probs", [math.nan]),
+    ("extend_tree", "max_extension", 0),
+    ("extend_tree", "window", 0),
+    ("extend_tree", "proposer", -1),
     # verify_tree
     ("verify_tree", "logits", torch.randn(4, 10)),
     ("verify_tree", "logits", torch.randn(2, 3, 10)),
@@ -358,6 +405,14 @@ SAYS: list[tuple[str, str, Any, str]] = [
     ("coupled expand_frontier", "beta", ints(-1.0, 0.0), "beta must be finite and at least 0, row 0 has -1"),
     ("prune_tree", "max_nodes", 0, "max_nodes must be at least 1, got 0"),
     ("merge_trees", "tokens", ints([[1, 2, 3], [2, 4, 5]]), "root"),
+    (
+        "extend_tree",
+        "text",
+        ints([9, 8, 2, 0], [7, 6, 8, 5]),
+        "text must end with the root of its tree, row 0 ends with 2, and its root is 1",
+    ),
+    ("extend_tree", "text", ints([9, 8, 1, 0], [7, -6, 8, 5]), "text must not hold negative .*row 1 has -6 at 1"),
+    ("extend_tree", "log_probs", [-1.0, 0.5], "log_probs must be at most 0, got 0.5"),
     ("verify_tree", "tokens", ints([1, 2, 3, 10], [5, 6, 7, 0]), r"tokens .*0\.\.9.*10"),
     ("verify_tree", "temperature", ints(1.0, math.inf), "temperature .*inf"),
     ("verify_tree", "top_p", ints(1.0, 1.5), "top_p .*1.5"),
@@ -404,7 +459,9 @@ def test_tensors_of_another_device_are_refused(op: str) -> None:
                 call(**{**build(), name: value.to("meta")})
 
 
-@pytest.mark.parametrize("op", ["tree_depths", "ancestor_bits", "prune_tree", "merge_trees", "verify_tree"])
+@pytest.mark.parametrize(
+    "op", ["tree_depths", "ancestor_bits", "prune_tree", "merge_trees", "extend_tree", "verify_tree"]
+)
 def test_garbage_in_padding_slots_is_not_bad_input(op: str) -> None:
     call, build = OPS[op]
     arguments = build()

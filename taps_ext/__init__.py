@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as ops
+    from .checkpoints import CorpusStore as CorpusStore
     from .checkpoints import average_drafters as average_drafters
     from .checkpoints import export_drafter as export_drafter
     from .checkpoints import load_drafter as load_drafter
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 # Each public name and the module that has it; loaded on first use, so that `import taps_ext` costs nothing.
 _HOMES = {
+    "CorpusStore": "checkpoints",
     "CostTable": "decode.budget",
     "DecodeStats": "decode.stats",
     "DraftTree": "tree",

@@ -32,6 +32,7 @@ __all__ = [
     "ancestor_bits",
     "compact_kv",
     "expand_frontier",
+    "extend_tree",
     "merge_trees",
     "prune_tree",
     "tree_attention_mask",
@@ -173,6 +174,55 @@ def merge_trees(
     return MergedTrees(DraftTree(*fields), node_map)
 
 
+def extend_tree(
+    tree: DraftTree,
+    text: Tensor,
+    lengths: Tensor,
+    log_probs: Sequence[float],
+    max_extension: int,
+    window: int,
+    proposer: int = 0,
+) -> DraftTree:
+    """Append to each leaf the tokens that followed the end of its path at an earlier place of the row's own text.
+
+    The context of a leaf is the row's text and, behind it, the tokens of the leaf's path below the root. Its match is
+    the longest one, of at most M tokens, of the context's end with tokens of the text in front of another one; the
+    latest place wins among equals. What followed there becomes a chain of `max_extension` nodes below the leaf. Behind
+    the text the copy goes on in the path and then in itself: a text that repeats itself is continued. The chains stand
+    behind the other nodes, in the order of their leaves, with entropy 0; `prune_tree` then lets all nodes compete. The
+    capacity is N * (1 + max_extension).
+
+    Args:
+        tree: B trees of N slots; a root without children is a leaf.
+        text: int64 [B, L], the committed tokens of each row, of which the last one is the root's.
+        lengths: int64 [B], how many tokens of `text` count; a row of 0 is not extended.
+        log_probs: M numbers of at most 0, M at most 32: of a token behind a match of 1, 2, ..., M or more tokens, added
+            to its parent's score. A match grows with each token of its chain; -inf ends the chain.
+        window: only so many tokens at the end of a text count.
+        proposer: the bit mask of the new nodes, where the tree has `proposers`.
+
+    Source: prompt look-up decoding, at the leaves of a drafted tree; the copy beyond the text is that of LZ77.
+
+    >>> drafted = DraftTree(torch.tensor([[5, 6]]), torch.tensor([[-1, 0]]), torch.zeros(1, 2), torch.tensor([2]))
+    >>> text = torch.tensor([[5, 6, 7, 8, 5]])
+    >>> extend_tree(drafted, text, torch.tensor([5]), [-1.0, -0.5], max_extension=2, window=100).tokens
+    tensor([[5, 6, 7, 8, 0, 0]])
+    """
+    entropies = torch.zeros_like(tree.scores) if tree.entropies is None else tree.entropies
+    tokens, parents, scores, num_nodes, entropies, proposers = _ops().extend_tree(
+        *(tree.tokens, tree.parents, tree.scores, tree.num_nodes, entropies, tree.proposers),
+        *(text, lengths, log_probs, max_extension, window, proposer),
+    )
+    return DraftTree(
+        tokens,
+        parents,
+        scores,
+        num_nodes,
+        proposers=None if tree.proposers is None else proposers,
+        entropies=None if tree.entropies is None else entropies,
+    )
+
+
 def tree_depths(parents: Tensor, num_nodes: Tensor) -> Tensor:
     """Return the depth of every node, int64 [B, N]: 0 at the root; padding counts as a child of the root.
 
@@ -295,6 +345,9 @@ _SHAPES: dict[str, Callable[..., Sequence[Sequence[int]]]] = {
     ],
     "prune_tree": lambda tokens, max_nodes, **_: _tree_shapes(tokens.shape[0], tokens.shape[1], max_nodes, 2),
     "merge_trees": _merged_shapes,
+    "extend_tree": lambda tokens, max_extension, **_: _tree_shapes(
+        tokens.shape[0], tokens.shape[1] * (1 + max_extension), None, 2
+    ),
     "tree_depths": lambda parents, **_: [parents.shape],
     "ancestor_bits": lambda parents, **_: [(*parents.shape, (parents.shape[1] + 63) // 64)],
     "tree_attention_mask": lambda parents, kv_length, **_: [

@@ -32,6 +32,7 @@ __all__ = [
     "draw_token",
     "expand_frontier",
     "expansion_margin",
+    "extend_tree",
     "gumbel_noise",
     "is_ancestor",
     "kept_tokens",
@@ -266,6 +267,68 @@ def _union(trees: list[list[tuple[int, ...]]], scores: Tensor, capacity: int) ->
             best = score if math.isnan(known.score) or score > known.score else known.score
             union[path] = _UnionNode(known.first, best, known.proposers | 1 << d)
     return union
+
+
+# ---- tree extension
+
+
+def extend_tree(
+    tree: DraftTree,
+    text: Tensor,
+    lengths: Tensor,
+    log_probs: Sequence[float],
+    max_extension: int,
+    window: int,
+    proposer: int = 0,
+) -> DraftTree:
+    """Append to each leaf the tokens behind the longest match of its context in the text, the latest one of these."""
+    rows = []
+    for b in range(tree.batch_size):
+        count = int(tree.num_nodes[b])
+        row = _Row(
+            tree.tokens[b, :count].tolist(),
+            tree.parents[b, :count].tolist(),
+            tree.scores[b, :count].tolist(),
+            None if tree.entropies is None else tree.entropies[b, :count].tolist(),
+            None if tree.proposers is None else tree.proposers[b, :count].tolist(),
+        )
+        paths = _token_paths(tree.tokens[b], tree.parents[b], count)
+        counted = text[b, : int(lengths[b])].tolist()[-window:]
+        for leaf in (node for node in range(count) if node not in row.parents):
+            copied, matched = _continuation(counted, [*counted, *paths[leaf][1:]], len(log_probs), max_extension)
+            scores = _chain_scores(row.scores[leaf], log_probs, matched, len(copied))
+            row.parents.extend([leaf, *range(len(row.tokens), len(row.tokens) + len(scores))][: len(scores)])
+            row.tokens.extend(copied[: len(scores)])
+            row.scores.extend(scores)
+            (row.entropies or []).extend([0.0] * len(scores))
+            (row.proposers or []).extend([proposer] * len(scores))
+        rows.append(row)
+    capacity = tree.capacity * (1 + max_extension)
+    return _tree(rows, capacity, tree.entropies is not None, tree.proposers is not None)
+
+
+def _continuation(text: list[int], context: list[int], longest: int, limit: int) -> tuple[list[int], int]:
+    """Return the tokens that followed the longest, latest match of the context's end, and its length."""
+    for matched in range(min(longest, len(text) - 1), 0, -1):
+        for end in range(len(text) - 1, matched - 1, -1):
+            if text[end - matched : end] == context[-matched:]:
+                copied = list(context)
+                for place in range(end, end + limit):
+                    copied.append(copied[place])
+                return copied[len(context) :], matched
+    return [], 0
+
+
+def _chain_scores(score: float, log_probs: Sequence[float], matched: int, count: int) -> list[float]:
+    """Return the cumulative scores of a chain, up to the first one of -inf, in float32."""
+    scores: list[float] = []
+    sums = torch.tensor(score)
+    for step in range(count):
+        sums = sums + torch.tensor(log_probs[min(matched + step, len(log_probs)) - 1])
+        if not sums > -math.inf:
+            break
+        scores.append(float(sums))
+    return scores
 
 
 # ---- the draw

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .average import average_drafters, sweep
+from .corpus import CorpusStore
 from .export import ValidationReport, export_drafter, validate_drafter
 from .load import load_drafter, load_drafters, load_network, save_drafter
 
 __all__ = [
+    "CorpusStore",
     "ValidationReport",
     "average_drafters",
     "export_drafter",

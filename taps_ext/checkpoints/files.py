@@ -224,14 +224,8 @@ def write_drafter_files(
     """
     folder = Path(folder)
     check_drafter_output(folder)
-    place = folder.resolve()
-    check_writable(place.parent)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in place.parent.glob(f".{glob.escape(place.name)}.{'[0-9a-f]' * 8}.tmp"):  # of a killed process
-        _remove(leftover)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(place) as fresh:
-        fresh.mkdir()
+    with replacing_directory(folder) as fresh:
         weights = fresh / SAFETENSORS_FILE
         _write_safetensors(weights, tensors, {"format": "pt", "taps": json.dumps(metadata)})
         config = {**config, "taps": {**metadata, DIGEST: sha256(weights)}}
@@ -243,10 +237,15 @@ def write_drafter_files(
 
 def check_drafter_output(folder: Path) -> None:
     """Raise ValueError unless a drafter may be written there: nothing, an empty directory, or a drafter to replace."""
+    check_output(folder, {CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, CALIBRATION_FILE})
+
+
+def check_output(folder: Path, names: set[str]) -> None:
+    """Raise ValueError unless `folder` is free, or a directory in which there are only files of these names."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a new directory")
-    names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
-    if others := sorted(names - {CONFIG_FILE, SAFETENSORS_FILE, BIN_FILE, CALIBRATION_FILE}):
+    held = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.exists() else set()
+    if others := sorted(held - names):
         raise ValueError(f"{folder} holds other files ({', '.join(others)}); give a new directory")
 
 
@@ -286,6 +285,22 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         _remove(fresh)
+
+
+@contextmanager
+def replacing_directory(folder: Path) -> Iterator[Path]:
+    """Yield a new directory that takes the place of `folder` when the block ends; see `replacing`.
+
+    What a killed process left beside it is removed. Raise OSError if it cannot be written.
+    """
+    place = folder.resolve()
+    check_writable(place.parent)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in place.parent.glob(f".{glob.escape(place.name)}.{'[0-9a-f]' * 8}.tmp"):
+        _remove(leftover)
+    with replacing(place) as fresh:
+        fresh.mkdir()
+        yield fresh
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:

@@ -33,6 +33,7 @@ COMMANDS = (
     *(evaluate.evaluate, evaluate.report, evaluate.check_lossless),
     *(train.train, train.features, train.regenerate),
     *(drafters.calibrate, drafters.average, drafters.export, drafters.validate),
+    drafters.index,
 )
 RESUMABLE = (evaluate.evaluate, train.train, train.features, train.regenerate)
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)

@@ -1,30 +1,35 @@
-"""taps-ext average | export | validate | calibrate: drafters as files."""
+"""taps-ext average | export | validate | calibrate | index: drafters, and what they look up, as files."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 from .. import checkpoints
+from ..checkpoints.corpus import tokenizer_fingerprint, write_store
 from ..checkpoints.files import CALIBRATION_FILE, check_writable, write_text
+from ..checkpoints.load import open_target
 from ..native import choose_device
-from ..tiny import resolve
+from ..tiny import TINY, resolve
 from ..training import calibrating, calibration_picture
 from ..training.calibration_report import NUM_CHILDREN, TOPK, UNCOUPLED, CalibrationReport
 from ..training.config import DataConfig, SourceConfig
 from ..training.data import prepare, with_chat_template
+from ..training.sources import JsonLines
 from . import terminal
 from .terminal import show
 
 TEMPERATURES = list(calibrating.CalibrationSettings.temperatures)
 PICTURE, REPORT = "calibration.png", "calibration-report.json"
+ENCODED_TOGETHER = 256  # texts
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
 
@@ -175,3 +180,44 @@ def _table(report: CalibrationReport) -> Table:
             f"{cell.coupled.calibration_error:.3f}",
         )
     return table
+
+
+def index(
+    texts: Annotated[Path, typer.Argument(metavar="TEXTS", help='Documents, JSON Lines: {"text": "..."}.')],
+    output: terminal.Output[Path],
+    target: terminal.Target[str] = TINY,
+    as_json: terminal.AsJson = False,
+) -> None:
+    """Write a corpus store: the documents as the target's tokens, and an index of what followed any few of them."""
+    from transformers import AutoTokenizer
+
+    terminal.keep_logs_clean()
+    if not texts.is_file():
+        raise ValueError(f"{texts} is not a file; give JSON Lines with a text per line")
+    folder = resolve(target)
+    vocab_size = open_target(folder).config.vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with terminal.progress("tokenizing") as report:
+        documents = _documents(JsonLines(str(texts)), tokenizer, report)
+        header = write_store(output, documents, vocab_size, tokenizer_fingerprint(tokenizer))
+    sizes = f"{header['num_documents']:,} documents, {header['num_tokens']:,} tokens"
+    show(as_json, {"store": str(output), **header}, f"wrote {output}: {sizes}")
+
+
+def _documents(source: JsonLines, tokenizer: Any, report: terminal.Report) -> Iterator[list[int]]:
+    """Yield the token ids of each text; raise ValueError for a line that holds none."""
+    for first in range(0, len(source), ENCODED_TOGETHER):
+        places = range(first, min(first + ENCODED_TOGETHER, len(source)))
+        yield from tokenizer([_text(source, i) for i in places], add_special_tokens=False, verbose=False)["input_ids"]
+        report("tokenizing", places.stop, len(source))
+
+
+def _text(source: JsonLines, place: int) -> str:
+    try:
+        record = source.record(place)
+    except ValueError as error:
+        raise ValueError(f"{source.origin(place)}: {error}") from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{source.origin(place)} holds no {{"text": "..."}}; give a JSON object with a text per line')
+    return text

@@ -67,6 +67,9 @@ def generate(
         typer.Option(help="Factor by which evidence fades per token; 0 turns it off in 'merged'. Default: 0.95."),
     ] = None,
     costs_file: Annotated[Path | None, typer.Option("--costs", help="File of costs from 'taps-ext tune'.")] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Continue drafted paths with what followed them earlier in the text.")
+    ] = False,
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
     as_json: terminal.AsJson = False,
@@ -100,6 +103,7 @@ def generate(
         drafting=drafting,
         evidence_decay=evidence_decay,
         costs=costs,
+        extend=extend,
     )
     messages = [{"role": "user", "content": text if raw else text.strip()}]
     inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
@@ -226,7 +230,7 @@ def _check_prompt(model: Any, tokenizer: Any, length: int, raw: bool) -> None:
 def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> GenerationResult:
     """Print the text of each step as it arrives, and what the colours mean."""
     console = Console(highlight=False, soft_wrap=True)
-    palette, transcript = terminal.Palette(list(decoder.drafters)), terminal.Transcript(tokenizer)
+    palette, transcript = terminal.Palette(decoder.proposers), terminal.Transcript(tokenizer)
     events = decoder.stream(**inputs)
     while True:
         try:

@@ -32,6 +32,7 @@ from ..checkpoints.load import loading, open_target
 from ..training.progress import TimedLines
 
 T = TypeVar("T")
+Report = Callable[[str, int, int | None], None]  # of progress: what is done, how many, and of how many
 
 Target = Annotated[T, Option(help="Target model: directory or hub id; 'tiny' is the embedded one.")]
 DRAFTER_HELP = (
@@ -140,7 +141,7 @@ def process_index() -> int:
 
 
 @contextmanager
-def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None], None]]:
+def progress(what: str = "loading") -> Iterator[Report]:
     """Show a bar on stderr, or lines if it is no terminal; call the value with what is done, how many, of how many."""
     if process_index() or not sys.stderr.isatty():
         yield TimedLines(note)

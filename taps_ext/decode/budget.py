@@ -140,12 +140,12 @@ class TreeBudget:
 
     def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
         """Return the trees with as many nodes per row as pay, and the outlook of the trees given."""
-        depths = ops.tree_depths(tree.parents, tree.num_nodes)
+        depths = self._depths(tree)
         gains, levels = self._outlook(tree, depths, active)
         if tree.tokens.is_cpu:
             self._size, _ = self._best_size(gains[0].tolist())
         kept = ops.prune_tree(tree, self._size)
-        depths = ops.tree_depths(kept.parents, kept.num_nodes)
+        depths = self._depths(kept)
         chances = torch.where(kept.is_node() & (depths > 0) & active[:, None], kept.scores.exp(), 0)
         promised = chances.new_zeros(self.expected.shape).scatter_add_(1, depths, chances)
         return kept, Outlook(gains, levels, promised)
@@ -168,6 +168,10 @@ class TreeBudget:
         is_reached = (reached >= torch.arange(sums.shape[1])) & (sums > 0)
         self.accepted = PRIOR_NODES + DECAY * (self.accepted - PRIOR_NODES) + is_reached
         self.expected = PRIOR_NODES + DECAY * (self.expected - PRIOR_NODES) + sums
+
+    def _depths(self, tree: DraftTree) -> Tensor:
+        """Return the depth of each node, int64 [B, N]; deeper ones than drafters draft count as that."""
+        return ops.tree_depths(tree.parents, tree.num_nodes).clamp(max=self.expected.shape[1] - 1)
 
     def _outlook(self, tree: DraftTree, depths: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Return `gains` and `levels` of the trees."""

@@ -23,6 +23,8 @@ from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
 from .step import DecodeStep
 
+EXTENSION = "extension"  # the proposer of nodes that no drafter drafted
+
 
 @dataclass(frozen=True)
 class GenerationResult:
@@ -57,6 +59,8 @@ class SpeculativeDecoder:
             ones, wherever they are.
         costs: what a step costs on this machine, for a shape that adapts (`TreeShape.auto()`); by default it is
             measured at the first call with a batch size, in a few seconds, and kept in a file for later processes.
+        extend: continue the leaves of each tree with what followed their paths earlier in the row's own text. The new
+            nodes cost no drafting and compete for the slots of the tree; statistics name their proposer "extension".
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class SpeculativeDecoder:
         evidence_decay: float | None = None,
         joint_budget: int | None = None,
         costs: CostTable | None = None,
+        extend: bool = False,
     ) -> None:
         self.composition = make_composition(composition, max_nodes, evidence_decay)
         self.drafting = check_drafting(drafting)
@@ -79,6 +84,7 @@ class SpeculativeDecoder:
         self.target = target if isinstance(target, TargetModel) else TargetModel(target)
         self.shape = shape or TreeShape.auto()
         self.costs = costs
+        self.extend = extend
         self._composition_name = composition
         self._use(drafters, drafter)
 
@@ -95,14 +101,23 @@ class SpeculativeDecoder:
         other._use(drafters, drafter)
         return other
 
+    @property
+    def proposers(self) -> tuple[str, ...]:
+        """Names of all that propose nodes, in the order of their bits: the drafters, then the extension if it is on."""
+        return (*self.drafters, *([EXTENSION] if self.extend else []))
+
     def _use(self, drafters: Mapping[str, Drafter], drafter: str | None) -> None:
         self.drafters = _select_drafters(drafters, self._composition_name, drafter)
         for name, one in self.drafters.items():
             _refuse_other_sizes(name, one, self.target)
             if self.costs is not None and self.shape.adapts and name not in self.costs.draft_ms:
                 raise ValueError(f"the cost table has no cost of drafter {name!r}; measure one with these drafters")
+        if self.extend and (EXTENSION in self.drafters or len(self.drafters) > 62):
+            raise ValueError(f"with extend=True give at most 62 drafters, none of them named {EXTENSION!r}")
         chosen = list(self.drafters.values())
-        self._device_half = DecodeStep(self.target, chosen, self.composition, self.shape, self.joint_budget)
+        self._device_half = DecodeStep(
+            self.target, chosen, self.composition, self.shape, self.joint_budget, self.extend
+        )
         self._tables: dict[int, CostTable] = {}
 
     def cost_table(self, batch_size: int = 1, measure: bool = False) -> CostTable:
@@ -209,16 +224,18 @@ class SpeculativeDecoder:
         sampling = request.sampling.rows(batch_size, device)
         with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
             active = torch.ones(batch_size, dtype=torch.bool, device=device)
+            text = torch.zeros(batch_size, max(longest) + 1, dtype=torch.int64, device=device) if self.extend else None
         return DecodeState(
             kv=self.target.new_cache(batch_size),
             drafter_states=self._device_half.reset(batch_size, sampling if self._is_coupled(request) else None),
             sampling=sampling,
             rules=request.rules,
             rows=request.rows(),
-            stats=DecodeStats(tuple(self.drafters), batch_size),
+            stats=DecodeStats(self.proposers, batch_size),
             last_positions=torch.tensor(longest, device=device) - 2,
             root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
             active=active,
+            text=text,
             pending=[[] for _ in self.drafters],
             budget=budget or self._budget(batch_size),
         )

@@ -196,6 +196,7 @@ class DecodeState:
     last_positions: Tensor  # int64 [B], the last position whose logits can matter: behind it the text is full
     root_tokens: Tensor  # int64 [B], the last committed token, not yet in the cache
     active: Tensor  # bool [B], rows that still decode
+    text: Tensor | None  # int64 [B, longest + 1], the committed tokens, root included; None: nothing looks at them
     pending: list[list[Observation]]  # per drafter, what it has not observed yet
     budget: TreeBudget | None = None  # where the trees adapt
 

@@ -7,6 +7,7 @@ and transformers' logits processors run on the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,6 +25,13 @@ from .budget import Plan
 from .request import Request, process_logits
 from .state import Acceptance, DecodeState, Observation, StepOutput
 
+# How often the token behind a match of 1, 2, ... tokens of a row's own text is the next one: measured on the answers of
+# SmolLM2-135M-Instruct to 128 questions, greedy.
+MATCH_CONFIDENCES = (0.25, 0.57, 0.64, 0.66, 0.71, 0.78, 0.8, 0.8, 0.8, 0.8, 0.82, 0.91)
+MATCH_LOG_PROBS = [math.log(confidence) for confidence in MATCH_CONFIDENCES]
+MATCH_WINDOW = 4096  # tokens: a step costs the same in a text of any length
+MAX_EXTENSION = 8  # nodes below a leaf
+
 
 class DecodeStep:
     """Run decode steps with a target, drafters and a composition. Immutable: what changes is in the `DecodeState`."""
@@ -35,12 +43,14 @@ class DecodeStep:
         composition: Composition,
         shape: TreeShape,
         joint_budget: int | None,
+        extend: bool,
     ) -> None:
         self.target = target
         self.drafters = tuple(drafters)
         self.composition = composition
         self.shape = shape
         self.joint_budget = joint_budget
+        self.extend = extend
         self.groups = group_drafters(self.drafters)
 
     def reset(self, batch_size: int, sampling: SamplingRows | None) -> list[DrafterState]:
@@ -61,6 +71,9 @@ class DecodeStep:
         acceptance, log_probs = self.verify(request, state, roots, scored.logits, lengths.tensor)
         state.root_tokens = acceptance.bonus_tokens.clamp_min(0)
         next_tokens = tokens.roll(-1, dims=1).scatter(1, last, state.root_tokens[:, None])
+        if state.text is not None:
+            state.text[:, 0] = tokens[:, 0]
+            state.text[:, 1 : 1 + tokens.shape[1]] = next_tokens
         return StepOutput(roots, acceptance, scored.features, next_tokens, lengths.tensor, log_probs=log_probs)
 
     @torch.inference_mode()
@@ -104,6 +117,8 @@ class DecodeStep:
             trees = draft_chosen(self.drafters, chosen, state.drafter_states, *rows)
         self._refuse_other_capacities(trees, plan.shape)
         composed = self.composition.compose(trees, evidence)
+        if state.text is not None:
+            composed = replace(composed, tree=self._extended(composed.tree, state.text, plan.shape, state))
         if self.joint_budget is not None:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
         return replace(composed, tree=_trimmed(composed.tree))
@@ -148,6 +163,8 @@ class DecodeStep:
 
         `committed` are `output.num_committed`, with their copy on the host.
         """
+        if state.text is not None:
+            _append(state.text, state.kv.lengths.tensor + 1, output.acceptance.tokens, output.num_committed)
         lengths = state.kv.lengths.plus(committed)
         self.target.commit(output.acceptance.path, output.num_committed - 1, lengths, state.kv)
         bonus_tokens = output.acceptance.bonus_tokens.clamp_min(0)
@@ -171,6 +188,19 @@ class DecodeStep:
         for drafter, pending in zip(self.drafters, state.pending, strict=True):
             if drafter.uses_features:
                 pending.append(Observation(features, next_tokens, num_tokens))
+
+    def _extended(self, tree: DraftTree, text: Tensor, shape: TreeShape, state: DecodeState) -> DraftTree:
+        """Return the best nodes of the trees and of what their leaves continue in the rows' own texts.
+
+        The number of slots stays, and the new nodes have a proposer bit of their own, behind the drafters'.
+        """
+        bit = 1 << len(self.drafters)
+        lengths = torch.where(state.active, state.kv.lengths.tensor + 1, 0)
+        longer = ops.extend_tree(tree, text, lengths, MATCH_LOG_PROBS, MAX_EXTENSION, MATCH_WINDOW, bit)
+        if shape.min_score is not None:
+            is_low = (longer.proposers == bit) & (longer.scores < shape.min_score)
+            longer = replace(longer, scores=longer.scores.masked_fill(is_low, -torch.inf))
+        return ops.prune_tree(longer, tree.capacity)
 
     def _catch_up(self, index: int, state: DecodeState) -> None:
         """Show a drafter what it has not observed yet."""
@@ -204,9 +234,21 @@ class DecodeStep:
         return torch.stack([part.to(parts[0].device) for part in parts])
 
 
+<<<<<<< HEAD
 def _trimmed(tree: DraftTree) -> DraftTree:
     """Return the trees without unused slots; on a device the host would have to wait to know them."""
     return tree.trimmed(int(tree.num_nodes.max())) if tree.tokens.is_cpu else tree
+=======
+def _append(text: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    """Write the first `counts` [B] of `tokens` [B, N] behind each row's text; the last column takes the rest.
+
+    That column is never read: it keeps the indices in range where the host does not know the lengths.
+    """
+    slots = torch.arange(tokens.shape[1], device=tokens.device)
+    last = text.shape[1] - 1
+    places = torch.where(slots < counts[:, None], lengths[:, None] + slots, last)
+    text.scatter_(1, places.clamp_max(last), tokens)
+>>>>>>> extend
 
 
 def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: Tensor) -> Acceptance:
