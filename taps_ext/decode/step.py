@@ -234,11 +234,11 @@ class DecodeStep:
         return torch.stack([part.to(parts[0].device) for part in parts])
 
 
-<<<<<<< HEAD
 def _trimmed(tree: DraftTree) -> DraftTree:
     """Return the trees without unused slots; on a device the host would have to wait to know them."""
     return tree.trimmed(int(tree.num_nodes.max())) if tree.tokens.is_cpu else tree
-=======
+
+
 def _append(text: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> None:
     """Write the first `counts` [B] of `tokens` [B, N] behind each row's text; the last column takes the rest.
 
@@ -248,7 +248,6 @@ def _append(text: Tensor, lengths: Tensor, tokens: Tensor, counts: Tensor) -> No
     last = text.shape[1] - 1
     places = torch.where(slots < counts[:, None], lengths[:, None] + slots, last)
     text.scatter_(1, places.clamp_max(last), tokens)
->>>>>>> extend
 
 
 def verify(logits: Tensor, tree: DraftTree, sampling: SamplingRows, positions: Tensor) -> Acceptance:
