@@ -389,7 +389,7 @@ def test_an_option_is_spelled_and_means_the_same_in_every_command() -> None:
             replace(one, is_repeatable=False, help=one.help.removesuffix(" Repeatable.")) for one in by_command.values()
         }
         assert len(meanings) == 1, f"{spelling} of {', '.join(by_command)}: {meanings}"
-    assert len(options()["--target"]) == 8 and len(options()["--temperature"]) == 6, "the reader sees them"
+    assert len(options()["--target"]) == 9 and len(options()["--temperature"]) == 6, "the reader sees them"
 
 
 def test_output_has_a_short_form_and_every_command_prints_json() -> None:

@@ -191,7 +191,6 @@ def index(
     """Write a corpus store: the documents as the target's tokens, and an index of what followed any few of them."""
     from transformers import AutoTokenizer
 
-    terminal.keep_logs_clean()
     if not texts.is_file():
         raise ValueError(f"{texts} is not a file; give JSON Lines with a text per line")
     folder = resolve(target)
