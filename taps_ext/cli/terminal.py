@@ -28,6 +28,7 @@ from typer import Argument, Option
 from .. import tiny
 from ..checkpoints.files import json_text
 from ..checkpoints.load import open_target
+from ..training.progress import now_and_then
 
 T = TypeVar("T")
 
@@ -137,10 +138,15 @@ def keep_logs_clean() -> None:
 
 @contextmanager
 def progress(what: str = "loading") -> Iterator[Callable[[str, int, int | None], None]]:
-    """Show a bar on stderr, on terminals only; the value is called with what is done, how many, and of how many."""
+    """Show a bar on stderr, elsewhere than on a terminal a line now and then.
+
+    The value is called with what is done, how many, and of how many.
+    """
+    if not sys.stderr.isatty():
+        yield now_and_then(note)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    is_shown = not process_index() and sys.stderr.isatty()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_shown) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=bool(process_index())) as bars:
         bar = bars.add_task(what, total=None)
         yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
 

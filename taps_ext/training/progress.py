@@ -56,6 +56,8 @@ class Observer(Protocol):
         """The run ended, whatever the reason."""
 
 
+Progress = Callable[[str, int, int | None], None]  # called with what is done, how many, and of how many (None: unknown)
+
 TELL_AFTER_S = 10.0
 TELL_EVERY = 100  # conversations
 
@@ -187,6 +189,19 @@ class _Recent:
     def accuracy(self) -> list[float]:
         by_pass = zip(*(record.accuracy for record in self._records), strict=True)
         return [sum(one) / len(self._records) for one in by_pass]
+
+
+def now_and_then(tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Return a callback that passes a line such as "draws: 640 of 2,048" to `tell` every `TELL_AFTER_S` at most."""
+    told = clock()
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        nonlocal told
+        if clock() - told >= TELL_AFTER_S:
+            told = clock()
+            tell(f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}")
+
+    return progress
 
 
 def preparation(done: int, total: int | None) -> str:
