@@ -33,7 +33,7 @@ from taps_ext.checkpoints.files import CALIBRATION_FILE, check_drafter_output, r
 from taps_ext.checkpoints.formats import CalibrationRecord, read_calibration, write_calibration
 from taps_ext.drafters import EagleDrafter
 from taps_ext.drafters.coupling import Calibration
-from taps_ext.training import Example, TokenDataset, trainer
+from taps_ext.training import Example, TokenDataset, progress, trainer
 from taps_ext.training import calibrate as calibrating
 from taps_ext.training.calibrate import (
     CANDIDATES,
@@ -114,11 +114,23 @@ def test_the_fit_ends_at_the_optimum_and_noise_never_makes_the_draws_less_likely
     assert zero == 0 and loss <= without + 1e-4
 
 
-def test_noise_that_misleads_is_not_used() -> None:
-    """The cell is that of the fit without noise, so that the drafter drafts no worse than without a calibration."""
+def misled() -> Sample:
+    """Draws of a target that picks what has little noise."""
     logits, noise = 2 * torch.randn(400, 30, generator=torch.Generator().manual_seed(1)), gumbel(400, 30)
-    sample = sample_of(logits, noise, (logits - noise).argmax(-1), 1.0)
-    cell = calibrating._cell(sample, sample, 1.0, 1)
+    return sample_of(logits, noise, (logits - noise).argmax(-1), 1.0)
+
+
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_noise_that_does_not_gain_is_not_used(ends_badly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit without noise stands then, so that the drafter drafts no worse than without a calibration."""
+
+    def wrong(sample: Sample, temperature: float, with_noise: bool = True) -> tuple[float, float, float]:
+        loss, alpha, beta = fit(sample, temperature, with_noise)
+        return (loss + 0.001, alpha + 1, beta + 1) if with_noise else (loss, alpha, beta)
+
+    if ends_badly:
+        monkeypatch.setattr(calibrating, "fit", wrong)
+    cell = calibrating._cell(misled(), misled(), 1.0, 1)
     assert cell.beta == 0 and cell.alpha == cell.uncoupled_alpha and cell.coupled == cell.uncoupled
     assert cell.coupled.nats <= cell.topk.nats
 
@@ -523,6 +535,20 @@ def test_the_command_writes_the_same_file_each_time_and_shows_what_it_is_worth(
     assert "texts" not in written["data"], "what they were to the drafter's training is not known"
     assert str(tmp_path) not in before.decode() and str(data.parent) not in before.decode()
     assert load_drafter(folder, tiny.load_target()[0]).calibration == Calibration.from_dict(written)
+
+
+def test_without_a_terminal_a_line_tells_now_and_then_how_far_it_is(
+    run, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command and the end of a run; standard output stays JSON."""
+    monkeypatch.setattr(progress, "TELL_AFTER_S", 0.0)
+    code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", "--json")
+    assert code == 0 and json.loads(out)["files"] == [str(folder / CALIBRATION_FILE)]
+    for line in ("conversations: 30 of 30", r"texts: 8 of \d+", r"draws: 32 of \d+", "fits: 3 of 4"):
+        assert re.search(f"^{line}$", err, re.MULTILINE), line
+    watcher = Watcher()
+    small_trainer(tmp_path / "run", watcher, steps=1, calibrate=True).train()
+    assert any(note.startswith("fits: 3 of") for note in watcher.notes)
 
 
 def test_the_file_names_neither_time_nor_place(folder: Path, data: Path) -> None:

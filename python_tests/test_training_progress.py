@@ -53,7 +53,7 @@ def test_a_long_preparation_says_now_and_then_how_far_it_is() -> None:
     for done in range(1, 41):
         observer.preparing(done, None if done <= 20 else 1000)
     lines = stream.getvalue().splitlines()
-    assert len(lines) == 2 and "conversations read" in lines[0] and "of 1,000 conversations" in lines[1]
+    assert lines == ["conversations: 20", "conversations: 40 of 1,000"]
 
 
 def test_on_a_terminal_the_preparation_is_one_line_that_ends_with_the_next_sentence() -> None:
@@ -63,8 +63,8 @@ def test_on_a_terminal_the_preparation_is_one_line_that_ends_with_the_next_sente
         observer.preparing(done, None)
     observer.note("all is read")
     run(observer, 0, 5, validate_every=5)
-    assert "300 conversations read" in stream.getvalue()
-    assert stream.getvalue().index("all is read") > stream.getvalue().index("conversations read")
+    assert "conversations: 300" in stream.getvalue()
+    assert stream.getvalue().index("all is read") > stream.getvalue().index("conversations: 300")
 
 
 def test_a_share_of_nothing_is_a_dash() -> None:

@@ -80,13 +80,11 @@ class LineObserver:
         self._stream = stream
         self._clock = clock
         self._recent = _Recent(log_every)
-        self._told = clock()  # when the last line on the preparation was written
+        self._prepared = now_and_then(self.note, clock)
 
     def preparing(self, done: int, total: int | None) -> None:
         """A line now and then."""
-        if self._clock() - self._told >= TELL_AFTER_S:
-            self._told = self._clock()
-            self.note(preparation(done, total))
+        self._prepared("conversations", done, total)
 
     def start(self, first_step: int, num_steps: int) -> None:
         """Say where a resumed run goes on."""
@@ -140,7 +138,7 @@ class BarObserver:
     def preparing(self, done: int, total: int | None) -> None:
         """A line that counts, until something else is said."""
         if done % TELL_EVERY == 0:
-            self._status.update(preparation(done, total))
+            self._status.update(so_far("conversations", done, total))
             self._status.start()
 
     def start(self, first_step: int, num_steps: int) -> None:
@@ -192,21 +190,21 @@ class _Recent:
 
 
 def now_and_then(tell: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Progress:
-    """Return a callback that passes a line such as "draws: 640 of 2,048" to `tell` every `TELL_AFTER_S` at most."""
+    """Return a callback that passes a line on how far the work is to `tell`, every `TELL_AFTER_S` seconds at most."""
     told = clock()
 
     def progress(what: str, done: int, total: int | None) -> None:
         nonlocal told
         if clock() - told >= TELL_AFTER_S:
             told = clock()
-            tell(f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}")
+            tell(so_far(what, done, total))
 
     return progress
 
 
-def preparation(done: int, total: int | None) -> str:
-    """How far the data is prepared."""
-    return f"{done:,} conversations read" if total is None else f"{done:,} of {total:,} conversations as tokens"
+def so_far(what: str, done: int, total: int | None) -> str:
+    """Return how far the work is, such as "draws: 640 of 2,048"."""
+    return f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}"
 
 
 def resumption(first_step: int, num_steps: int) -> str:
