@@ -34,12 +34,22 @@ from taps_ext.checkpoints.files import CALIBRATION_FILE, check_drafter_output, r
 from taps_ext.checkpoints.formats import CalibrationRecord, read_calibration, write_calibration
 from taps_ext.drafters import EagleDrafter
 from taps_ext.drafters.coupling import Calibration
-from taps_ext.training import Example, TokenDataset, calibrating, coupled_draws, trainer
-from taps_ext.training.calibrating import CalibrationSettings, calibrate, calibrate_drafter
-from taps_ext.training.calibration_report import COUPLED, TOPK, UNCOUPLED, CalibrationReport, measure
+from taps_ext.training import Example, TokenDataset, progress, trainer
+from taps_ext.training import calibrate as calibrating
+from taps_ext.training.calibrate import (
+    CANDIDATES,
+    LEAST_ALPHA,
+    CalibrationReport,
+    CalibrationSettings,
+    Draws,
+    Sample,
+    calibrate,
+    calibrate_drafter,
+    draw,
+    fit,
+    measure,
+)
 from taps_ext.training.config import ObjectiveConfig, Recipe
-from taps_ext.training.coupled_draws import Draws
-from taps_ext.training.coupled_likelihood import LEAST_ALPHA, Likelihood, fit, likelihood
 from taps_ext.training.data import prepare
 from taps_ext.training.draft_slots import DraftSlots, collect
 from taps_ext.training.features import FrozenTarget
@@ -58,17 +68,11 @@ def gumbel(*shape: int, seed: int = 0) -> Tensor:
     return -torch.empty(*shape).exponential_(generator=generator).log()
 
 
-def fitted(
-    logits: Tensor, noise: Tensor, drawn: Tensor, temperature: float, with_noise: bool = True
-) -> tuple[float, float, float]:
-    """alpha, beta, and the nats a draw there."""
-
-    def evaluate(coefficients: Tensor) -> Likelihood:
-        alpha, beta = coefficients[0].tolist()
-        return Likelihood(*(part[None] for part in likelihood(logits, noise, drawn, temperature, alpha, beta)))
-
-    found = fit(evaluate, torch.tensor([temperature]), torch.tensor([len(drawn)]), with_noise)
-    return *found[0].tolist(), float(evaluate(found).loss) / len(drawn)
+def sample_of(logits: Tensor, noise: Tensor, drawn: Tensor, temperature: float) -> Sample:
+    """Draws with every token as a candidate."""
+    reach = torch.ones(len(drawn), dtype=torch.int64)
+    draws = Draws(logits[None], noise, torch.zeros_like(noise), drawn[None], reach, repeats=1)
+    return draws.sample(temperature, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -77,27 +81,9 @@ def fitted(
 def test_the_fit_finds_the_coefficients_that_made_the_draws(temperature: float, alpha: float, beta: float) -> None:
     logits, noise = 2 * torch.randn(4000, 50, generator=torch.Generator().manual_seed(1)), gumbel(4000, 50)
     drawn = (alpha * logits / temperature + beta * noise + gumbel(4000, 50, seed=2)).argmax(-1)
-    found = fitted(logits, noise, drawn, temperature)
+    _, *found = fit(sample_of(logits, noise, drawn, temperature), temperature)
     assert found[0] == pytest.approx(alpha, rel=0.06, abs=0.02)  # the standard error is 1 to 2%
     assert found[1] == pytest.approx(beta, rel=0.06, abs=0.04)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_derivatives_are_those_of_the_mean_cross_entropy(seed: int) -> None:
-    random = Random(seed)
-    logits, noise = 3 * torch.randn(30, 17, generator=torch.Generator().manual_seed(seed)), gumbel(30, 17, seed=seed)
-    drawn = torch.randint(17, (30,), generator=torch.Generator().manual_seed(seed))
-    temperature, point = random.uniform(0.2, 2), torch.tensor([random.uniform(0.1, 3), random.uniform(0, 3)])
-
-    def loss(coefficients: Tensor) -> Tensor:
-        scores = coefficients[0] * logits.double() / temperature + coefficients[1] * noise.double()
-        return torch.nn.functional.cross_entropy(scores, drawn, reduction="sum")
-
-    point = point.double()
-    found = likelihood(logits, noise, drawn, temperature, *point.tolist())
-    expected = loss(point), torch.func.grad(loss)(point), torch.func.hessian(loss)(point)
-    for own, other in zip(found, expected, strict=True):  # float32 sums over a row
-        torch.testing.assert_close(own, other, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", [*range(40), 133, 181, 304, 476])  # in the last ones whole Newton steps diverge
@@ -109,72 +95,144 @@ def test_the_fit_ends_at_the_optimum_and_noise_never_makes_the_draws_less_likely
     noise, temperature = gumbel(num_draws, size, seed=seed), random.choice((0.1, 0.7, 1.0, 10.0))
     drawn = (random.uniform(-1, 1) * logits + random.uniform(-5, 5) * noise).argmax(-1)
 
-    def objective(alpha: float, beta: float) -> tuple[float, Tensor]:
-        """The mean loss and its gradient, with the pull of one place towards EAGLE-2."""
-        found, away = likelihood(logits, noise, drawn, temperature, alpha, beta), (alpha - temperature, beta)
-        pull = sum(value**2 for value in away) / 2
-        return (float(found.loss) + pull) / num_draws, (found.gradient + torch.tensor(away)) / num_draws
+    def objective(coefficients: Tensor) -> Tensor:
+        """The mean cross-entropy, with the pull of one place towards EAGLE-2."""
+        scores = coefficients[0] * logits.double() / temperature + coefficients[1] * noise.double()
+        pull = (coefficients - torch.tensor([temperature, 0.0])).square().sum() / 2
+        return torch.nn.functional.cross_entropy(scores, drawn) + pull / num_draws
 
-    alpha, beta, _ = fitted(logits, noise, drawn, temperature)
-    loss, gradient = objective(alpha, beta)
-    allowed = 1e-3 * max(1.0, float(logits.abs().max()) / temperature)  # float32, and steps that end below 1e-5
-    for value, least, slope in ((alpha, LEAST_ALPHA, gradient[0]), (beta, 0.0, gradient[1])):
+    sample = sample_of(logits, noise, drawn, temperature)
+    loss, *found = fit(sample, temperature)
+    coefficients = torch.tensor(found, dtype=torch.float64)
+    gradient, hessian = (derive(objective)(coefficients) for derive in (torch.func.grad, torch.func.hessian))
+    allowed = 2e-3 + 2e-4 * hessian.abs().sum(-1)  # float32, and coefficients of four digits
+    for value, least, slope, error in zip(found, (LEAST_ALPHA, 0.0), gradient, allowed, strict=True):
         assert value >= least
-        assert abs(slope) < allowed or (value == pytest.approx(least) and slope > 0)
-    uncoupled, zero, _ = fitted(logits, noise, drawn, temperature, with_noise=False)
-    assert zero == 0 and loss <= objective(uncoupled, 0.0)[0] + 1e-6
+        assert abs(slope) < error or (value == pytest.approx(least, abs=1e-4) and slope > 0)
+    assert loss == pytest.approx(float(objective(coefficients)), abs=1e-4)
+    _, uncoupled, zero = fit(sample, temperature, with_noise=False)
+    without = float(objective(torch.tensor([uncoupled, 0.0], dtype=torch.float64)))
+    assert zero == 0 and loss <= without + 1e-4
 
 
-def slots_of(truth: Tensor, drafted: Tensor) -> DraftSlots:
-    """Slots that every depth reaches, each in a text of its own; features are logits."""
-    count = len(truth)
-    return DraftSlots(truth, drafted, torch.full((count,), len(drafted)), torch.arange(count))
+def misled() -> Sample:
+    """Draws of a target that picks what has little noise."""
+    logits, noise = 2 * torch.randn(400, 30, generator=torch.Generator().manual_seed(1)), gumbel(400, 30)
+    return sample_of(logits, noise, (logits - noise).argmax(-1), 1.0)
 
 
-def draws_of(slots: DraftSlots, *temperatures: float, wanted: int = 0) -> Draws:
-    return Draws(slots, lambda features: features, temperatures, wanted, "0", lambda *_: None)
+@pytest.mark.parametrize("ends_badly", [False, True])
+def test_noise_that_does_not_gain_is_not_used(ends_badly: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit without noise stands then, so that the drafter drafts no worse than without a calibration."""
+
+    def wrong(sample: Sample, temperature: float, with_noise: bool = True) -> tuple[float, float, float]:
+        loss, alpha, beta = fit(sample, temperature, with_noise)
+        return (loss + 0.001, alpha + 1, beta + 1) if with_noise else (loss, alpha, beta)
+
+    if ends_badly:
+        monkeypatch.setattr(calibrating, "fit", wrong)
+    cell = calibrating._cell(misled(), misled(), 1.0, 1)
+    assert cell.beta == 0 and cell.alpha == cell.uncoupled_alpha and cell.coupled == cell.uncoupled
+    assert cell.coupled.nats <= cell.topk.nats
+
+
+def slots_of(*features: Tensor) -> DraftSlots:
+    """Slots of the target's features and of the drafter's by depth, all reached, each in a text of its own."""
+    count = len(features[0])
+    return DraftSlots(torch.stack(features), torch.full((count,), len(features) - 1), torch.arange(count))
+
+
+def draws_of(slots: DraftSlots, *temperatures: float, wanted: int = 0, seed: str = "0") -> Draws:
+    """Features are logits."""
+    return draw(slots, lambda features: features, temperatures, wanted, seed, lambda *_: None)
 
 
 def test_a_perfect_drafter_is_trusted_with_all_the_noise_and_a_blind_one_with_all_but_its_own_word() -> None:
     truth = 2 * torch.randn(1500, 40, generator=torch.Generator().manual_seed(0))
-    table = calibrating._fit(draws_of(slots_of(truth, torch.stack((truth, 0 * truth))), 0.5, 1.0), with_noise=True)
-    for alpha, beta in table[:, 0].tolist():
+    temperatures = (0.5, 1.0)
+    draws = draws_of(slots_of(truth, truth, 0 * truth), *temperatures)
+    for t, temperature in enumerate(temperatures):
+        (_, alpha, beta), blind = (fit(draws.sample(temperature, t, d), temperature) for d in range(2))
         assert alpha == pytest.approx(beta, rel=0.02), "what it ranks first is what the target draws"
         assert 5 < beta < 30, "the likelihood alone would have no end"
-    for alpha, beta in table[:, 1].tolist():
-        assert 0 < beta < 1.5 and alpha == pytest.approx(0.75, abs=0.26), "nothing is known of alpha: it stays"
+        assert 0 < blind[2] < 1.5 and blind[1] == pytest.approx(temperature, abs=1e-3), "nothing is known of it"
 
 
 def test_several_draws_at_a_place_count_as_one_place() -> None:
     """Against the pull towards EAGLE-2, which decides where a perfect drafter ends."""
     truth = 2 * torch.randn(200, 40, generator=torch.Generator().manual_seed(0))
-    slots = slots_of(truth, truth[None])
-    once, often = (calibrating._fit(draws_of(slots, 1.0, wanted=n * 200), with_noise=True)[0, 0, 1] for n in (1, 4))
-    assert float(often) == pytest.approx(float(once), rel=0.2)
+    draws = [draws_of(slots_of(truth, truth), 1.0, wanted=n * 200) for n in (1, 4)]
+    assert [len(one.noise) for one in draws] == [200, 800]
+    once, often = (fit(one.sample(1.0, 0, 0), 1.0)[2] for one in draws)
+    assert often == pytest.approx(once, rel=0.2)
 
 
 def test_the_draws_are_the_targets_own_and_their_noise_is_gumbel_noise() -> None:
     truth = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]]).expand(12_000, 4).contiguous()
-    chunks = list(draws_of(slots_of(truth, truth[None]), 0.5, 1.0).chunks(""))
-    drawn = torch.cat([chunk.drawn for chunk in chunks], dim=1)
-    for temperature, tokens in zip((0.5, 1.0), drawn, strict=True):
+    draws = draws_of(slots_of(truth, truth), 0.5, 1.0)
+    for temperature, tokens in zip((0.5, 1.0), draws.drawn, strict=True):
         shares = torch.bincount(tokens, minlength=4) / 12_000
         torch.testing.assert_close(shares, (truth[0] / temperature).softmax(-1), rtol=0, atol=0.015)  # 3 sigma
-    noise = torch.cat([chunk.noise for chunk in chunks])
-    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.02) and noise.isfinite().all()
-    assert float(noise.var()) == pytest.approx(torch.pi**2 / 6, abs=0.05)
+    assert float(draws.noise.mean()) == pytest.approx(0.5772, abs=0.02) and draws.noise.isfinite().all()
+    assert float(draws.noise.var()) == pytest.approx(torch.pi**2 / 6, abs=0.05)
 
 
-def test_what_is_kept_in_memory_and_what_is_made_anew_are_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    truth = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
-    drafted = torch.stack((truth, truth.flip(0)))
-    tables = []
-    for kept, values in ((coupled_draws.KEPT_VALUES, 1 << 14), (0, 1 << 14), (0, 1 << 12)):
-        monkeypatch.setattr(coupled_draws, "KEPT_VALUES", kept)
-        monkeypatch.setattr(coupled_draws, "CPU_VALUES", values)
-        tables.append(calibrating._fit(draws_of(slots_of(truth, drafted), 0.7, 1.0, wanted=900), with_noise=True))
-    assert torch.equal(tables[0], tables[1])
-    torch.testing.assert_close(tables[1], tables[2], rtol=0, atol=0.05)  # chunks of another size draw other noise
+@pytest.mark.parametrize(("sharpness", "beta"), [(1.0, 0.4), (3.0, 0.9)])
+def test_of_a_large_vocabulary_the_candidates_give_the_fit_that_all_tokens_give(
+    sharpness: float, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, count = 6 * CANDIDATES, 120
+    truth = sharpness * torch.randn(count, size, generator=torch.Generator().manual_seed(0))
+    slots = slots_of(truth, truth + torch.randn(count, size, generator=torch.Generator().manual_seed(1)) / beta)
+    few, genuine = draws_of(slots, 0.7, 1.0), calibrating._candidates
+
+    def take_all(logits: Tensor, noise: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        genuine(logits, noise, *others)  # for the same random numbers afterwards
+        return torch.arange(size).expand_as(noise), torch.zeros_like(noise)
+
+    monkeypatch.setattr(calibrating, "_candidates", take_all)
+    everything = draws_of(slots, 0.7, 1.0)
+    assert few.noise.shape == (count, CANDIDATES) and everything.noise.shape == (count, size)
+    for t, temperature in enumerate((0.7, 1.0)):
+        own, other = few.sample(temperature, t, 0), everything.sample(temperature, t, 0)
+        (_, *found), (_, *expected) = fit(own, temperature), fit(other, temperature)
+        assert found == pytest.approx(expected, rel=0.01, abs=0.005)  # the standard error of 120 draws is 10 to 20%
+        figures, exact = measure(own, *expected), measure(other, *expected)
+        assert figures.nats == pytest.approx(exact.nats, abs=0.02) and figures.hit_rate == exact.hit_rate
+
+
+def test_candidates_stand_for_all_tokens_and_the_drawn_ones_for_themselves() -> None:
+    size, generator = 5 * CANDIDATES, torch.Generator().manual_seed(0)
+    logits, noise = torch.randn(2, 20, size, generator=generator).log_softmax(-1), gumbel(20, size)
+    drawn = torch.randint(size, (3, 20), generator=generator)
+    tokens, log_counts = calibrating._candidates(logits, noise, drawn, generator)
+    assert all(len(set(row)) == CANDIDATES for row in tokens.tolist())
+    assert ((tokens == drawn[..., None]) & (log_counts == 0)).any(-1).all()
+    assert log_counts.exp().sum(-1).mean() == pytest.approx(size, rel=0.1)
+    for logs in logits:
+        assert (logs.gather(1, tokens) + log_counts).exp().sum(-1).mean() == pytest.approx(1, rel=0.02)
+
+
+def test_the_head_is_computed_once_per_place_and_noise_once_per_draw() -> None:
+    """However many temperatures and evaluations the fit takes."""
+    source, rows, noises = FrozenTarget(small_target()), [], []
+    genuine, exponential = source.logits, Tensor.exponential_
+
+    def counted(features: Tensor) -> Tensor:
+        rows.append(features[..., 0].numel())
+        return genuine(features)
+
+    def noted(values: Tensor, **options: Any) -> Tensor:
+        noises.append(len(values))
+        return exponential(values, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "logits", counted)
+        patch.setattr(Tensor, "exponential_", noted)
+        found = calibrate(new_drafter(), source, small_dataset(60), CalibrationSettings((0.5, 1.0, 1.5), depth=2))
+    num_places = found.num_fitted + found.num_held_out
+    assert sum(rows) == num_places * 3, "the target's features and those of two depths"
+    assert sum(noises) == num_places * found.repeats and found.repeats > 1
 
 
 # --- where drafts are made -------------------------------------------------------------------------------------------
@@ -191,11 +249,16 @@ def test_slots_are_those_where_a_step_can_have_drafted_at_each_depth(seed: int) 
         for depth in range(1, 5):
             if all(mask[root : root + depth + 1]) and root + depth < len(mask):
                 expected[root + depth] = max(depth, expected.get(root + depth, 0))
-    parts = list(collect(new_drafter(), FrozenTarget(small_target()), dataset, 4, 1000, seed))
-    found = [part for part, _, _ in parts]
-    assert sum(map(len, found)) == len(expected)
-    if found:
-        assert found[0].reach.tolist() == [expected[token] for token in sorted(expected)]
+    if not expected:
+        with pytest.raises(ValueError, match="no place where something could be drafted"):
+            slots_from(FrozenTarget(small_target()), dataset, 4, 1000, seed)
+        return
+    found = slots_from(FrozenTarget(small_target()), dataset, 4, 1000, seed)
+    assert found.reach.tolist() == [expected[token] for token in sorted(expected)]
+
+
+def slots_from(source: FrozenTarget, dataset: TokenDataset, depth: int, count: int, seed: int = 0) -> DraftSlots:
+    return collect(new_drafter(), source, dataset, depth, count, seed, lambda *_: None)
 
 
 @cache
@@ -214,33 +277,35 @@ def test_drafts_and_truth_are_those_of_the_aligned_passes() -> None:
     for _ in range(3):
         guesses.append(model(batch, streams).guesses)
         streams.append(next_stream(streams[-1], guesses[-1]))
-    (part, done, total), *others = collect(network, source, dataset, 3, 1000, 0)
-    assert not others and done == total
-    for slot in range(len(part)):
-        same = (batch.next_features - part.truth[slot]).abs().amax(-1) < 1e-6
+    slots = slots_from(source, dataset, 3, 1000)
+    for slot in range(len(slots)):
+        same = (batch.next_features - slots.features[0, slot]).abs().amax(-1) < 1e-6
         (row, place), *_ = same.nonzero().tolist()
-        for d in range(int(part.reach[slot])):
-            torch.testing.assert_close(part.drafted[d, slot], guesses[d][row, place], rtol=1e-5, atol=1e-5)
+        for d in range(int(slots.reach[slot])):
+            torch.testing.assert_close(slots.features[d + 1, slot], guesses[d][row, place], rtol=1e-5, atol=1e-5)
 
 
 def test_texts_that_measure_are_not_texts_that_were_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Draws] = []
-    monkeypatch.setattr(calibrating, "Draws", lambda *given: taken.append(Draws(*given)) or taken[-1])
+    taken: list[tuple[DraftSlots, Draws]] = []
+
+    def noted(slots: DraftSlots, *given: Any) -> Draws:
+        taken.append((slots, draw(slots, *given)))
+        return taken[-1][1]
+
+    monkeypatch.setattr(calibrating, "draw", noted)
     source, dataset = FrozenTarget(small_target()), small_dataset(60)
     found = calibrate(new_drafter(), source, dataset, CalibrationSettings((1.0,), depth=2, positions=200))
-    fitted_on, measured_on = ({*draws.slots.sequence.tolist()} for draws in taken)
+    fitted_on, measured_on = ({*slots.sequence.tolist()} for slots, _ in taken)
     assert not fitted_on & measured_on and len(fitted_on) > 2 * len(measured_on) > 10
-    assert (found.num_fitted, found.num_held_out) == tuple(len(draws.slots) for draws in taken)
-    assert not torch.equal(*(next(draws.chunks("")).noise[:9] for draws in taken)), "nor is their noise"
+    assert (found.num_fitted, found.num_held_out) == tuple(len(slots) for slots, _ in taken)
+    assert not torch.equal(*(draws.noise[:9] for _, draws in taken)), "nor is their noise"
 
 
 def test_of_much_text_a_random_part_is_taken() -> None:
     source, dataset = FrozenTarget(small_target()), small_dataset(80)
-    taken = [part for part, _, _ in collect(new_drafter(), source, dataset, 2, 100, 0)]
-    sequences = torch.cat([part.sequence for part in taken])
-    assert len(sequences) == 100 and len(set(sequences.tolist())) > 40
-    again = [part for part, _, _ in collect(new_drafter(), source, dataset, 2, 100, 1)]
-    assert not torch.equal(taken[0].truth[:3], again[0].truth[:3])
+    taken, again = (slots_from(source, dataset, 2, 100, seed) for seed in (0, 1))
+    assert len(taken) == 100 and len(set(taken.sequence.tolist())) > 40
+    assert not torch.equal(taken.features[:, :3], again.features[:, :3])
 
 
 # --- a real drafter --------------------------------------------------------------------------------------------------
@@ -265,9 +330,9 @@ def report(seed: int = 0) -> CalibrationReport:
 
 def test_on_texts_that_were_left_out_the_noise_gains_nats_at_every_depth() -> None:
     for cell in report().cells:
-        assert cell.gain_over(UNCOUPLED) > 0.1 and cell.gain_over(TOPK) > 0.1, cell
-    for temperature in (0.7, 1.0):
-        assert [cell.depth for cell in report().at(temperature)] == [1, 2, 3, 4]
+        assert cell.coupled.nats < min(cell.uncoupled.nats, cell.topk.nats) - 0.1, cell
+    places = [(cell.temperature, cell.depth) for cell in report().cells]
+    assert places == [(temperature, depth) for temperature in (0.7, 1.0) for depth in (1, 2, 3, 4)]
 
 
 def test_more_temperature_means_more_noise() -> None:
@@ -286,11 +351,15 @@ def test_the_same_settings_give_the_same_calibration_and_another_seed_nearly() -
 
 def test_measures_count_what_they_say() -> None:
     scores = torch.tensor([[0.54, 0.25, 0.21, 0, 0, 0, 0, 0, 0, 0, 0], [0.91, 0.05, 0.04, 0, 0, 0, 0, 0, 0, 0, 0]])
-    found = measure(scores.log(), torch.tensor([0, 1]))
-    assert found.nats == pytest.approx(-float(torch.tensor([0.54, 0.05]).log().mean()))
-    assert found.hit_rate == 1 and found.num_children == (16, 0, 2, 0, 0, 1, 0, 0, 0, 1)
-    assert found.observed == (1, 0, 0, 0, 0, 1, 0, 0, 0, 0)
-    assert found.calibration_error == pytest.approx((0.91 + 0.46 + 0.46 + 0.91) / 2)
+    scores = torch.cat([scores, scores.roll(1, dims=1)]).clamp(min=1e-9)
+    scores[3, 0] = 1e-10
+    scores.log_()
+    found = measure(sample_of(scores, torch.zeros_like(scores), torch.tensor([0, 1, 3, 0]), 1.0), 1.0, 0.0)
+    assert found.nats == pytest.approx(-float(torch.tensor([0.54, 0.05, 0.21, 1e-10]).log().mean()), rel=1e-5)
+    assert found.hit_rate == 0.75, "the last one is not among the ten best of eleven"
+    # Bins of the probabilities 0 to 0.1, 0.2 to 0.3, 0.5 to 0.6 and 0.9 to 1; what is drawn is in the first three.
+    surplus = (2 * (0.05 + 0.04) - 1, 2 * (0.25 + 0.21) - 1, 2 * 0.54 - 1, 2 * 0.91)
+    assert found.calibration_error == pytest.approx(sum(map(abs, surplus)) / 4, rel=1e-4)
 
 
 def test_texts_with_too_little_to_draft_are_refused_or_fitted_less_deep() -> None:
@@ -451,24 +520,36 @@ SMALL = ("--target=tiny", "--temperature=1", "--temperature=0.5", "--depth=2", "
 def test_the_command_writes_the_same_file_each_time_and_shows_what_it_is_worth(
     run, folder: Path, data: Path, tmp_path: Path
 ) -> None:
-    path, shown = folder / CALIBRATION_FILE, tmp_path / "shown"
+    path = folder / CALIBRATION_FILE
     path.write_text("damaged")
-    code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", f"--output={shown}")
+    code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}")
     assert code == 0, err
     assert f"wrote {path}" in out and "nats: gained per drawn token" in out
-    assert {entry.name for entry in shown.iterdir()} == {"calibration.png", "calibration-report.json"}
-    assert (shown / "calibration.png").read_bytes().startswith(b"\x89PNG")
     before = path.read_bytes()
     code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", "--json")
     told = json.loads(out)
     assert code == 0 and path.read_bytes() == before
     assert told["temperatures"] == [0.5, 1.0] and len(told["alpha"][0]) == 2 and len(told["cells"]) == 4
-    assert told["cells"][3][COUPLED]["nats"] < told["cells"][3][TOPK]["nats"]
+    assert told["cells"][3]["coupled"]["nats"] < told["cells"][3]["topk"]["nats"]
     written = json.loads(before)
     assert written["drafter"] == read_drafter_files(folder).digest and written["target"]["name"] == "target"
     assert "texts" not in written["data"], "what they were to the drafter's training is not known"
     assert str(tmp_path) not in before.decode() and str(data.parent) not in before.decode()
     assert load_drafter(folder, tiny.load_target()[0]).calibration == Calibration.from_dict(written)
+
+
+def test_without_a_terminal_a_line_tells_now_and_then_how_far_it_is(
+    run, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command and the end of a run; standard output stays JSON."""
+    monkeypatch.setattr(progress, "TELL_EVERY_S", 0.0)
+    code, out, err = run("calibrate", str(folder), *SMALL, f"--data={data}", "--json")
+    assert code == 0 and json.loads(out)["files"] == [str(folder / CALIBRATION_FILE)]
+    for line in ("conversations: 30 of 30", r"texts: 8 of \d+", r"draws: 32 of \d+", "fits: 3 of 4"):
+        assert re.search(f"^{line}(, .+ left)?$", err, re.MULTILINE), line
+    watcher = Watcher()
+    small_trainer(tmp_path / "run", watcher, steps=1, calibrate=True).train()
+    assert any(note.startswith("fits: 3 of") for note in watcher.notes)
 
 
 def test_the_file_names_neither_time_nor_place(folder: Path, data: Path) -> None:
@@ -488,7 +569,6 @@ def test_the_file_names_neither_time_nor_place(folder: Path, data: Path) -> None
         (["{folder}", "--temperature=0"], "temperatures must ascend within 0.001 and 100"),
         (["{folder}", "--depth=0"], "depth must be at least 1"),
         (["{folder}", "--data=nowhere.jsonl"], "there is no nowhere.jsonl"),
-        (["{folder}", "--output={folder}/config.json"], "is a file; give another one"),
         (["{empty}"], "no weights in .*empty"),
     ],
 )

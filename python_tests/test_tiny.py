@@ -27,7 +27,7 @@ import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.checkpoints import average_drafters
 from taps_ext.training import TokenDataset
-from taps_ext.training.calibrating import CalibrationSettings
+from taps_ext.training.calibrate import CalibrationSettings
 from taps_ext.training.chat_format import ChatFormat
 from taps_ext.training.config import ObjectiveConfig
 

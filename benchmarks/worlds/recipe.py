@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from taps_ext.checkpoints import average_drafters
 from taps_ext.tiny import DOMAINS, PROMPTS
 from taps_ext.training import TokenDataset
-from taps_ext.training.calibrating import CalibrationSettings, calibrate_drafter, calibration_texts
+from taps_ext.training.calibrate import CalibrationSettings, calibrate_drafter, calibration_texts
 from taps_ext.training.chat_format import ChatFormat
 from taps_ext.training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
 from taps_ext.training.config import Recipe as TrainingRecipe

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,20 +14,24 @@ from rich.text import Text
 
 from .. import checkpoints
 from ..checkpoints.corpus import tokenizer_fingerprint, write_store
-from ..checkpoints.files import CALIBRATION_FILE, check_writable, write_text
+from ..checkpoints.files import CALIBRATION_FILE
 from ..checkpoints.load import open_target
 from ..native import choose_device
 from ..tiny import TINY, resolve
-from ..training import calibrating, calibration_picture
-from ..training.calibration_report import NUM_CHILDREN, TOPK, UNCOUPLED, CalibrationReport
+from ..training.calibrate import (
+    NUM_CHILDREN,
+    CalibrationReport,
+    CalibrationSettings,
+    calibratable,
+    calibrate_drafter,
+)
 from ..training.config import DataConfig, SourceConfig
 from ..training.data import prepare, with_chat_template
 from ..training.sources import JsonLines
 from . import terminal
 from .terminal import show
 
-TEMPERATURES = list(calibrating.CalibrationSettings.temperatures)
-PICTURE, REPORT = "calibration.png", "calibration-report.json"
+TEMPERATURES = list(CalibrationSettings.temperatures)
 ENCODED_TOGETHER = 256  # texts
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red"}
 
@@ -110,21 +113,18 @@ def calibrate(
     max_length: Annotated[int, typer.Option(help="Number of tokens after which a conversation is cut.")] = 2048,
     chat_template: terminal.ChatTemplate = None,
     system_prompt: terminal.SystemPrompt = None,
-    output: terminal.Output[Path | None] = None,
     device: terminal.Device = None,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Fit how strongly a drafter should follow the target's noise at each temperature and depth.
 
-    Coupled drafting needs it. calibration.json is written into the drafter's directory; a picture and a report go to
-    --output if it is given. Levels deeper than --depth use the last fitted one.
+    Coupled drafting needs it. calibration.json is written into the drafter's directory. Levels deeper than --depth use
+    the last fitted one.
     """
-    settings = calibrating.CalibrationSettings(tuple(sorted(set(temperature))), depth, positions, seed)
+    settings = CalibrationSettings(tuple(sorted(set(temperature))), depth, positions, seed)
     if resolve(drafter) != drafter:
         raise ValueError(f"{drafter} is part of this installation and calibrated; give a copy of {resolve(drafter)}")
-    folder = calibrating.calibratable(drafter)
-    if output is not None:
-        _check_output(output, folder)
+    folder = calibratable(drafter)
     place = choose_device(device)
     model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
@@ -133,18 +133,15 @@ def calibrate(
     tokenizer = with_chat_template(tokenizer, chat_template)
     with terminal.progress("conversations") as update:
         texts = prepare(config, tokenizer, partial(update, "conversations")).training
-        report = calibrating.calibrate_drafter(folder, model, texts, settings, update, target_name=resolve(target))
-    files = [str(folder / CALIBRATION_FILE)]
-    if output is not None:
-        files += [str(calibration_picture.save(report, output / PICTURE)), str(output / REPORT)]  # makes the directory
-        write_text(output / REPORT, json.dumps(report.to_dict(), indent=1) + "\n")
+        report = calibrate_drafter(folder, model, texts, settings, update, target_name=resolve(target))
+    path = str(folder / CALIBRATION_FILE)
     lines = (
         f"fitted at {report.num_fitted:,} positions of the texts, measured at {report.num_held_out:,} of other texts",
         f"nats: gained per drawn token; hits: the token is among the {NUM_CHILDREN} best children",
         "misplaced: probability given to these children that is too high or too low, in sum",
-        *(f"wrote {path}" for path in files),
+        f"wrote {path}",
     )
-    show(as_json, {**report.to_dict(), "files": files}, _table(report), "", *lines)
+    show(as_json, {**report.to_dict(), "files": [path]}, _table(report), "", *lines)
 
 
 def _checks(report: checkpoints.ValidationReport) -> Table:
@@ -157,15 +154,6 @@ def _checks(report: checkpoints.ValidationReport) -> Table:
     return table
 
 
-def _check_output(output: Path, folder: Path) -> None:
-    """Raise ValueError or OSError, before the work, for a directory that is the drafter's or cannot be written to."""
-    if output.resolve() == folder.resolve():
-        raise ValueError(f"{output} is the drafter's own directory; choose another --output")
-    if find_spec("matplotlib") is None:
-        raise ValueError("the picture needs matplotlib: pip install 'taps_ext[cli]', or omit --output")
-    check_writable(output)
-
-
 def _table(report: CalibrationReport) -> Table:
     """Return a row per temperature and depth."""
     gains, hits = ("nats over\nbeta = 0", "nats over\ntop-k"), ("hits\ncoupled", "hits\ntop-k")
@@ -175,8 +163,8 @@ def _table(report: CalibrationReport) -> Table:
             f"{cell.temperature:g}" if cell.depth == 1 else "",
             str(cell.depth),
             *(f"{value:.2f}" for value in (cell.alpha, cell.beta)),
-            *(f"{cell.gain_over(rule):.3f}" for rule in (UNCOUPLED, TOPK)),
-            *(f"{rate:.1%}" for rate in (cell.coupled.hit_rate, cell.rules[TOPK].hit_rate)),
+            *(f"{rule.nats - cell.coupled.nats:.3f}" for rule in (cell.uncoupled, cell.topk)),
+            *(f"{rule.hit_rate:.1%}" for rule in (cell.coupled, cell.topk)),
             f"{cell.coupled.calibration_error:.3f}",
         )
     return table

@@ -5,7 +5,7 @@ calibrated drafter ranks and scores the tokens by `alpha * log q / T + beta * no
 what the target is about to draw. The emitted text does not depend on it.
 
 The two coefficients, per depth and temperature, are the drafter's `Calibration`. They are fitted by maximum likelihood
-of what the target draws (`training/calibrating.py`).
+of what the target draws (`training/calibrate.py`).
 """
 
 from __future__ import annotations

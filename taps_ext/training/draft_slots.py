@@ -19,6 +19,7 @@ from .dataset import TokenDataset
 from .features import DraftBatch, FeatureSource
 from .objectives import next_stream
 from .objectives.hass import aligned_attention
+from .progress import Progress
 
 BATCH_SEQUENCES = 8  # of one forward of the target
 NUM_SEQUENCES = 64  # at least, where there are so many: slots of one text are alike
@@ -28,47 +29,65 @@ NUM_SEQUENCES = 64  # at least, where there are so many: slots of one text are a
 class DraftSlots:
     """Slots of many texts. Shapes: S slots, D depths, H hidden."""
 
-    truth: Tensor  # [S, H], the target's features, of which its lm_head makes the logits of the draw
-    drafted: Tensor  # [D, S, H], the drafter's features for the same draw, by depth
+    # [1 + D, S, H], of which the lm_head makes the logits of one draw: the target's, then the drafter's by depth
+    features: Tensor
     # int64 [S], up to which depth a draft can have been made there: each is in an answer from its root on
     reach: Tensor
     sequence: Tensor  # int64 [S], of which text, numbered from 0 in the order they were taken
 
     def __getitem__(self, index: Tensor) -> DraftSlots:
         """Some of the slots, by a mask or indices [S]."""
-        return DraftSlots(self.truth[index], self.drafted[:, index], self.reach[index], self.sequence[index])
+        return DraftSlots(self.features[:, index], self.reach[index], self.sequence[index])
 
     def __len__(self) -> int:
         return len(self.reach)
 
+    @property
+    def num_places(self) -> Tensor:
+        """Return int64 [D], on the CPU: at how many of them a draft of each depth can be."""
+        depths = torch.arange(1, len(self.features))
+        return (self.reach.cpu() >= depths[:, None]).sum(-1)
+
+    def cut(self, depth: int) -> DraftSlots:
+        """Return the slots without the deeper drafts."""
+        return DraftSlots(self.features[: 1 + depth], self.reach, self.sequence)
+
 
 @torch.no_grad()
 def collect(
-    network: EagleNetwork, source: FeatureSource, dataset: TokenDataset, depth: int, count: int, seed: int
-) -> Iterator[tuple[DraftSlots, int, int]]:
-    """At most `count` slots of a data set, chosen by the seed from many texts, a batch at a time: (slots, done, total).
+    network: EagleNetwork,
+    source: FeatureSource,
+    dataset: TokenDataset,
+    depth: int,
+    count: int,
+    seed: int,
+    progress: Progress,
+) -> DraftSlots:
+    """Return at most `count` slots of a data set, chosen by the seed from many texts.
 
-    `network` drafts in its own precision. There are fewer where the answers have fewer tokens.
+    `network` drafts in its own dtype. Raise ValueError for texts without a slot.
     """
-    dtype = network.fc.weight.dtype
-    chosen = _choose(dataset, depth, count, Random(f"{seed}/slots"))
+    chosen, parts = _choose(dataset, depth, count, Random(f"{seed}/slots")), []
     for start in range(0, len(chosen), BATCH_SEQUENCES):
+        progress("texts", start, len(chosen))
         part = chosen[start : start + BATCH_SEQUENCES]
         batch = source.draft_batch(dataset.batch([index for index, _ in part]))
         rows = torch.tensor([row for row, (_, slots) in enumerate(part) for _ in slots])
         slots, reach = torch.tensor([entry for _, entries in part for entry in entries]).unbind(1)
-        drafted = [made[rows, slots] for made in _passes(network, batch, dtype, depth)]
-        made = DraftSlots(
-            batch.next_features[rows, slots],
-            torch.stack(drafted),
-            reach.to(batch.features.device),
-            (rows + start).to(batch.features.device),
+        drafted = (made[rows, slots] for made in _passes(network, batch, depth))
+        features = torch.stack([batch.next_features[rows, slots], *drafted])
+        parts.append(DraftSlots(features, *(ids.to(features.device) for ids in (reach, rows + start))))
+    if not parts:
+        raise ValueError(
+            "the texts have no place where something could be drafted; give conversations with longer answers"
         )
-        yield made, start + len(part), len(chosen)
+    features = torch.cat([part.features for part in parts], dim=1)
+    return DraftSlots(features, *(torch.cat([getattr(part, name) for part in parts]) for name in ("reach", "sequence")))
 
 
-def _passes(network: EagleNetwork, batch: DraftBatch, dtype: torch.dtype, depth: int) -> Iterator[Tensor]:
+def _passes(network: EagleNetwork, batch: DraftBatch, depth: int) -> Iterator[Tensor]:
     """The drafter's features [B, T, H] of each depth."""
+    dtype = network.fc.weight.dtype
     embeddings, streams = batch.next_embeddings.to(dtype), [batch.features.to(dtype)]
     for _ in range(depth):
         made = network.finish(*aligned_attention(network, embeddings, streams))

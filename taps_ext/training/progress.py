@@ -56,6 +56,8 @@ class Observer(Protocol):
         """The run ended, whatever the reason."""
 
 
+Progress = Callable[[str, int, int | None], None]  # called with what is done, how many, and of how many (None: unknown)
+
 TELL_EVERY_S = 30.0
 TELL_EVERY = 100  # conversations
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.files import write_text, written
-from .calibrating import calibrate_run, not_calibrated, uncalibrated
+from .calibrate import calibrate_run, not_calibrated, uncalibrated
 from .checks import RECIPE, check_disk, check_output
 from .config import Recipe
 from .dry_run import DryRun, dry_run

@@ -23,7 +23,7 @@ from ..checkpoints.load import save_drafter
 from ..drafters.network import EagleNetwork
 from ..native import code_version
 from .acceptance_estimate import estimate
-from .calibrating import calibrate_run
+from .calibrate import calibrate_run
 from .checkpoints import Checkpoints, RunState, layout
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset

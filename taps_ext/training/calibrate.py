@@ -1,0 +1,418 @@
+"""Fit how a drafter uses the target's noise: alpha and beta by temperature and depth, and what they gain.
+
+The target draws y = argmax_v(log p(v) / T + g(v)). A drafter that sees the noise g gives y the probability
+softmax(alpha * log q / T + beta * g)(y), and (alpha, beta) minimise the mean of -log of it: conditional logit (McFadden
+1974), convex. One of four texts is left out of the fit and shows what was gained. Nothing is decoded.
+
+Head and noise are computed once per place, of which `CANDIDATES` tokens are kept: the fit takes the same time and
+memory for every vocabulary, 32 KB a place at 6 depths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import CALIBRATION_FILE, check_writable, read_drafter_files
+from ..checkpoints.formats import CalibrationRecord, write_calibration
+from ..checkpoints.load import identify, network_of
+from ..drafters.coupling import LEAST_TEMPERATURE, Calibration
+from ..drafters.network import EagleNetwork
+from .dataset import TokenDataset
+from .draft_slots import DraftSlots, collect
+from .features import FeatureSource, FrozenTarget, Head
+from .progress import Progress, TimedLines
+from .provenance import calibration_facts, target_facts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PathOrId = str | os.PathLike[str]
+
+MOST_TEMPERATURE = 100.0
+HELD_OUT = 4  # one text in so many is left out of the fit
+MIN_PLACES = 32  # of a depth; deeper ones are not fitted, and drafting uses the last that is
+MAX_REPEATS = 4  # draws at one place of the text, where there are few places
+ENOUGH_TOKENS = 512  # that are learned, of held-out conversations that are calibrated on
+HELD_OUT_TEXTS, TRAINING_TEXTS = "held-out", "training"  # what texts were to the training that made the drafter
+
+CANDIDATES = 1024  # tokens kept of a place; all tokens of a smaller vocabulary
+CHUNK = 32  # places whose logits exist at a time: at V = 128,256 half a gigabyte
+LEAST_WORD = 1e-30  # of the exponential draw whose -log is the noise, which is finite so
+PRIOR = 1.0  # places' worth of a pull towards EAGLE-2: against too few places, and a perfect drafter has no optimum
+LEAST_ALPHA, FIRST_BETA = 1e-4, 0.25  # alpha is above 0; a fit begins at EAGLE-2's alpha and this beta
+MAX_STEPS, DIGITS = 50, 4  # digits behind the point: more than the data tells, and fewer than rounding errors reach
+NUM_CHILDREN, NUM_BINS = 10, 10  # of a node, as a tree of the usual branching keeps them; of probability, equally wide
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """Hold what a calibration depends on besides drafter, target and text; raise ValueError for what makes no sense."""
+
+    temperatures: tuple[float, ...] = (0.3, 0.7, 1.0, 1.5)  # ascending
+    depth: int = 6
+    positions: int = 2048  # places of the text; where there are far fewer, several draws at each
+    seed: int = 0  # of the places and the noise
+
+    def __post_init__(self) -> None:
+        ascends = all(a < b for a, b in pairwise(self.temperatures))
+        within = all(LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE for temperature in self.temperatures)
+        if not self.temperatures or not ascends or not within:
+            allowed = f"within {LEAST_TEMPERATURE:g} and {MOST_TEMPERATURE:g}"
+            raise ValueError(f"temperatures must ascend {allowed}, got {list(self.temperatures)}")
+        for name, least in (("depth", 1), ("positions", 2 * MIN_PLACES)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+# ---- what was found
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Hold what one way to score a node's children is worth, per draw of the target."""
+
+    nats: float  # mean of -log of the probability given to the drawn token
+    hit_rate: float  # share of the draws that are among the best children
+    calibration_error: float  # |predicted - observed| probability of the best children, summed over bins of it
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Hold one temperature and depth, measured on the texts that were left out of the fit."""
+
+    temperature: float
+    depth: int
+    alpha: float
+    beta: float
+    uncoupled_alpha: float
+    num_draws: int
+    coupled: Measures
+    uncoupled: Measures  # beta = 0 and its own alpha
+    topk: Measures  # EAGLE-2's own scores: beta = 0 and alpha = temperature
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """Hold a calibration and what it is worth."""
+
+    calibration: Calibration
+    cells: tuple[Cell, ...]  # temperature by temperature, each from depth 1
+    seed: int
+    num_fitted: int  # places of the text
+    num_held_out: int
+    repeats: int  # draws at each place of the fit
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values: all that was measured."""
+        return {**self.calibration.to_dict(), **self._facts(), "cells": [asdict(cell) for cell in self.cells]}
+
+    def record(self, facts: Mapping[str, Any]) -> CalibrationRecord:
+        """Return what calibration.json holds; `facts` name its target and text."""
+        return CalibrationRecord(self.calibration, {**facts, **self._facts()})
+
+    def _facts(self) -> dict[str, Any]:
+        def table(figure: Callable[[Cell], float]) -> list[list[float]]:
+            values, depth = [round(figure(cell), 4) for cell in self.cells], self.calibration.depth
+            return [values[i : i + depth] for i in range(0, len(values), depth)]
+
+        gains = {
+            "nats_over_uncoupled": table(lambda cell: cell.uncoupled.nats - cell.coupled.nats),
+            "nats_over_topk": table(lambda cell: cell.topk.nats - cell.coupled.nats),
+            "calibration_error": table(lambda cell: cell.coupled.calibration_error),
+        }
+        positions = {"fitted": self.num_fitted, "held_out": self.num_held_out, "draws_at_each": self.repeats}
+        return {"seed": self.seed, "positions": positions, "held_out": gains}
+
+
+# ---- from a network to its report
+
+
+def calibrate(
+    network: EagleNetwork,
+    source: FeatureSource,
+    dataset: TokenDataset,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
+) -> CalibrationReport:
+    """Return the calibration of a drafter's network, and what it is worth on texts that were left out of the fit.
+
+    The result is the same to the bit on one kind of device with one number of threads. `network` stays as it is and
+    drafts in its own dtype, on the source's device. Raise ValueError for texts without enough to draft.
+    """
+    settings, progress = settings or CalibrationSettings(), progress or (lambda what, done, total: None)
+    slots = collect(network, source, dataset, settings.depth, settings.positions, settings.seed, progress)
+    is_held_out, share = slots.sequence % HELD_OUT == 1, settings.positions // HELD_OUT
+    parts = [(slots[~is_held_out], settings.positions - share), (slots[is_held_out], share)]
+    depth = _depth(*(part for part, _ in parts))
+    fitted, held_out = (
+        draw(part.cut(depth), source.logits, settings.temperatures, wanted, f"{settings.seed}/{number}", progress)
+        for number, (part, wanted) in enumerate(parts)
+    )
+    cells: list[Cell] = []
+    for (t, temperature), d in product(enumerate(settings.temperatures), range(depth)):
+        progress("fits", len(cells), len(settings.temperatures) * depth)
+        cells.append(_cell(fitted.sample(temperature, t, d), held_out.sample(temperature, t, d), temperature, d + 1))
+    rows = [cells[i : i + depth] for i in range(0, len(cells), depth)]
+    alpha, beta = (tuple(tuple(getattr(cell, name) for cell in row) for row in rows) for name in ("alpha", "beta"))
+    calibration = Calibration(settings.temperatures, alpha, beta)
+    num_fitted, num_held_out = (len(part) for part, _ in parts)
+    return CalibrationReport(calibration, tuple(cells), settings.seed, num_fitted, num_held_out, fitted.repeats)
+
+
+def _depth(fitted: DraftSlots, held_out: DraftSlots) -> int:
+    """Return to which depth there are enough places; raise ValueError where there are not even next to the root."""
+    enough = (fitted.num_places >= MIN_PLACES) & (held_out.num_places > 0)
+    if not enough[0]:
+        raise ValueError(
+            f"the texts have {len(fitted) + len(held_out)} places where something could be drafted, too few to "
+            f"calibrate; give more conversations, or some with longer answers"
+        )
+    return int(enough.long().cumprod(0).sum())
+
+
+def _cell(sample: Sample, held_out: Sample, temperature: float, depth: int) -> Cell:
+    """Return the coefficients of one temperature and depth, and what they are worth on held-out draws."""
+    uncoupled = fit(sample, temperature, with_noise=False)
+    coupled = min(uncoupled, fit(sample, temperature))  # noise that does not help is not used
+    measures = [measure(held_out, *rule) for rule in (coupled[1:], uncoupled[1:], (temperature, 0.0))]
+    return Cell(temperature, depth, *coupled[1:], uncoupled[1], len(held_out.drawn), *measures)
+
+
+# ---- the draws
+
+
+class Sample(NamedTuple):
+    """Hold the draws of one temperature and depth. Shapes: S draws, C candidates."""
+
+    differences: Tensor  # float32 [2, S, C]: log q / T and the noise of each candidate, less those of the drawn one
+    log_counts: Tensor  # float32 [S, C], of how many tokens a candidate stands for
+    drawn: Tensor  # int64 [S], the drawn candidate
+    num_places: int
+
+    def log_shares(self, coefficients: Tensor) -> Tensor:
+        """Return float32 [S, C], the log-probability given to all that a candidate stands for; coefficients [2]."""
+        scores = coefficients.to(self.differences) @ self.differences.flatten(1)
+        return scores.view_as(self.log_counts).add_(self.log_counts).log_softmax(-1)
+
+    def losses(self, log_shares: Tensor) -> Tensor:
+        """Return float64 [S], -log of the probability given to the drawn tokens."""
+        return -log_shares.gather(1, self.drawn[:, None])[:, 0].double()
+
+
+class Draws(NamedTuple):
+    """Hold the draws at some places. Shapes: D depths, S draws, C candidates, T temperatures."""
+
+    logits: Tensor  # float32 [D, S, C], the drafter's log q
+    noise: Tensor  # float32 [S, C]
+    log_counts: Tensor  # float32 [S, C]
+    drawn: Tensor  # int64 [T, S], the drawn candidates
+    reach: Tensor  # int64 [S], the depths that count
+    repeats: int  # draws at each place
+
+    def sample(self, temperature: float, t: int, d: int) -> Sample:
+        """Return the draws of temperature number t at the places where a draft of depth d + 1 can be."""
+        reached = (self.reach > d).nonzero()[:, 0]
+        drawn = self.drawn[t, reached]
+        values = torch.stack((self.logits[d, reached] / temperature, self.noise[reached]))
+        values -= values.gather(-1, drawn.expand(2, -1)[..., None])
+        return Sample(values, self.log_counts[reached], drawn, len(reached) // self.repeats)
+
+
+@torch.no_grad()
+def draw(
+    slots: DraftSlots, head: Head, temperatures: Sequence[float], wanted: int, seed: str, progress: Progress
+) -> Draws:
+    """Return about `wanted` draws of the target at the slots, with i.i.d. standard Gumbel noise of the seed.
+
+    Of decoding's own noise only the distribution matters. `head` makes the logits of each feature once.
+    """
+    repeats = min(MAX_REPEATS, max(1, wanted // len(slots)))
+    generator = torch.Generator(slots.reach.device).manual_seed(Random(f"{seed}/noise").getrandbits(63))
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(slots), CHUNK):
+        progress("draws", start, len(slots))
+        logits = head(slots.features[:, start : start + CHUNK]).log_softmax(-1)
+        for _ in range(repeats):
+            noise = torch.empty_like(logits[0]).exponential_(generator=generator).clamp_(min=LEAST_WORD).log_().neg_()
+            drawn = torch.stack([(logits[0] / temperature + noise).argmax(-1) for temperature in temperatures])
+            tokens, log_counts = _candidates(logits[1:], noise, drawn, generator)
+            kept = logits[1:].gather(-1, tokens.expand(len(logits) - 1, -1, -1)), noise.gather(-1, tokens)
+            place = (tokens == drawn[..., None]).int().argmax(-1)
+            parts.append((*kept, log_counts, place, slots.reach[start : start + CHUNK]))
+    logits, noise, log_counts, drawn, reach = (
+        torch.cat(part, axis) for part, axis in zip(zip(*parts, strict=True), (1, 0, 0, 1, 0), strict=True)
+    )
+    return Draws(logits, noise, log_counts, drawn, reach, repeats)
+
+
+def _candidates(logits: Tensor, noise: Tensor, drawn: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the tokens to keep, int64 [S, C], and the log of how many tokens each stands for, float32 [S, C].
+
+    Priority sampling (Duffield, Lund and Thorup 2007): tokens with much probability or noise are kept and stand for
+    themselves; a random part of the others, by weight, stands for the rest, so that no sum over the vocabulary is
+    biased. The drawn tokens are always kept. `logits`, float32 [D, S, V], are log q.
+    """
+    size = noise.shape[-1]
+    if size <= CANDIDATES:
+        return torch.arange(size, device=noise.device).expand_as(noise), torch.zeros_like(noise)
+    best = logits.amax(0)
+    weights = best.exp() + (best / 2).softmax(-1) + noise.softmax(-1) + ((best + noise) / 2).softmax(-1)
+    priorities = weights / (1 - torch.rand(weights.shape, generator=generator, device=weights.device))
+    priorities, tokens = priorities.scatter_(1, drawn.T, torch.inf).topk(CANDIDATES + 1)
+    counts = (priorities[:, -1:] / weights.gather(1, tokens)).clamp_(min=1)
+    return tokens[:, :-1], counts.masked_fill_(priorities.isinf(), 1).log_()[:, :-1]
+
+
+# ---- the fit
+
+
+@torch.no_grad()
+def fit(sample: Sample, temperature: float, with_noise: bool = True) -> tuple[float, float, float]:
+    """Return the least loss, and alpha and beta there: nats a draw with the pull towards EAGLE-2.
+
+    alpha is at least LEAST_ALPHA and beta at least 0, or 0 without noise. Their square roots are fitted, so that an
+    optimum on the edge is smooth too.
+    """
+    rows = [[temperature, 0.0], [LEAST_ALPHA, 0.0], [1.0, with_noise]]
+    eagle2, least, is_free = torch.tensor(rows, dtype=torch.float64)
+    roots = torch.tensor([temperature - LEAST_ALPHA, FIRST_BETA], dtype=torch.float64).sqrt()
+    optimizer = torch.optim.LBFGS([roots], max_iter=MAX_STEPS, line_search_fn="strong_wolfe")
+    pull = PRIOR / sample.num_places
+
+    def closure() -> Any:
+        coefficients = (roots.square() + least) * is_free
+        away, log_shares = coefficients - eagle2, sample.log_shares(coefficients)
+        loss = sample.losses(log_shares).mean().cpu() + pull / 2 * away.square().sum()
+        slope = sample.differences.flatten(1) @ log_shares.exp_().flatten() / len(sample.drawn)
+        roots.grad = 2 * roots * is_free * (slope.double().cpu() + pull * away)
+        return loss
+
+    optimizer.step(closure)
+    loss, (alpha, beta) = closure().item(), ((roots.square() + least) * is_free).tolist()
+    return loss, round(alpha, DIGITS), round(beta, DIGITS)
+
+
+@torch.no_grad()
+def measure(sample: Sample, alpha: float, beta: float) -> Measures:
+    """Return what the coefficients are worth."""
+    log_shares = sample.log_shares(torch.tensor([alpha, beta]))
+    best, children = (log_shares - sample.log_counts).topk(min(NUM_CHILDREN, log_shares.shape[-1]))
+    predicted, is_drawn = best.double().exp().cpu(), (children == sample.drawn[:, None]).cpu()
+    bins = (predicted * NUM_BINS).long().clamp(max=NUM_BINS - 1)
+    surplus = torch.bincount(bins.flatten(), (predicted - is_drawn.double()).flatten(), minlength=NUM_BINS)
+    nats, count = float(sample.losses(log_shares).mean()), len(sample.drawn)
+    return Measures(nats, int(is_drawn.sum()) / count, float(surplus.abs().sum()) / count)
+
+
+# ---- drafters on disk
+
+
+def calibrate_drafter(
+    folder: PathOrId,
+    model: PreTrainedModel,
+    dataset: TokenDataset,
+    settings: CalibrationSettings | None = None,
+    progress: Progress | None = None,
+    target_name: str = "unnamed",
+    texts: str | None = None,
+) -> CalibrationReport:
+    """Calibrate the drafter in a directory: calibration.json is written there, or replaced.
+
+    `model` is its target, `target_name` what the file calls that, `texts` what the dataset was to its training, if that
+    is known. Raise ValueError or OSError, in a sentence, for a directory that cannot be written to or holds no drafter
+    of this target.
+    """
+    place = calibratable(folder)
+    files = read_drafter_files(place)
+    network = network_of(files, model.config.get_text_config())
+    identity, source = identify(model), FrozenTarget(model)
+    if files.target.get("fingerprint", identity.fingerprint) != identity.fingerprint:
+        raise ValueError(f"{place} was trained for a target with other weights than {target_name}; give that one")
+    report = calibrate(drafting_copy(network, source), source, dataset, settings, progress)
+    facts = calibration_facts(target_facts(target_name, identity), dataset, texts)
+    write_calibration(place, report.record(facts), files.digest)
+    return report
+
+
+def drafting_copy(network: EagleNetwork, source: FeatureSource) -> EagleNetwork:
+    """Return a copy of a network in the target's own dtype, on its device, as it drafts."""
+    copied: EagleNetwork = deepcopy(network).to(source.embedding.device, source.embedding.dtype)
+    return copied.eval().requires_grad_(False)
+
+
+def calibratable(folder: PathOrId) -> Path:
+    """Return the path of a drafter's directory; raise ValueError or OSError if it cannot be written to."""
+    place = Path(folder).expanduser()
+    if not place.is_dir():
+        raise ValueError(
+            f"{folder} is no folder here, and a calibration is written into the drafter's folder; give one, or a copy "
+            f"of a hub repository as `hf download OWNER/NAME --local-dir FOLDER` makes it"
+        )
+    check_writable(place)
+    return place
+
+
+# ---- the end of a run
+
+
+def calibration_texts(training: TokenDataset, validation: TokenDataset | None) -> tuple[TokenDataset, str]:
+    """Return the texts to calibrate a run's drafters on, and what they were to it: held out, if these are enough."""
+    if validation is not None and sum(validation.num_learned) >= ENOUGH_TOKENS:
+        return validation, HELD_OUT_TEXTS
+    return training, TRAINING_TEXTS
+
+
+def calibrate_run(
+    folders: Iterable[Path],
+    source: FeatureSource,
+    training: TokenDataset,
+    validation: TokenDataset | None,
+    seed: int,
+    target: Mapping[str, Any] | None,
+    note: Callable[[str], None],
+) -> None:
+    """Write calibration.json for the drafters of a run that have none, on the run's own texts.
+
+    A calibration that fails costs no drafter: `note` gets a sentence. Drafters with the same file of weights share one.
+    """
+    dataset, texts = calibration_texts(training, validation)
+    records: dict[str | None, CalibrationRecord] = {}
+    for folder in uncalibrated(folders):
+        try:
+            for leftover in folder.glob(f".{CALIBRATION_FILE}.*"):  # of a killed process
+                leftover.unlink()
+            files = read_drafter_files(folder)
+            if files.digest not in records:
+                note(f"calibrating the drafter {folder.name}")
+                network = drafting_copy(network_of(files), source)
+                report = calibrate(network, source, dataset, CalibrationSettings(seed=seed), TimedLines(note))
+                records[files.digest] = report.record(calibration_facts(target, dataset, texts))
+            write_calibration(folder, records[files.digest], files.digest)
+        except (ValueError, RuntimeError, OSError) as error:  # also memory or a disk that runs out
+            note(not_calibrated(folder.name, error))
+        else:
+            if texts == TRAINING_TEXTS:
+                note(
+                    f"the drafter {folder.name} is calibrated on the texts that it was trained on: fewer than "
+                    f"{ENOUGH_TOKENS} tokens to learn were held out"
+                )
+
+
+def uncalibrated(folders: Iterable[Path]) -> list[Path]:
+    """Return the directories without a calibration."""
+    return [folder for folder in folders if not (folder / CALIBRATION_FILE).exists()]
+
+
+def not_calibrated(name: str, error: Exception) -> str:
+    """Return the sentence on a drafter whose calibration failed."""
+    return f"the drafter {name} is not calibrated: {next(iter(str(error).splitlines()), type(error).__name__)}"
