@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_models import prompts, trained_drafters, trained_target
+from small_models import new_target, prompts, trained_drafters, trained_target
+from transformers import GPT2Config, GPT2LMHeadModel
 from tree_cases import random_tree
 
 import taps_ext as taps
@@ -221,3 +223,20 @@ def test_a_tree_that_adapts_stays_within_its_limits() -> None:
             assert isinstance(event.tree, DraftTree)
             assert int(event.tree.num_nodes.max()) <= 10
             assert all(count is None or count <= 3 for count in event.num_accepted)
+
+
+def with_learned_positions() -> Any:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=20, n_embd=32, n_layer=2, n_head=2)).eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [with_learned_positions, lambda: new_target("mistral", sliding_window=16)],
+    ids=["learned positions", "a window"],
+)
+def test_costs_are_measured_within_the_targets_context(make: Callable[[], Any]) -> None:
+    target = make()
+    decoder = taps.SpeculativeDecoder(target, {"lookup": LookupDrafter(target.config.vocab_size)}, "single")
+    ids = torch.tensor([[5, 6, 5, 6]])
+    expected = target.generate(ids, do_sample=False, max_new_tokens=8, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=8, eos_token_id=()).sequences, expected)

@@ -30,7 +30,7 @@ SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # nodes per row
 SIZES_ON_DEVICE = (1, 4, 8, 16, 32, 64)
 MOST = 8.0  # times the cost of one node: larger trees cannot pay
 MIN_ROUNDS, SECONDS = 3, 2.0  # of measuring
-PREFIX_LENGTH = 128
+LENGTHS = ((128, 64), (24, 24), (4, 4))  # of prompt and new tokens
 WIDTHS = (2, 4, 10)
 DEPTHS = (1, 3)
 FREE = 1.25  # a branching is free while a level costs at most this much more than the narrowest
@@ -115,17 +115,18 @@ class ForcedBudget(TreeBudget):
         """See `TreeBudget.record`."""
 
 
-Start = Callable[[Tensor, ForcedBudget], Callable[[], object]]
+Start = Callable[[Tensor, int, ForcedBudget], Callable[[], object]]
 
 
 def measure(step: DecodeStep, names: Sequence[str], start: Start, batch_size: int, is_timed: bool = True) -> CostTable:
     """Return the measured costs, in milliseconds.
 
-    `start` begins a call on prompts int64 [B, P] with a forced budget, and returns what runs one step of it. Without
+    `start` begins a call on prompts int64 [B, P] for a number of new tokens, with a forced budget, and returns what
+    runs one step of it. Without
     `is_timed` the number of steps does not depend on a clock.
     """
     device, sizes = step.target.device, SIZES if step.target.device.type == "cpu" else SIZES_ON_DEVICE
-    probe = ForcedBudget(step, batch_size)
+    probe, (prompt_length, new_tokens) = ForcedBudget(step, batch_size), _text_lengths(step)
     every = range(len(step.drafters))
     drafting = [(1, index, depth, width) for index in every for depth in DEPTHS for width in WIDTHS]
     settings: list[_Setting] = [PLAIN, *((size, *FIRST_LEVEL) for size in sizes), *drafting]
@@ -134,7 +135,7 @@ def measure(step: DecodeStep, names: Sequence[str], start: Start, batch_size: in
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     began, rounds = clock(), 0
     while rounds < MIN_ROUNDS or (is_timed and clock() - began < SECONDS):
-        run = start(_random_tokens(step, batch_size).to(device), probe)
+        run = start(_random_tokens(step, batch_size, prompt_length).to(device), new_tokens, probe)
         for warming in (PLAIN, (sizes[-1], *FIRST_LEVEL)):  # what a call does once, such as checking packed weights
             probe.force(*warming)
             run()
@@ -179,9 +180,20 @@ def random_tree(roots: Tensor, size: int) -> DraftTree:
     return DraftTree(tokens, parents.expand(batch_size, -1), scores.expand(batch_size, -1), count, proposers=bits)
 
 
-def _random_tokens(step: DecodeStep, batch_size: int) -> Tensor:
-    context = getattr(step.target.config, "max_position_embeddings", None) or 2 * PREFIX_LENGTH
-    length = max(1, min(PREFIX_LENGTH, context // 4))
+def _text_lengths(step: DecodeStep) -> tuple[int, int]:
+    """Return the numbers of prompt and new tokens to measure with: the most that the target's context takes."""
+    context = getattr(step.target.config, "max_position_embeddings", None) or sum(LENGTHS[0])
+    for prompt, new in LENGTHS:
+        try:
+            step.target.refuse_longer_than_exact(prompt + new)
+        except ValueError:
+            continue
+        if prompt + new <= context:
+            return prompt, new
+    return 1, 1
+
+
+def _random_tokens(step: DecodeStep, batch_size: int, length: int) -> Tensor:
     return torch.randint(step.target.vocab_size, (batch_size, length), generator=torch.Generator().manual_seed(0))
 
 

@@ -134,9 +134,9 @@ class SpeculativeDecoder:
             )
         return self._tables[batch_size]
 
-    def _start(self, input_ids: Tensor, probe: ForcedBudget) -> Callable[[], object]:
+    def _start(self, input_ids: Tensor, new_tokens: int, probe: ForcedBudget) -> Callable[[], object]:
         """Begin a call with a probe for a budget; return what runs one step of it."""
-        options: GenerateOptions = {"sampling": SamplingParams(), "max_new_tokens": 64, "eos_token_id": ()}
+        options: GenerateOptions = {"sampling": SamplingParams(), "max_new_tokens": new_tokens, "eos_token_id": ()}
         request = Request.build(self.target.model, input_ids, None, options)
         state = self._begin(request, probe)
         self._prefill(request, state)
