@@ -231,10 +231,10 @@ def with_learned_positions() -> Any:
 
 @pytest.mark.parametrize(
     "make",
-    [with_learned_positions, lambda: new_target("mistral", sliding_window=16)],
-    ids=["learned positions", "a window"],
+    [with_learned_positions, lambda: new_target("mistral", sliding_window=16), lambda: new_target(vocab_size=7)],
+    ids=["learned positions", "a window", "a small vocabulary"],
 )
-def test_costs_are_measured_within_the_targets_context(make: Callable[[], Any]) -> None:
+def test_costs_are_measured_within_what_the_target_takes(make: Callable[[], Any]) -> None:
     target = make()
     decoder = taps.SpeculativeDecoder(target, {"lookup": LookupDrafter(target.config.vocab_size)}, "single")
     ids = torch.tensor([[5, 6, 5, 6]])

@@ -91,6 +91,7 @@ class ForcedBudget(TreeBudget):
         names = [str(index) for index in range(len(step.drafters))]
         free = CostTable((1,), (1.0,), dict.fromkeys(names, (0.0, 0.0)), 1)
         super().__init__(free, TreeShape.auto(), names, batch_size)
+        self.vocab_size = step.target.vocab_size
         self.size, self.forced = 1, Plan(self.shape, (False,) * len(names))
 
     def force(self, size: int, drafter: int | None, depth: int, branching: int) -> None:
@@ -109,7 +110,7 @@ class ForcedBudget(TreeBudget):
     def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
         """See `TreeBudget.cut`: as much work, and the forced tree."""
         kept, outlook = super().cut(tree, active)
-        return random_tree(kept.tokens[:, 0], self.size), outlook
+        return random_tree(kept.tokens[:, 0], self.size, self.vocab_size), outlook
 
     def record(self, outlook: HostOutlook | None, num_accepted: Sequence[int | None]) -> None:
         """See `TreeBudget.record`."""
@@ -170,12 +171,14 @@ def _table(sizes: Sequence[int], least: dict[_Setting, float], names: Sequence[s
     return CostTable(tuple(sizes[:num_sizes]), tuple(step_ms[:num_sizes]), draft_ms, branching)
 
 
-def random_tree(roots: Tensor, size: int) -> DraftTree:
+def random_tree(roots: Tensor, size: int, vocab_size: int) -> DraftTree:
     """Return trees of `size` nodes: chains, half as long, with a sibling beside each of their nodes."""
     batch_size, device = len(roots), roots.device
     parents = torch.tensor([-1, *(max(0, 2 * ((node - 1) // 2) - 1) for node in range(1, size))], device=device)
     scores = -torch.arange(size, device=device).float()
-    tokens = torch.cat([roots[:, None], torch.arange(1, size, device=device).expand(batch_size, -1)], dim=1)
+    tokens = torch.cat(
+        [roots[:, None], (torch.arange(1, size, device=device) % vocab_size).expand(batch_size, -1)], dim=1
+    )
     count, bits = torch.full((batch_size,), size, device=device), torch.zeros_like(tokens)
     return DraftTree(tokens, parents.expand(batch_size, -1), scores.expand(batch_size, -1), count, proposers=bits)
 
