@@ -509,8 +509,8 @@ def test_a_tree_a_position_too_far_is_a_fault_and_no_rounding(monkeypatch: pytes
     stock, score = TargetModel._forward, TargetModel.score
 
     def score_shifted(self: TargetModel, *arguments: Any) -> ScoredTree:
-        def shifted(tokens: Tensor, positions: Tensor, *rest: Any) -> ScoredTree:
-            return stock(self, tokens, positions + 1, *rest)
+        def shifted(given: dict[str, Tensor], *rest: Any) -> ScoredTree:
+            return stock(self, {**given, "position_ids": given["position_ids"] + 1}, *rest)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self, "_forward", shifted)

@@ -281,7 +281,7 @@ def test_what_is_written_is_named_for_programs(run, tmp_path: Path) -> None:
         ("train {recipe}", "taps_ext.training.run.train", True),
         ("features {recipe} features.path={out}", "taps_ext.cli.train.prepare", True),
         ("regenerate --target tiny --data {data} -o {out}", "taps_ext.training.regeneration.regenerate", True),
-        ("calibrate {drafter} --target tiny --data {data}", "taps_ext.training.calibrating.calibrate_drafter", False),
+        ("calibrate {drafter} --target tiny --data {data}", "taps_ext.cli.drafters.calibrate_drafter", False),
         ("average tiny/math tiny/chat -o {out}", "taps_ext.checkpoints.average_drafters", False),
         ("export tiny/math --to vllm -o {out}", "taps_ext.checkpoints.export_drafter", False),
         ("validate tiny/math", "taps_ext.checkpoints.validate_drafter", False),

@@ -80,7 +80,7 @@ def test_the_text_on_the_device_is_the_text_of_each_row(temperature: float, monk
     checked = 0
     extended = device_half.DecodeStep._extended
 
-    def watched(self: Any, tree: taps.DraftTree, text: torch.Tensor, state: DecodeState) -> taps.DraftTree:
+    def watched(self: Any, tree: taps.DraftTree, text: torch.Tensor, shape: Any, state: DecodeState) -> taps.DraftTree:
         nonlocal checked
         for b, row in enumerate(state.rows):
             if row.finish_reason is None:
@@ -88,7 +88,7 @@ def test_the_text_on_the_device_is_the_text_of_each_row(temperature: float, monk
                 length = int(state.kv.lengths.tensor[b]) + 1
                 assert text[b, :length].tolist() == prompt + row.new_tokens
                 checked += 1
-        return extended(self, tree, text, state)
+        return extended(self, tree, text, shape, state)
 
     monkeypatch.setattr(device_half.DecodeStep, "_extended", watched)
     ids, mask = prompts(5)
