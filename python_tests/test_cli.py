@@ -307,7 +307,7 @@ def test_ctrl_c_ends_every_command_with_one_line_and_its_own_exit_code(
     [
         ("evaluate --limit 1 --max-new-tokens 4 --task tiny_math --variant merged -o {out}", ["tiny_math, T = 0"]),
         ("regenerate --target tiny --data {data} --max-new-tokens 40 -o {out}", ["conversations"]),
-        ("calibrate {drafter} --target tiny --data {data} --depth 1", ["conversations", "texts", "coupled, sweep 1"]),
+        ("calibrate {drafter} --target tiny --data {data} --depth 1", ["conversations", "texts", "fits"]),
         ("features {recipe} features.path={out}", ["conversations", "tokens"]),
         ("check-lossless --limit 1 --max-new-tokens 4 --draws 0 --composition merged", ["merged"]),
     ],
