@@ -184,6 +184,15 @@ def test_the_next_call_uses_the_weights_as_they_are_then(change: Any, stock_rows
     torch.testing.assert_close(after, expected(linear, x), rtol=1e-5, atol=1e-5)
 
 
+def test_columns_in_another_order_are_another_weight() -> None:
+    """Even where sums are exact, so that they do not tell."""
+    linear, x = packed_linear(), torch.rand(8, 48)
+    linear.weight.data = torch.arange(80.0 * 48).view(80, 48)
+    in_a_call(linear, x)
+    linear.weight.data.copy_(linear.weight.data.flip(1))
+    torch.testing.assert_close(in_a_call(linear, x), expected(linear, x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_counted_change_is_seen_within_a_call() -> None:
     linear, call, x = packed_linear(), PackedProducts(), torch.randn(8, 48)
     for change in (lambda linear: None, changed_in_place, loaded, replaced):
