@@ -137,7 +137,9 @@ class SpeculativeDecoder:
     def _start(self, input_ids: Tensor, new_tokens: int, probe: ForcedBudget) -> Callable[[], object]:
         """Begin a call with a probe for a budget; return what runs one step of it."""
         options: GenerateOptions = {"sampling": SamplingParams(), "max_new_tokens": new_tokens, "eos_token_id": ()}
-        request = Request.build(self.target.model, input_ids, None, options)
+        options |= {"num_return_sequences": 1, "stop_strings": ()}
+        request = Request.build(self.target.model, input_ids, torch.ones_like(input_ids), options)
+        request = replace(request, rules=replace(request.rules, criteria=()))  # no max_time
         state = self._begin(request, probe)
         self._prefill(request, state)
         return lambda: self._step(request, state)
@@ -145,23 +147,28 @@ class SpeculativeDecoder:
     def generate(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
         *,
         streamer: Any = None,
         **options: Unpack[GenerateOptions],
     ) -> GenerationResult:
         """Generate from prompts int64 [B, P], padded anywhere as `attention_mask` says.
 
+        Without a mask, pad tokens are padding, unless the pad token is an EOS token; this is transformers' rule.
+
         Args:
             streamer: transformers' protocol (`put`, `end`), for a batch of one.
-            options: see `GenerateOptions`: sampling, max_new_tokens, eos_token_id, stop_strings with tokenizer,
-                logits_processor, return_log_probs.
+            options: see `GenerateOptions`: sampling, max_new_tokens, num_return_sequences, eos_token_id, stop_strings
+                with tokenizer, logits_processor, return_log_probs.
         """
         request = Request.build(self.target.model, input_ids, attention_mask, options)
         return self._run(request, streamer)
 
     def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerateOptions]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
+        **options: Unpack[GenerateOptions],
     ) -> Generator[StepEvent, None, GenerationResult]:
         """Generate step by step, with the options of `generate`; the first event brings each row's first token.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack, cast
 
@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..sampling import SamplingRows
 from ..target.kv_cache import cache_keyword
 from ..target.model import TargetModel
+from ..target.support import unwrapped
 from ..tree import DraftTree
 from .request import GenerateOptions, Request
 from .step import verify
@@ -31,20 +32,19 @@ class PlainResult:
 def plain_generate(
     target: PreTrainedModel | TargetModel,
     input_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Sequence[Sequence[int]] | None = None,
     **options: Unpack[GenerateOptions],
 ) -> PlainResult:
     """Generate the target's own text: stock forwards with transformers' cache, tokens drawn as `ops.verify_tree` draws.
 
-    Takes left-padded prompts int64 [B, P] and the options of `SpeculativeDecoder.generate` (see `GenerateOptions`),
-    except `return_log_probs`, and returns the same text.
+    Takes prompts int64 [B, P] and the options of `SpeculativeDecoder.generate` (see `GenerateOptions`), except
+    `return_log_probs`, and returns the same text.
     """
     if options.get("return_log_probs"):
         raise ValueError("plain_generate returns no log-probabilities; leave return_log_probs out")
     model: Any = target.model if isinstance(target, TargetModel) else target
+    unwrapped(model)  # refuses learnt prompts
     request = Request.build(model, input_ids, attention_mask, options)
-    if bool((request.attention_mask.diff(dim=1) < 0).any()):
-        raise ValueError("plain_generate takes left-padded prompts, got padding behind a prompt; pad on the left")
     rows = request.rows()
     draws, num_forwards = _draws(model, request), 0
     while any(row.finish_reason is None for row in rows):
@@ -61,7 +61,7 @@ def plain_generate(
 def _draws(model: Any, request: Request) -> Iterator[Tensor]:
     """Yield the tokens [B] that each forward draws, without end; -1 where the logits were invalid."""
     device = model.get_input_embeddings().weight.device
-    text, mask = request.input_ids.to(device), request.attention_mask.to(device)
+    text, mask = request.moved_left.to(device), request.attention_mask.sort(dim=1).values.to(device)
     tokens, cache = text, DynamicCache(config=model.config)
     sampling = request.sampling.rows(len(text), device)
     arguments: dict[str, Any] = {cache_keyword(model): cache}

@@ -1,12 +1,12 @@
-"""Requests, checked before any work: prompts, sampling, stop rules and logits processors, however a call is made.
+"""Requests, checked before any work: prompts, sampling and stop rules, however a call is made.
 
-The arguments of transformers' `generate(custom_generate=decoder)` become a `Request` too, and the result its output.
-transformers' logits processors run on a tree in Python, node by node, since each node has its own prefix.
+transformers' own `generate` turns a generation config into logits processors and criteria, for every way of calling:
+`Request.build` calls it, and `generate(custom_generate=decoder)` comes from it. So a setting has one meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypedDict, cast
@@ -15,64 +15,56 @@ import torch
 from torch import Tensor
 from transformers import (
     EosTokenCriteria,
+    GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import logits_process
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..sampling import SamplingParams, warn
-from ..target.prompts import PreparedPrompts, inputs_beside_text, prepare_prompts
-from ..tree import DraftTree
+from ..target.prompts import PreparedPrompts, check_ids, check_mask, inferred_mask, moved_left, prepare_prompts
+from .processors import refuse_processors, split_warpers
 from .state import RowText, StopRules
 from .stats import DecodeStats
 
-# Processors that cannot run per node, and why.
-UNSUPPORTED_PROCESSORS = {
-    "UnbatchedClassifierFreeGuidanceLogitsProcessor": "it runs the model itself along one sequence",
-    "WatermarkLogitsProcessor": "it draws from a generator in sequence order",
-    "SynthIDTextWatermarkLogitsProcessor": "it keeps a state along one sequence",
-}
-# Applied behind the temperature by transformers, beside top-k, top-p and min-p; verification has no such filter.
-WARPERS_WITHOUT_OP = ("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper")
-WARPER_PARAMETERS: dict[Any, str] = {
-    logits_process.TemperatureLogitsWarper: "temperature",
-    logits_process.TopKLogitsWarper: "top_k",
-    logits_process.TopPLogitsWarper: "top_p",
-    logits_process.MinPLogitsWarper: "min_p",
-}
 # Settings of a generation config that change the text, the output or the cache and are not honoured, with the values
-# that switch them off.
+# that switch them off. The others are honoured by transformers' `generate`, or mean nothing without these.
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups"), (0, 1)),
     **dict.fromkeys(("output_scores", "output_logits", "output_hidden_states", "output_attentions"), (False,)),
     **dict.fromkeys(("token_healing", "is_assistant"), (False,)),
     **dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit"), ()),
-    **dict.fromkeys(("constraints", "force_words_ids", "cache_implementation"), ()),
-    "use_cache": (True,),
+    **dict.fromkeys(("constraints", "force_words_ids"), ([],)),
+    "cache_implementation": ("dynamic",),
 }
+DEFAULT_NEW_TOKENS = 128
 ANSWER = "Zq7 answer 7qZ"  # stands for an answer in a chat template
 NOT_SAMPLED = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # silences what greedy does not use
-WARPERS_WITH_OP = tuple(warper.__name__ for warper in WARPER_PARAMETERS)
 
 
 class GenerateOptions(TypedDict, total=False):
     """List the options of `generate`, `stream` and `plain_generate`, beside prompts and attention mask.
 
+    A row of the batch is a text: `num_return_sequences` rows for each prompt, next to each other.
+
     sampling: temperature, filters and seed, each one value or one per row. None: as the target's generation config
         says; where that samples, the seed is drawn once from torch's global generator.
-    max_new_tokens: exact, one value or one per row; 128 by default.
-    eos_token_id: one, several, or () for none; by default the target's generation config decides.
-    stop_strings, tokenizer: end a row with the token that completes one of the strings; the tokenizer finds them.
-    logits_processor: further transformers logits processors, applied before the temperature, per node.
+    max_new_tokens: exact, one value or one per row; by default the generation config decides (max_new_tokens,
+        max_length), or it is 128.
+    num_return_sequences: texts per prompt; by default the generation config decides.
+    eos_token_id: one, several, or () for none; by default the generation config decides.
+    stop_strings, tokenizer: end a row with the token that completes one of the strings, by default those of the
+        generation config; the tokenizer finds them.
+    logits_processor: a list of further transformers logits processors, applied before the temperature, per node.
     return_log_probs: also return each new token's log-probability under the raw target distribution.
     """
 
     sampling: SamplingParams | None
-    max_new_tokens: int | Sequence[int]
+    max_new_tokens: int | Sequence[int] | None
+    num_return_sequences: int | None
     eos_token_id: int | Collection[int] | None
     stop_strings: str | Sequence[str] | None
     tokenizer: Any
@@ -84,6 +76,7 @@ class GenerateOptions(TypedDict, total=False):
 class _Prepared:
     """Hold what transformers' `generate` gives to a `custom_generate`."""
 
+    input_ids: Tensor  # padded on the left; each prompt as often as there are texts of it
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     generation_config: Any
@@ -101,7 +94,13 @@ class _Prepared:
         **model_kwargs: Any,
     ) -> _Prepared:
         """Return the arguments; this is a `custom_generate` that generates nothing."""
-        return cls(logits_processor, stopping_criteria, generation_config, model_kwargs)
+        return cls(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+
+    @property
+    def new_tokens(self) -> int:
+        """How many tokens the generation config, the call's arguments included, allows."""
+        length: int = self.generation_config.max_length - self.input_ids.shape[1]
+        return length
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ class Request:
 
     input_ids: Tensor  # int64 [B, P], as given
     attention_mask: Tensor  # int64 [B, P], 1 at real tokens
+    moved_left: Tensor  # int64 [B, P], `input_ids` with all padding on the left, as processors and criteria see it
     prompt_lengths: tuple[int, ...]  # real tokens of each row
     sampling: SamplingParams
     rules: StopRules
@@ -120,51 +120,52 @@ class Request:
 
     @classmethod
     def build(
-        cls, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, options: GenerateOptions
+        cls,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        attention_mask: Tensor | Sequence[Sequence[int]] | None,
+        options: GenerateOptions,
     ) -> Request:
         """Return the checked request; transformers' `generate` turns the target's generation config into its parts."""
-        if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
-            allowed = ", ".join(GenerateOptions.__annotations__)
-            raise TypeError(
-                f"unknown option {', '.join(unknown)}; the options of a call are {allowed}; others are settings of the "
-                "target's generation_config"
-            )
-        mask = _check_prompts(input_ids, attention_mask, model.config.get_text_config().vocab_size)
-        lengths = _lengths(options.get("max_new_tokens", 128), len(input_ids))
-        sampling, processors = options.get("sampling"), LogitsProcessorList(options.get("logits_processor") or ())
+        config = _generation_config(model, options)
+        sampling, ends = options.get("sampling"), _end_tokens(config, options)
+        pads, vocab_size = _token_list(config.pad_token_id, "pad_token_id"), model.config.get_text_config().vocab_size
+        ids = check_ids(input_ids)
+        mask = inferred_mask(ids, pads, ends) if attention_mask is None else check_mask(ids, attention_mask)
+        moved = moved_left(ids, mask, vocab_size, pads)
+        lengths = _given_lengths(config, options)
+        keywords: dict[str, Any] = {} if lengths is None else {"max_new_tokens": max(lengths)}
+        if (copies := options.get("num_return_sequences")) is not None:
+            keywords["num_return_sequences"] = copies
         if sampling is not None:
-            sampling.rows(len(input_ids))
-        refuse_processors(processors)
-        ids, mask_on_left = _moved_left(input_ids, mask)
-        arguments: dict[str, Any] = {} if sampling is None else dict(NOT_SAMPLED)
-        if (eos := options.get("eos_token_id")) is not None:
-            arguments["eos_token_id"] = _token_list(eos)
-            if not arguments["eos_token_id"] and model.generation_config.pad_token_id is None:
-                arguments["pad_token_id"] = 0  # transformers would take the first EOS
+            keywords |= {**NOT_SAMPLED, "do_sample": _check_sampling(sampling).is_sampled}
         generate: Any = model.generate
         prepared: _Prepared = generate(
-            ids,
-            attention_mask=mask_on_left,
+            moved,
+            attention_mask=mask.sort(dim=1).values,
             custom_generate=_Prepared.collect,
-            max_new_tokens=max(lengths),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList(_stop_strings(options)),
-            **arguments,
+            logits_processor=_check_processors(options.get("logits_processor")),
+            stopping_criteria=StoppingCriteriaList(_stop_strings(config, options)),
+            stop_strings=None,
+            eos_token_id=ends,
+            pad_token_id=_pad_token(pads, ends),
+            **keywords,
         )
-        made = cls._of(prepared, input_ids, mask, lengths, sampling)
+        copies = len(prepared.input_ids) // len(ids)
+        ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
+        made = cls._of(prepared, ids, mask, lengths or [prepared.new_tokens], sampling)
         return replace(made, return_log_probs=options.get("return_log_probs", False))
 
     @classmethod
     def from_generate(cls, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Request:
         """Return the request that transformers' `generate` prepared, checked."""
-        prepared = _Prepared.collect(model, input_ids, **kwargs)
-        mask = prepared.model_kwargs.get("attention_mask")
-        more = inputs_beside_text(model, prepared.model_kwargs, torch.ones_like(input_ids) if mask is None else mask)
-        mask = _check_prompts(input_ids, mask, model.config.get_text_config().vocab_size)
-        max_new_tokens = prepared.generation_config.max_length - input_ids.shape[1]
-        made = cls._of(prepared, input_ids, mask, _lengths(max_new_tokens, len(input_ids)), None)
-        prompts = prepare_prompts(model, input_ids, mask, prepared.model_kwargs, more) if more else None
-        return replace(made, prepared=prompts)
+        _refuse_not_honoured(config := kwargs["generation_config"])
+        mask = kwargs.get("attention_mask")  # None: all ones, as given or as inferred from pad tokens
+        mask = torch.ones_like(check_ids(input_ids)) if mask is None else check_mask(input_ids, mask)
+        vocab_size, pads = model.config.get_text_config().vocab_size, _token_list(config.pad_token_id, "pad_token_id")
+        prepared = _Prepared.collect(model, moved_left(input_ids, mask, vocab_size, pads), **kwargs)
+        prompts = prepare_prompts(model, input_ids, mask, prepared.model_kwargs)
+        return replace(cls._of(prepared, input_ids, mask, [prepared.new_tokens], None), prepared=prompts)
 
     @classmethod
     def _of(
@@ -172,46 +173,48 @@ class Request:
         prepared: _Prepared,
         input_ids: Tensor,
         mask: Tensor,
-        max_new_tokens: tuple[int, ...],
+        max_new_tokens: Sequence[int],
         sampling: SamplingParams | None,
     ) -> Request:
         """Return the request of what transformers prepared; `sampling` None: as the generation config says."""
         config = prepared.generation_config
-        _refuse_not_honoured(config)
-        if config.forced_eos_token_id is not None and len(set(max_new_tokens)) > 1:
+        lengths = _lengths_of_rows(max_new_tokens, len(input_ids))
+        if config.forced_eos_token_id is not None and len(set(lengths)) > 1:
             raise ValueError(
                 "forced_eos_token_id forces one length for all rows, got max_new_tokens per row; give one value"
             )
-        parameters, processors = split_warpers(prepared.logits_processor)
+        parameters, processors = split_warpers(prepared.logits_processor, keep_others=sampling is None)
         refuse_processors(processors)
         if sampling is None:
             sampling = SamplingParams()
             if config.do_sample:
                 seed = int(torch.randint(2**62, ()))
                 sampling = SamplingParams(**parameters, seed=seed)  # type: ignore[arg-type]
-        eos_tokens = _token_list(config.eos_token_id)
+        sampling.rows(len(input_ids))  # raises ValueError for values of another batch
+        ends, pads = _token_list(config.eos_token_id), _token_list(config.pad_token_id, "pad_token_id")
         # EOS and length are the decoder's own stop rules.
         built_in = (EosTokenCriteria, MaxLengthCriteria)
         criteria = [_named(one) for one in prepared.stopping_criteria if not isinstance(one, built_in)]
         return cls(
             input_ids=input_ids,
             attention_mask=mask,
+            moved_left=prepared.input_ids,
             prompt_lengths=tuple(mask.sum(dim=1).tolist()),
             sampling=sampling,
-            rules=StopRules(max_new_tokens, frozenset(eos_tokens), tuple(criteria)),
-            pad_token=config.pad_token_id if isinstance(config.pad_token_id, int) else next(iter(eos_tokens), 0),
+            rules=StopRules(lengths, frozenset(ends), tuple(criteria)),
+            pad_token=_pad_token(pads, ends),
             processors=processors,
             return_log_probs=False,
         )
 
     def rows(self) -> list[RowText]:
         """Return the rows without new tokens; processors and criteria are shown prompts that are padded on the left."""
-        return [RowText(prompt) for prompt in _moved_left(self.input_ids, self.attention_mask)[0].tolist()]
+        return [RowText(prompt) for prompt in self.moved_left.tolist()]
 
     def prompts(self) -> list[list[int]]:
         """Return the real tokens of each prompt."""
-        rows = self.input_ids.gather(1, self.columns()).tolist()
-        return [row[:length] for row, length in zip(rows, self.prompt_lengths, strict=True)]
+        rows = self.moved_left.tolist()
+        return [row[-length:] for row, length in zip(rows, self.prompt_lengths, strict=True)]
 
     def columns(self) -> Tensor:
         """Return where each row's real tokens stand in the prompts, int64 [B, longest], repeating the last one."""
@@ -278,56 +281,22 @@ def _end_of_turn(tokenizer: Any) -> list[int]:
     return [token for token in behind if token in tokenizer.all_special_ids][:1]
 
 
-def refuse_processors(processors: LogitsProcessorList) -> None:
-    """Raise ValueError for a processor that would not mean on a tree what it means on a text."""
-    for processor in processors:
-        for name in (kind.__name__ for kind in type(processor).__mro__):
-            if name in WARPERS_WITH_OP:
-                raise ValueError(f"{name} is a sampling parameter; set it in SamplingParams")
-            if name in WARPERS_WITHOUT_OP:
-                raise ValueError(
-                    f"{name} works behind the temperature, where only top-k, top-p and min-p are supported"
-                )
-            if name in UNSUPPORTED_PROCESSORS:
-                raise ValueError(f"{name} cannot run on a tree: {UNSUPPORTED_PROCESSORS[name]}; decode plainly with it")
-
-
-def process_logits(
-    processors: LogitsProcessorList, logits: Tensor, tree: DraftTree, prefixes: Sequence[list[int]]
-) -> Tensor:
-    """Return the logits [B, N, V], processed for each node with its own text: the row's prefix, then root to node.
-
-    `prefixes[b]` ends with the row's root token (for the prefill: with the prompt). Some processors hold a value per
-    row of the batch, so each is given the node's text in every row, and the node's own row is taken.
-    """
-    processed = logits.to(torch.float32, copy=True)
-    batch_size = len(prefixes)
-    tokens, parents = tree.tokens.tolist(), tree.parents.tolist()
-    for row, (prefix, count) in enumerate(zip(prefixes, tree.num_nodes.tolist(), strict=True)):
-        texts: list[list[int]] = []
-        for node in range(count):
-            texts.append(prefix if node == 0 else texts[parents[row][node]] + [tokens[row][node]])
-            ids = torch.tensor([texts[node]], device=logits.device).repeat(batch_size, 1)
-            processed[row, node] = processors(cast(Any, ids), cast(Any, processed[row, node].repeat(batch_size, 1)))[
-                row
-            ]
-    return processed
-
-
-def split_warpers(processors: LogitsProcessorList) -> tuple[dict[str, float], LogitsProcessorList]:
-    """Split transformers' prepared list into temperature, top_k, top_p, min_p and the processors before them."""
-    parameters: dict[str, float] = {}
-    rest = LogitsProcessorList()
-    for processor in processors:
-        for warper, name in WARPER_PARAMETERS.items():
-            if isinstance(processor, warper):
-                if name in parameters:
-                    raise ValueError(f"{warper.__name__} is given twice; {name} can be set once")
-                parameters[name] = getattr(processor, name)
-                break
-        else:
-            rest.append(processor)
-    return {"temperature": 1.0, **parameters}, rest
+def _generation_config(model: PreTrainedModel, options: GenerateOptions) -> Any:
+    """Return the target's generation config; raise where it, or an option, asks for what is not honoured."""
+    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+        raise TypeError(
+            f"unknown option {', '.join(unknown)}; the options of a call are "
+            f"{', '.join(GenerateOptions.__annotations__)}; other settings belong in the target's generation_config. "
+            "Prompts here are input_ids and attention_mask: tokenize with return_token_type_ids=False, and give pictures "
+            "to target.generate(**inputs, custom_generate=decoder)"
+        )
+    config: Any = model.generation_config
+    if config is None:
+        raise ValueError(
+            "the target's generation_config is None; set one, such as transformers.GenerationConfig(eos_token_id=...)"
+        )
+    _refuse_not_honoured(config)
+    return config
 
 
 def _refuse_not_honoured(config: Any) -> None:
@@ -344,67 +313,87 @@ def _named(criterion: Any) -> tuple[str, Any]:
     return ("stop_string" if isinstance(criterion, StopStringCriteria) else "stopping_criteria", criterion)
 
 
-def _stop_strings(options: GenerateOptions) -> list[Any]:
-    """Return the criterion for `stop_strings`, if there are any."""
-    strings, tokenizer = options.get("stop_strings"), options.get("tokenizer")
+def _stop_strings(config: Any, options: GenerateOptions) -> list[Any]:
+    """Return the criterion for the stop strings of the call, or else of the generation config, if there are any."""
+    given = options.get("stop_strings")
+    strings = config.stop_strings if given is None else given
     if not strings:
         return []
-    if tokenizer is None:
-        raise ValueError("stop_strings need the tokenizer to find them in the text; pass tokenizer=...")
+    if options.get("tokenizer") is None:
+        raise ValueError(
+            f"stop_strings {strings!r} need the tokenizer to find them in the text; pass tokenizer=..., or no stop "
+            "strings: stop_strings=()"
+        )
     strings = [strings] if isinstance(strings, str) else list(strings)
     if "" in strings:
         raise ValueError("stop_strings hold an empty string, which every text ends with; leave it out")
-    return [StopStringCriteria(tokenizer, strings)]
+    return [StopStringCriteria(options["tokenizer"], strings)]
 
 
-def _moved_left(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return prompts and mask with the padding moved to the left, the order of the real tokens kept."""
-    order = torch.argsort(mask, dim=1, stable=True)
-    return input_ids.gather(1, order), mask.gather(1, order)
-
-
-def _check_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Tensor:
-    """Return the attention mask as int64 [B, P]; raise ValueError for prompts that cannot be decoded."""
-    if not isinstance(input_ids, Tensor):
+def _check_sampling(sampling: Any) -> SamplingParams:
+    if not isinstance(sampling, SamplingParams):
         raise ValueError(
-            f"input_ids must be a tensor, got {type(input_ids).__name__}; tokenize with return_tensors='pt' and give "
-            "generate(**inputs)"
+            f"sampling must be a SamplingParams or None, got {sampling!r}; "
+            "give taps_ext.SamplingParams(temperature=..., seed=...)"
         )
-    if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or 0 in input_ids.shape:
+    return sampling
+
+
+def _check_processors(processors: Any) -> LogitsProcessorList:
+    """Return the call's own logits processors as a list."""
+    if processors is not None and not isinstance(processors, Sequence):
         raise ValueError(
-            f"input_ids must be int64 [B, P] with at least one row and token, got {input_ids.dtype} "
-            f"{list(input_ids.shape)}"
+            f"logits_processor must be a list of logits processors, got {type(processors).__name__}; put it in a list"
         )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device, torch.int64)
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(mask.shape)}")
-    if bool((mask * (1 - mask)).any()):
-        raise ValueError("attention_mask must hold 0 and 1 only")
-    lengths = mask.sum(dim=1)
-    if bool((lengths == 0).any()):
-        raise ValueError(f"prompt {int(lengths.argmin())} has no token; give every row at least one")
-    if bool(((input_ids < 0) | (input_ids >= vocab_size))[mask.bool()].any()):
-        raise ValueError(f"input_ids must lie in 0..{vocab_size - 1}, the target's vocabulary; check the tokenizer")
-    return mask
+    checked = LogitsProcessorList(processors or ())
+    if strange := [one for one in checked if not callable(one)]:
+        raise ValueError(f"logits_processor must hold logits processors, got {strange[0]!r}")
+    refuse_processors(checked)
+    return checked
 
 
-def _lengths(max_new_tokens: int | Sequence[int], batch_size: int) -> tuple[int, ...]:
-    given = max_new_tokens if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * batch_size
-    if not all(isinstance(length, Integral) for length in given):
-        raise ValueError(f"max_new_tokens must be an integer, or one per row, got {max_new_tokens!r}")
-    lengths = tuple(int(length) for length in given)
-    if len(lengths) != batch_size:
+def _given_lengths(config: Any, options: GenerateOptions) -> list[int] | None:
+    """Return max_new_tokens, one value or one per row; None where the generation config decides."""
+    given = options.get("max_new_tokens")
+    if given is None:
+        is_silent = config.max_new_tokens is None and config.max_length in (None, GenerationConfig().max_length)
+        return [DEFAULT_NEW_TOKENS] if is_silent else None
+    values = list(given) if isinstance(given, Sequence) else [given]
+    if not all(isinstance(length, Integral) for length in values) or not values:
+        raise ValueError(f"max_new_tokens must be an integer, or one per row, got {given!r}")
+    if any(length < 1 for length in values):
+        raise ValueError(f"max_new_tokens must be at least 1, got {min(values)}")
+    return [int(length) for length in values]
+
+
+def _lengths_of_rows(lengths: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    if len(lengths) not in (1, batch_size):
         raise ValueError(
             f"max_new_tokens has {len(lengths)} values for a batch of {batch_size}; give one, or one per row"
         )
-    if any(length < 1 for length in lengths):
-        raise ValueError(f"max_new_tokens must be at least 1, got {min(lengths)}")
-    return lengths
+    return tuple(lengths) * (batch_size if len(lengths) == 1 else 1)
 
 
-def _token_list(tokens: int | Collection[int] | Tensor | None) -> list[int]:
+def _end_tokens(config: Any, options: GenerateOptions) -> list[int]:
+    """Return the EOS tokens of the call, or else of the generation config."""
+    given = options.get("eos_token_id")
+    return _token_list(config.eos_token_id if given is None else given)
+
+
+def _pad_token(pads: Sequence[int], ends: Sequence[int]) -> int:
+    """Return what stands behind a row that has ended: the pad token, or else the first EOS, as in transformers."""
+    return next(iter([*pads, *ends]), 0)
+
+
+def _token_list(tokens: Any, name: str = "eos_token_id") -> list[int]:
     """Return token ids in the order given."""
     if tokens is None:
         return []
     flat = tokens.flatten().tolist() if isinstance(tokens, Tensor) else tokens
-    return [int(flat)] if isinstance(flat, Integral) else [int(token) for token in flat]  # type: ignore[union-attr]
+    listed = list(flat) if isinstance(flat, Iterable) and not isinstance(flat, str) else [flat]
+    if not all(isinstance(token, Integral) for token in listed):
+        raise ValueError(
+            f"{name} must be a token id, several, or () for none, got {tokens!r}; "
+            "tokenizer.convert_tokens_to_ids(...) gives the id of a token"
+        )
+    return [int(token) for token in listed]

@@ -22,7 +22,8 @@ from ..sampling import SamplingRows
 from ..target.model import TargetModel
 from ..tree import DraftTree, Lengths, TreeShape
 from .budget import Plan
-from .request import Request, process_logits
+from .processors import process_logits
+from .request import Request
 from .state import Acceptance, DecodeState, Observation, StepOutput
 
 # How often the token behind a match of 1, 2, ... tokens of a row's own text is the next one: measured on the answers of

@@ -89,7 +89,7 @@ def unwrapped(model: Any) -> Any:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(
             f"target {name_of(model)} learns prompts or prefixes, which are no part of its layers; use adapters in the "
-            "layers (such as LoRA), or decode it plainly"
+            "layers (such as LoRA), or decode it with its own generate"
         )
     return model.get_base_model()
 
