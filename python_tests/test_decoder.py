@@ -448,6 +448,15 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no new tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
     "too many lengths": ({"max_new_tokens": [3, 4]}, "2 values for a batch of 1"),
     "stop strings without tokenizer": ({"stop_strings": ["x"]}, "need the tokenizer"),
+    "half a place of a mask": ({"attention_mask": torch.tensor([[0.5, 1.0]])}, "attention_mask must hold 0 and 1 only"),
+    "a mask of words": ({"attention_mask": [["a", "b"]]}, "attention_mask must be a tensor or lists"),
+    "a word for EOS": ({"eos_token_id": "</s>"}, "eos_token_id must be a token id, several, .* got '</s>'"),
+    "half an EOS": ({"eos_token_id": 1.5}, "eos_token_id must be a token id, several, .* got 1.5"),
+    "no EOS among several": ({"eos_token_id": [None, 1]}, r"eos_token_id must be .* got \[None, 1\]"),
+    "a dict for sampling": ({"sampling": {"seed": 1}}, r"sampling must be a SamplingParams or None, got \{'seed': 1\}"),
+    "one processor": ({"logits_processor": print}, "must be a list of logits processors, got <.*; put it in"),
+    "a number for a processor": ({"logits_processor": [1.3]}, "must be a list of logits processors, got 1.3 in it"),
+    "no texts": ({"num_return_sequences": 0}, "num_return_sequences must be an integer of at least 1, got 0"),
     "seeds for another batch": ({"sampling": taps.SamplingParams(seed=[1, 2])}, "seed has 2 values for a batch of 1"),
 }
 

@@ -110,6 +110,7 @@ def generate(
     _check_prompt(model, tokenizer, inputs["input_ids"].shape[1] + max_new_tokens, raw)
     ends = end_tokens(model, tokenizer)
     inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": ends}
+    inputs["num_return_sequences"] = 1
     torch.manual_seed(seed)  # of the noise where the generation config samples
     started = time.perf_counter()
     if not as_json:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..composition import make_composition
 from ..drafters import Drafter
@@ -18,7 +19,7 @@ from ..target.model import TargetModel
 from ..tree import Lengths, TreeShape
 from .budget import CostTable, TreeBudget
 from .costs import ForcedBudget, load_or_measure
-from .request import GenerateOptions, Request, generate_output
+from .request import GenerateOptions, Request
 from .state import DecodeState, StepEvent, StepRecord
 from .stats import DecodeStats
 from .step import DecodeStep
@@ -35,6 +36,13 @@ class GenerationResult:
     finish_reasons: list[str]  # "eos", "length", "stop_string", "stopping_criteria" or "invalid_logits", per row
     stats: DecodeStats
     log_probs: list[list[float]] | None  # of each new token under the target's raw distribution, if asked for
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """Extend transformers' output by the decoder's `stats`."""
+
+    stats: DecodeStats | None = None
 
 
 class SpeculativeDecoder:
@@ -187,7 +195,7 @@ class SpeculativeDecoder:
             raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one that generates")
         request = Request.from_generate(model, input_ids, **kwargs)
         result = self._run(request, taps_streamer)
-        return generate_output(result.sequences, result.stats, kwargs["generation_config"])
+        return _generate_output(result.sequences, result.stats, kwargs["generation_config"])
 
     def _is_coupled(self, request: Request) -> bool:
         return self.drafting == "coupled" and request.sampling.is_sampled
@@ -293,6 +301,13 @@ def _result(request: Request, state: DecodeState) -> GenerationResult:
         stats=state.stats,
         log_probs=[row.log_probs for row in state.rows] if request.return_log_probs else None,
     )
+
+
+def _generate_output(sequences: Tensor, stats: DecodeStats, generation_config: Any) -> Tensor | SpeculativeOutput:
+    """Return the sequences, or with `return_dict_in_generate` transformers' output with the stats."""
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return SpeculativeOutput(sequences=cast(torch.LongTensor, sequences), stats=stats)
 
 
 def check_drafting(drafting: str) -> str:

@@ -33,6 +33,19 @@ WARPER_PARAMETERS: dict[Any, str] = {
 WARPERS_WITH_OP = tuple(warper.__name__ for warper in WARPER_PARAMETERS)
 
 
+def checked_processors(processors: Any) -> LogitsProcessorList:
+    """Return a call's own logits processors; raise ValueError unless they are a list of what can run on a tree."""
+    listed = [] if processors is None else processors
+    strange = [one for one in listed if not callable(one)] if isinstance(listed, Sequence) else [listed]
+    if strange:
+        raise ValueError(
+            f"logits_processor must be a list of logits processors, got {strange[0]!r}"
+            f"{' in it' if isinstance(listed, Sequence) else '; put it in a list'}"
+        )
+    refuse_processors(LogitsProcessorList(listed))
+    return LogitsProcessorList(listed)
+
+
 def refuse_processors(processors: LogitsProcessorList) -> None:
     """Raise ValueError for a processor that would not mean on a tree what it means on a text."""
     for processor in processors:

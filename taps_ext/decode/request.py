@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -22,13 +22,19 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..sampling import SamplingParams, warn
-from ..target.prompts import PreparedPrompts, check_ids, check_mask, inferred_mask, moved_left, prepare_prompts
-from .processors import refuse_processors, split_warpers
+from ..target.prompts import (
+    PreparedPrompts,
+    check_ids,
+    check_mask,
+    inferred_mask,
+    inputs_beside_text,
+    moved_left,
+    prepare_prompts,
+)
+from .processors import checked_processors, refuse_processors, split_warpers
 from .state import RowText, StopRules
-from .stats import DecodeStats
 
 # Settings of a generation config that change the text, the output or the cache and are not honoured, with the values
 # that switch them off. The others are honoured by transformers' `generate`, or mean nothing without these.
@@ -38,7 +44,7 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("token_healing", "is_assistant"), (False,)),
     **dict.fromkeys(("penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "assistant_early_exit"), ()),
     **dict.fromkeys(("constraints", "force_words_ids"), ([],)),
-    "cache_implementation": ("dynamic",),
+    "cache_implementation": ("dynamic", "hybrid"),  # transformers takes the second, of old configs, for none
 }
 DEFAULT_NEW_TOKENS = 128
 ANSWER = "Zq7 answer 7qZ"  # stands for an answer in a chat template
@@ -128,44 +134,37 @@ class Request:
     ) -> Request:
         """Return the checked request; transformers' `generate` turns the target's generation config into its parts."""
         config = _generation_config(model, options)
-        sampling, ends = options.get("sampling"), _end_tokens(config, options)
-        pads, vocab_size = _token_list(config.pad_token_id, "pad_token_id"), model.config.get_text_config().vocab_size
+        ends, pads = _end_tokens(config, options), _token_list(config.pad_token_id, "pad_token_id")
         ids = check_ids(input_ids)
         mask = inferred_mask(ids, pads, ends) if attention_mask is None else check_mask(ids, attention_mask)
-        moved = moved_left(ids, mask, vocab_size, pads)
         lengths = _given_lengths(config, options)
-        keywords: dict[str, Any] = {} if lengths is None else {"max_new_tokens": max(lengths)}
-        if (copies := options.get("num_return_sequences")) is not None:
-            keywords["num_return_sequences"] = copies
-        if sampling is not None:
-            keywords |= {**NOT_SAMPLED, "do_sample": _check_sampling(sampling).is_sampled}
         generate: Any = model.generate
         prepared: _Prepared = generate(
-            moved,
+            moved_left(ids, mask, model.config.get_text_config().vocab_size, pads),
             attention_mask=mask.sort(dim=1).values,
             custom_generate=_Prepared.collect,
-            logits_processor=_check_processors(options.get("logits_processor")),
-            stopping_criteria=StoppingCriteriaList(_stop_strings(config, options)),
-            stop_strings=None,
             eos_token_id=ends,
             pad_token_id=_pad_token(pads, ends),
-            **keywords,
+            **_arguments(config, options, lengths),
         )
         copies = len(prepared.input_ids) // len(ids)
         ids, mask = ids.repeat_interleave(copies, dim=0), mask.repeat_interleave(copies, dim=0)
-        made = cls._of(prepared, ids, mask, lengths or [prepared.new_tokens], sampling)
+        made = cls._of(prepared, ids, mask, lengths or [prepared.new_tokens], options.get("sampling"))
         return replace(made, return_log_probs=options.get("return_log_probs", False))
 
     @classmethod
     def from_generate(cls, model: PreTrainedModel, input_ids: Tensor, **kwargs: Any) -> Request:
         """Return the request that transformers' `generate` prepared, checked."""
-        _refuse_not_honoured(config := kwargs["generation_config"])
-        mask = kwargs.get("attention_mask")  # None: all ones, as given or as inferred from pad tokens
+        prepared = _Prepared.collect(model, input_ids, **kwargs)
+        _refuse_not_honoured(prepared.generation_config)
+        more = inputs_beside_text(model, prepared.model_kwargs)
+        mask = prepared.model_kwargs.get("attention_mask")  # None: all ones, as given or as inferred from pad tokens
         mask = torch.ones_like(check_ids(input_ids)) if mask is None else check_mask(input_ids, mask)
-        vocab_size, pads = model.config.get_text_config().vocab_size, _token_list(config.pad_token_id, "pad_token_id")
-        prepared = _Prepared.collect(model, moved_left(input_ids, mask, vocab_size, pads), **kwargs)
-        prompts = prepare_prompts(model, input_ids, mask, prepared.model_kwargs)
-        return replace(cls._of(prepared, input_ids, mask, [prepared.new_tokens], None), prepared=prompts)
+        pads = _token_list(prepared.generation_config.pad_token_id, "pad_token_id")
+        moved = moved_left(input_ids, mask, model.config.get_text_config().vocab_size, pads)
+        prompts = prepare_prompts(model, input_ids, mask, prepared.model_kwargs, more)
+        made = cls._of(replace(prepared, input_ids=moved), input_ids, mask, [prepared.new_tokens], None)
+        return replace(made, prepared=prompts)
 
     @classmethod
     def _of(
@@ -230,20 +229,6 @@ class Request:
         return torch.cat([self.input_ids, tail], dim=1)
 
 
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """Extend transformers' output by the decoder's `stats`."""
-
-    stats: DecodeStats | None = None
-
-
-def generate_output(sequences: Tensor, stats: DecodeStats, generation_config: Any) -> Tensor | SpeculativeOutput:
-    """Return the sequences, or with `return_dict_in_generate` transformers' output with the stats."""
-    if not generation_config.return_dict_in_generate:
-        return sequences
-    return SpeculativeOutput(sequences=cast(torch.LongTensor, sequences), stats=stats)
-
-
 def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
     """Return every token that ends an answer, for commands that answer through a chat template.
 
@@ -287,7 +272,7 @@ def _generation_config(model: PreTrainedModel, options: GenerateOptions) -> Any:
         raise TypeError(
             f"unknown option {', '.join(unknown)}; the options of a call are "
             f"{', '.join(GenerateOptions.__annotations__)}; other settings belong in the target's generation_config. "
-            "Prompts here are input_ids and attention_mask: tokenize with return_token_type_ids=False, and give pictures "
+            "A prompt is input_ids and attention_mask: tokenize with return_token_type_ids=False, and give pictures "
             "to target.generate(**inputs, custom_generate=decoder)"
         )
     config: Any = model.generation_config
@@ -297,6 +282,25 @@ def _generation_config(model: PreTrainedModel, options: GenerateOptions) -> Any:
         )
     _refuse_not_honoured(config)
     return config
+
+
+def _arguments(config: Any, options: GenerateOptions, lengths: Sequence[int] | None) -> dict[str, Any]:
+    """Return arguments of transformers' `generate` for the options, EOS aside."""
+    arguments: dict[str, Any] = {
+        "logits_processor": checked_processors(options.get("logits_processor")),
+        "stopping_criteria": StoppingCriteriaList(_stop_strings(config, options)),
+        "stop_strings": None,  # transformers hands no tokenizer to a custom_generate
+    }
+    if (sampling := options.get("sampling")) is not None:
+        arguments |= {**NOT_SAMPLED, "do_sample": _check_sampling(sampling).is_sampled}
+    if lengths is not None:
+        arguments["max_new_tokens"] = max(lengths)
+    copies: Any = options.get("num_return_sequences")
+    if copies is not None:
+        if not isinstance(copies, Integral) or copies < 1:
+            raise ValueError(f"num_return_sequences must be an integer of at least 1, got {copies!r}")
+        arguments["num_return_sequences"] = int(copies)
+    return arguments
 
 
 def _refuse_not_honoured(config: Any) -> None:
@@ -337,19 +341,6 @@ def _check_sampling(sampling: Any) -> SamplingParams:
             "give taps_ext.SamplingParams(temperature=..., seed=...)"
         )
     return sampling
-
-
-def _check_processors(processors: Any) -> LogitsProcessorList:
-    """Return the call's own logits processors as a list."""
-    if processors is not None and not isinstance(processors, Sequence):
-        raise ValueError(
-            f"logits_processor must be a list of logits processors, got {type(processors).__name__}; put it in a list"
-        )
-    checked = LogitsProcessorList(processors or ())
-    if strange := [one for one in checked if not callable(one)]:
-        raise ValueError(f"logits_processor must hold logits processors, got {strange[0]!r}")
-    refuse_processors(checked)
-    return checked
 
 
 def _given_lengths(config: Any, options: GenerateOptions) -> list[int] | None:

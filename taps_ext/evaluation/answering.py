@@ -85,7 +85,7 @@ class Answering:
     ) -> list[Signals]:
         """One more turn for each of the answers; its signals, where anything was drafted."""
         arguments = {**padded(prompts), "sampling": sampling, "max_new_tokens": self.max_new_tokens}
-        arguments["eos_token_id"] = self.end_tokens
+        arguments |= {"eos_token_id": self.end_tokens, "tokenizer": self.prompter.tokenizer, "num_return_sequences": 1}
         self._wait()
         started = time.perf_counter()
         tokens, reasons, events = self._generate(contestant.decoder, arguments)

@@ -59,7 +59,10 @@ def inferred_mask(input_ids: Tensor, pads: Sequence[int], ends: Sequence[int]) -
 
 def check_mask(input_ids: Tensor, attention_mask: Any, reason: str = "") -> Tensor:
     """Return the attention mask as int64 [B, P]; raise ValueError for one that is none of these prompts."""
-    mask = torch.as_tensor(attention_mask, device=input_ids.device)
+    try:
+        mask = torch.as_tensor(attention_mask, device=input_ids.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"attention_mask must be a tensor or lists of 0 and 1, got {attention_mask!r}") from error
     if mask.shape != input_ids.shape:
         raise ValueError(f"attention_mask must be {list(input_ids.shape)} like input_ids, got {list(mask.shape)}")
     if not bool(((mask == 0) | (mask == 1)).all()):
@@ -82,15 +85,33 @@ def moved_left(input_ids: Tensor, mask: Tensor, vocab_size: int, pads: Sequence[
     return readable.gather(1, torch.argsort(mask, dim=1, stable=True))
 
 
-def prepare_prompts(
-    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any]
-) -> PreparedPrompts | None:
-    """Return the prefill of prompts int64 [B, P] (mask [B, P]) with inputs beside their tokens; None for text alone.
+def inputs_beside_text(model: PreTrainedModel, model_kwargs: dict[str, Any]) -> set[str]:
+    """Return the names of a call's inputs beside its text, such as pixel_values; empty for text alone.
 
-    Raises ValueError for an argument that would not be used, and where positions behind the prompts are not known
-    before the prefill.
+    Raises ValueError for an argument of `generate` that would not be used as transformers would use it.
     """
-    more = _inputs_beside_text(model, model_kwargs, mask)
+    given = {name for name, value in model_kwargs.items() if value is not None and not _is_empty(value)}
+    for name in given.intersection(CACHES):
+        if _holds_tokens(model_kwargs[name]):
+            raise ValueError(
+                "speculative decoding keeps its own cache, but cache (past_key_values) holds tokens; leave it out"
+            )
+    more = given.difference(USED_ARGUMENTS, CACHES)
+    by_steps = inspect.signature(decoder_stack(model).forward).parameters
+    by_prefill = inspect.signature(model.forward).parameters.keys() - by_steps.keys()
+    for name in sorted(more - by_prefill):
+        _refuse_unused(name)
+    return more
+
+
+def prepare_prompts(
+    model: PreTrainedModel, input_ids: Tensor, mask: Tensor, model_kwargs: dict[str, Any], more: set[str]
+) -> PreparedPrompts | None:
+    """Return the prefill of prompts int64 [B, P] (mask [B, P]) with what `inputs_beside_text` named; None for no more.
+
+    Raises ValueError where the prefill would be of other prompts, and where positions behind them are not known before.
+    """
+    _refuse_other_positions(model_kwargs.get("position_ids"), mask, has_axes=bool(more))
     prepared = _first_call(model, input_ids, model_kwargs)
     _refuse_other_prompts(input_ids, prepared)
     if not more:
@@ -120,6 +141,19 @@ def _first_call(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
     return prepared
 
 
+def _refuse_other_positions(positions: Tensor | None, mask: Tensor, has_axes: bool) -> None:
+    """Raise ValueError unless positions count the real tokens; those with axes come with pictures."""
+    if positions is None or (has_axes and positions.ndim == 3):
+        return
+    counted = (mask.cumsum(dim=-1) - 1).clamp_min(0)
+    fits = positions.shape in (mask.shape, mask[:1].shape, mask[0].shape)
+    if not (fits and bool(((positions == counted) | (mask == 0)).all())):
+        raise ValueError(
+            f"position_ids must count the real tokens of each prompt from 0, int64 {list(mask.shape)}, got "
+            f"{list(positions.shape)}; leave them out"
+        )
+
+
 def _refuse_other_prompts(input_ids: Tensor, prepared: dict[str, Any]) -> None:
     """Raise ValueError where the first forward would see more, or other, than the tokens of the prompts.
 
@@ -136,43 +170,6 @@ def _refuse_other_prompts(input_ids: Tensor, prepared: dict[str, Any]) -> None:
             f"speculative decoding reads the tokens of a prompt, but this call's first forward has {names[0]} in their "
             "place (as with prompt or prefix tuning); decode without taps_ext"
         )
-
-
-def _inputs_beside_text(model: PreTrainedModel, model_kwargs: dict[str, Any], mask: Tensor) -> set[str]:
-    """Return the names of a call's inputs beside its text, such as pixel_values; empty for text alone.
-
-    Raises ValueError for an argument of `generate` that would not be used as transformers would use it. `mask` is
-    [B, P], 0 at padding.
-    """
-    given = {name for name, value in model_kwargs.items() if value is not None and not _is_empty(value)}
-    for name in given.intersection(CACHES):
-        if _holds_tokens(model_kwargs[name]):
-            raise ValueError(
-                "speculative decoding keeps its own cache, but cache (past_key_values) holds tokens; leave it out"
-            )
-    more = given.difference(USED_ARGUMENTS, CACHES)
-    by_steps = inspect.signature(decoder_stack(model).forward).parameters
-    by_prefill = inspect.signature(model.forward).parameters.keys() - by_steps.keys()
-    for name in sorted(more - by_prefill):
-        _refuse_unused(name)
-    positions = model_kwargs.get("position_ids")
-    if positions is not None and not (more and positions.ndim == 3):
-        counted = (mask.cumsum(dim=-1) - 1).clamp_min(0)
-        fits = (
-            positions.shape[-1] == mask.shape[1]
-            and positions.ndim <= 2
-            and positions.numel()
-            in (
-                mask.shape[1],
-                mask.numel(),
-            )
-        )
-        if not (fits and bool(((positions == counted) | (mask == 0)).all())):
-            raise ValueError(
-                f"position_ids must count the real tokens of each prompt from 0, int64 {list(mask.shape)}, got "
-                f"{list(positions.shape)}; leave them out"
-            )
-    return more
 
 
 def _position_offsets(positions: Tensor, mask: Tensor) -> Tensor | None:

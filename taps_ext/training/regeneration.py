@@ -190,10 +190,12 @@ class _Writer:
             sampling=replace(self._sampling, seed=[row_seed(self._seed, draft.index) for _, draft in prompts]),
             max_new_tokens=[self._room(prompt) for prompt, _ in prompts],
             eos_token_id=self._end_tokens,
+            tokenizer=self._tokenizer,
+            num_return_sequences=1,
         )
         for (_, draft), tokens, reason in zip(prompts, result.new_tokens, result.finish_reasons, strict=True):
             answer = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            draft.take(answer, NO_END if reason != "eos" else None if answer.strip() else NO_TEXT)
+            draft.take(answer, NO_END if reason not in ("eos", "stop_string") else None if answer.strip() else NO_TEXT)
 
 
 def check_output(output: Path) -> None:
