@@ -111,7 +111,7 @@ def prepare_prompts(
 
     Raises ValueError where the prefill would be of other prompts, and where positions behind them are not known before.
     """
-    _refuse_other_positions(model_kwargs.get("position_ids"), mask, has_axes=bool(more))
+    _refuse_other_positions(model_kwargs.get("position_ids"), mask, has_pictures=bool(more))
     prepared = _first_call(model, input_ids, model_kwargs)
     _refuse_other_prompts(input_ids, prepared)
     if not more:
@@ -141,12 +141,12 @@ def _first_call(model: PreTrainedModel, input_ids: Tensor, model_kwargs: dict[st
     return prepared
 
 
-def _refuse_other_positions(positions: Tensor | None, mask: Tensor, has_axes: bool) -> None:
-    """Raise ValueError unless positions count the real tokens; those with axes come with pictures."""
-    if positions is None or (has_axes and positions.ndim == 3):
+def _refuse_other_positions(positions: Tensor | None, mask: Tensor, has_pictures: bool) -> None:
+    """Raise ValueError unless positions count the real tokens, along all axes; with pictures, axes may differ."""
+    if positions is None or (has_pictures and positions.ndim == 3):
         return
     counted = (mask.cumsum(dim=-1) - 1).clamp_min(0)
-    fits = positions.shape in (mask.shape, mask[:1].shape, mask[0].shape)
+    fits = positions.shape[-2:] in (mask.shape, mask[:1].shape, mask[0].shape)
     if not (fits and bool(((positions == counted) | (mask == 0)).all())):
         raise ValueError(
             f"position_ids must count the real tokens of each prompt from 0, int64 {list(mask.shape)}, got "
