@@ -47,8 +47,10 @@ def fake_decoder(
 
 
 def fake_request(lengths: list[int], temperature: float, **changes: Any) -> Request:
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
     fields = {
-        "input_ids": torch.zeros(len(lengths), max(lengths), dtype=torch.int64),
+        "input_ids": ids,
+        "moved_left": ids,
         "attention_mask": torch.ones(len(lengths), max(lengths), dtype=torch.int64),
         "prompt_lengths": tuple(lengths),
         "sampling": taps.SamplingParams(temperature),

@@ -189,7 +189,8 @@ class SpeculativeDecoder:
         """Serve transformers' `target.generate(**inputs, custom_generate=decoder, ...)`.
 
         transformers drops `streamer` and `tokenizer` for callables: pass `taps_streamer=...`, and stop strings as
-        `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [...])])`.
+        `stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, [...])])`, with `stop_strings=None` if
+        the generation config has some.
         """
         if model is not self.target.model:
             raise ValueError("this decoder drives another model; build a SpeculativeDecoder for the one that generates")
