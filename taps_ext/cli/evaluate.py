@@ -22,7 +22,6 @@ from ..checkpoints import load_drafters
 from ..checkpoints.load import LOOKUP, open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
-from ..decode.request import end_tokens
 from ..evaluation import contestants, lossless, results, runner
 from ..evaluation.divergence import Divergence
 from ..evaluation.lossless_report import TEMPERATURES, FrequencyCheck, LosslessReport, LosslessSettings, TextCheck
@@ -33,6 +32,7 @@ from ..evaluation.summary import Summary, summarise
 from ..evaluation.tasks import TASKS, Question, find_task, load_prompts
 from ..evaluation.variants import parse_variants
 from ..native import choose_device
+from ..target.end_tokens import end_tokens
 from ..target.model import TargetModel
 from ..tiny import TINY, resolve
 from ..tree import TreeShape
@@ -179,6 +179,7 @@ def check_lossless(
         tokens = [_encode(tokenizer, question) for question in questions]
         for question, prompt in zip(questions, tokens, strict=True):
             refuse_long(question, len(prompt) + max(max_new_tokens, settings.num_first_tokens), taken)
+        ends = end_tokens(model, tokenizer)
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
         drafters = load_drafters(paths, taken)
         report = lossless.check_lossless(
@@ -188,9 +189,9 @@ def check_lossless(
             tokens,
             settings,
             lambda what: update(what, next(done), total),
-            end_tokens(model, tokenizer) or None,
+            list(ends.values()) or None,
         )
-    show(as_json, report.to_dict(), *_page(report, tokenizer))
+    show(as_json, {**report.to_dict(), "end_tokens": ends}, *_page(report, tokenizer))
     if not report.passed:
         raise typer.Exit(1)
 

@@ -21,10 +21,10 @@ from ..checkpoints.files import first_line, json_text, write_text
 from ..composition import make_composition
 from ..decode.budget import CostTable
 from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
-from ..decode.request import end_tokens
 from ..decode.stats import DecodeStats
 from ..native import choose_device
 from ..sampling import SamplingParams
+from ..target.end_tokens import end_tokens
 from ..tiny import TINY
 from ..tree import TreeShape
 from . import terminal
@@ -109,7 +109,7 @@ def generate(
     inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
     _check_prompt(model, tokenizer, inputs["input_ids"].shape[1] + max_new_tokens, raw)
     ends = end_tokens(model, tokenizer)
-    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": ends}
+    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": list(ends.values())}
     torch.manual_seed(seed)  # of the noise where the generation config samples
     started = time.perf_counter()
     if not as_json:
@@ -122,7 +122,7 @@ def generate(
         "text": tokenizer.decode(result.new_tokens[0], skip_special_tokens=True),
         "new_tokens": result.new_tokens[0],
         "finish_reason": result.finish_reasons[0],
-        "end_tokens": dict(zip(tokenizer.convert_ids_to_tokens(ends), ends, strict=True)),
+        "end_tokens": ends,
         "seconds": time.perf_counter() - started,
         "stats": result.stats.to_dict(),
     }

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from ..sampling import SamplingParams, warn
+from ..sampling import SamplingParams
 from ..target.prompts import PreparedPrompts, inputs_beside_text, prepare_prompts
 from ..tree import DraftTree
 from .state import RowText, StopRules
@@ -54,7 +54,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("constraints", "force_words_ids", "cache_implementation"), ()),
     "use_cache": (True,),
 }
-ANSWER = "Zq7 answer 7qZ"  # stands for an answer in a chat template
 NOT_SAMPLED = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # silences what greedy does not use
 WARPERS_WITH_OP = tuple(warper.__name__ for warper in WARPER_PARAMETERS)
 
@@ -239,43 +238,6 @@ def generate_output(sequences: Tensor, stats: DecodeStats, generation_config: An
     if not generation_config.return_dict_in_generate:
         return sequences
     return SpeculativeOutput(sequences=cast(torch.LongTensor, sequences), stats=stats)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Return every token that ends an answer, for commands that answer through a chat template.
-
-    These are the EOS tokens of the target's generation config, of its config and of the tokenizer, and the token that
-    ends an assistant's turn in the chat template, in this order. If they name different tokens, a warning lists them.
-    """
-    sources = {
-        "the generation config": _token_list(model.generation_config.eos_token_id if model.generation_config else None),
-        "the config": _token_list(getattr(model.config.get_text_config(), "eos_token_id", None)),
-        "the tokenizer": _token_list(tokenizer.eos_token_id),
-        "the chat template": _end_of_turn(tokenizer),
-    }
-    union = list(dict.fromkeys(token for tokens in sources.values() for token in tokens))
-    if any(set(tokens) != set(union) for source, tokens in sources.items() if tokens or source == "the tokenizer"):
-        named = [
-            f"{source} {', '.join(tokenizer.convert_ids_to_tokens(tokens)) or 'none'}"
-            for source, tokens in sources.items()
-        ]
-        warn(f"end-of-text tokens differ: {'; '.join(named)}; each of them ends an answer")
-    return union
-
-
-def _end_of_turn(tokenizer: Any) -> list[int]:
-    """Return the special token behind an assistant's answer in the chat template, if there is one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    from jinja2 import TemplateError  # there whenever a chat template is
-
-    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": ANSWER}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError:
-        return []
-    behind = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
-    return [token for token in behind if token in tokenizer.all_special_ids][:1]
 
 
 def refuse_processors(processors: LogitsProcessorList) -> None:

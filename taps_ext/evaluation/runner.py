@@ -14,8 +14,8 @@ import torch
 
 from .. import native
 from ..checkpoints.load import identify
-from ..decode.request import end_tokens
 from ..sampling import row_seed
+from ..target.end_tokens import end_tokens
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from . import results
@@ -107,7 +107,7 @@ def evaluate(
     ends = end_tokens(target, tokenizer)
     with _folder(folder, configuration, _provenance(command, model, processes, ends), processes):
         answers = results.Answers(folder, processes.index, plan.variants[0].label)
-        answering = Answering(model, prompter, settings.max_new_tokens, ends)
+        answering = Answering(model, prompter, settings.max_new_tokens, list(ends.values()))
         _Run(plan, contestants, answering, answers, name, report or _no_report).run(processes)
         answers.close()
         processes.wait()
@@ -197,7 +197,7 @@ def _refuse_long_questions(plan: Plan, prompter: Prompter, target: TargetModel) 
             refuse_long(question, prompt + len(question.turns) * plan.settings.max_new_tokens, target)
 
 
-def _provenance(command: str, target: TargetModel, processes: Processes, ends: Sequence[int]) -> dict[str, Any]:
+def _provenance(command: str, target: TargetModel, processes: Processes, ends: Mapping[str, int]) -> dict[str, Any]:
     """How the results came about, as JSON values; none of it must be the same when a run goes on."""
     is_cuda = target.device.type == "cuda"
     return {
@@ -206,7 +206,7 @@ def _provenance(command: str, target: TargetModel, processes: Processes, ends: S
         **native.installation().provenance(),
         "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
         "num_processes": processes.count,
-        "end_tokens": list(ends),
+        "end_tokens": dict(ends),
     }
 
 

@@ -17,8 +17,8 @@ import torch
 from ..checkpoints.files import check_writable
 from ..checkpoints.load import identify
 from ..decode.plain import plain_generate
-from ..decode.request import end_tokens
 from ..sampling import NOISE, SamplingParams, row_seed
+from ..target.end_tokens import end_tokens
 from .conversations import Conversation, Message
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class RegenerationReport:
     num_answers: int  # in those written
     cut: dict[str, int]  # by reason: how many conversations end early
     num_dropped: int  # of these: have no answer left, and are not written
+    end_tokens: dict[str, int]  # by name: what ends an answer
 
 
 def regenerate(
@@ -87,7 +88,7 @@ def regenerate(
             file.writelines(_line({"messages": draft.messages, "cut": draft.cut}) for draft in drafts)
             _sync(file)
             num_done += len(drafts)
-    return _finish(collected, output)
+    return _finish(collected, output, writer.end_tokens)
 
 
 @dataclass
@@ -134,8 +135,8 @@ class _Writer:
         self._max_new_tokens = max_new_tokens
         self._generate: Callable[..., Any] = decoder.generate if decoder else partial(plain_generate, target)
         self._max_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-        self._end_tokens = end_tokens(target, tokenizer)
-        if not self._end_tokens:
+        self.end_tokens = end_tokens(target, tokenizer)
+        if not self.end_tokens:
             raise ValueError(
                 "neither the target nor its tokenizer names an end-of-turn token; set eos_token_id in either"
             )
@@ -189,7 +190,7 @@ class _Writer:
             attention_mask,
             sampling=replace(self._sampling, seed=[row_seed(self._seed, draft.index) for _, draft in prompts]),
             max_new_tokens=[self._room(prompt) for prompt, _ in prompts],
-            eos_token_id=self._end_tokens,
+            eos_token_id=list(self.end_tokens.values()),
         )
         for (_, draft), tokens, reason in zip(prompts, result.new_tokens, result.finish_reasons, strict=True):
             answer = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -255,7 +256,7 @@ def _resume(collected: Path, settings: dict[str, Any]) -> int:
         return sum(1 for _ in file)
 
 
-def _finish(collected: Path, output: Path) -> RegenerationReport:
+def _finish(collected: Path, output: Path, ends: dict[str, int]) -> RegenerationReport:
     """Write the conversations that have answers to `output`, and count."""
     cut, count = Counter[str](), Counter[str]()
     new = output.with_name(f".{output.name}.new")
@@ -275,7 +276,7 @@ def _finish(collected: Path, output: Path) -> RegenerationReport:
         raise ValueError(f"no conversation is left to write: {reasons}; allow more new tokens in another run")
     new.replace(output)
     collected.unlink()
-    return RegenerationReport(count["written"], count["answers"], dict(cut), count["dropped"])
+    return RegenerationReport(count["written"], count["answers"], dict(cut), count["dropped"], ends)
 
 
 def _line(value: Any) -> str:
