@@ -56,7 +56,10 @@ def run(folder: Path, tasks: Mapping[str, Sequence[Question]], specs: Sequence[s
     model, tokenizer = options.pop("models", None) or models()
     temperatures, settings, drafters = (options.pop(name) for name in ("temperatures", "settings", "drafters"))
     variants = parse_variants(specs, list(drafters), temperatures, settings.max_nodes)
-    evaluate(model, tokenizer, drafters, tasks, variants, temperatures, settings, folder, **options)
+    facts = contestants.drafter_facts(contestants.check_drafters(drafters, model.config), drafters)
+    more = {name: options.pop(name) for name in ("label", "costs") if name in options}
+    plan = Plan(tasks, variants, temperatures, settings, facts, options.pop("sources", {}), **more)
+    evaluate(model, tokenizer, drafters, plan, folder, **options)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -189,7 +192,10 @@ def test_each_variant_gets_the_decoder_that_its_spec_says() -> None:
     model = TargetModel(models()[0])
     specs = ["merged@20", "merged", "evidence,evidence=0.5", "single:chat@9,topk", "average:chat+math,weight=1"]
     variants = parse_variants(specs, ["math", "chat"], [1], 33)
-    made = contestants.make_contestants(model, folders(), variants, TreeShape(3, 4, 33))
+    participants = contestants.load_participants(model, folders(), variants)
+    made = contestants.make_contestants(
+        model, variants, participants, Settings(depth=3, branching=4, max_nodes=33), None
+    )
     plain, budgeted, union, evidence, single, average = [one.decoder for one in made]
     assert plain is None and budgeted and union and evidence and single and average
     assert {decoder.shape.depth for decoder in (budgeted, union, evidence, single, average)} == {3}
@@ -197,7 +203,7 @@ def test_each_variant_gets_the_decoder_that_its_spec_says() -> None:
     assert [decoder.composition.decay for decoder in (budgeted, union, evidence)] == [0.95, None, 0.5]
     assert [budgeted.composition.max_nodes, union.composition.max_nodes] == [20, None]
     assert [decoder.drafting for decoder in (budgeted, single, average)] == ["coupled", "topk", "topk"]
-    assert list(single.drafters) == ["chat"] and made[5].drafters == ("average",)
+    assert list(single.drafters) == ["chat"] and made[5].proposers == ("average",)
     all_chat = load_drafter(folders()["chat"], model).network.state_dict()
     weights = average.drafters["average"].network.state_dict()
     assert all(torch.allclose(weights[name], all_chat[name], atol=1e-2) for name in weights)
