@@ -183,8 +183,9 @@ def _shape(limits: dict[str, Any]) -> TreeShape:
     return TreeShape(**given) if sizes else replace(TreeShape.auto(), **given)
 
 
-def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:
+def _sampling(options: dict[str, Any], seed: int) -> SamplingParams | None:
     """Return what the options ask for; None if they ask for nothing: then the generation config decides."""
+    filters = {name: value for name, value in options.items() if value is not None}
     sampling = SamplingParams(**filters, seed=seed)  # checks the seed, whoever draws with it
     if not filters:
         return None

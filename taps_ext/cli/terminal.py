@@ -161,8 +161,9 @@ def read_costs(path: Path | None) -> CostTable | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         return CostTable.from_dict(values.get(COSTS, values) if isinstance(values, dict) else values)
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise ValueError(
-            f"--costs {path} holds no costs ({first_line(error)}); give a file of taps-ext tune -o, or the run.json of "
+            f"--costs {path} holds no costs ({reason}); give a file of taps-ext tune -o, or the run.json of "
             "an evaluation with a variant that adapts"
         ) from error
 
