@@ -85,6 +85,17 @@ def test_look_ups_are_evaluated_beside_files(evaluate, tmp_path: Path) -> None:
     assert refused.code == 2 and "there is no drafter 'lookup'; there are math" in refused.err
 
 
+def test_look_ups_alone_with_trees_that_adapt_and_continue_the_text(evaluate, tmp_path: Path) -> None:
+    done = evaluate("--drafter=lookup", "--variant=single:lookup,auto", "--limit=1", "--max-new-tokens=9", "--extend")
+    assert done.code == 0 and "All 4 answers equal plain decoding's" in done.out
+    settings = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert settings["settings"]["extend"] and "lookup" in settings["costs"]["draft_ms"]
+    costs = f"--costs={tmp_path / 'results' / 'run.json'}"
+    refused = evaluate("--variant=merged,auto", costs, output=tmp_path / "other")
+    assert refused.code == 2 and "the table of costs lacks drafter 'chat'; give one measured with" in refused.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_json_is_one_object_with_the_same_figures(evaluate, tmp_path: Path) -> None:
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"prompt": "Why should I label the cables?"}\n{"prompt": "How do I sort 12 boxes?"}\n')

@@ -92,6 +92,13 @@ def test_tokens_that_the_tokenizer_lacks_are_named_by_number(models: Any, eos: A
         assert end_tokens(model, tokenizer) == found
 
 
+def test_an_eos_token_that_is_no_number_is_refused(models: Any) -> None:
+    model, tokenizer = models
+    set_eos(model, ["</s>"], 5)
+    with pytest.raises(ValueError, match=r"eos_token_id must be a number or a list of numbers, got \['</s>'\]"):
+        end_tokens(model, tokenizer)
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from .. import native
 from ..checkpoints import load_drafters
-from ..checkpoints.files import json_text, write_text
+from ..checkpoints.files import check_writable, json_text, write_text
 from ..composition import make_composition
 from ..decode.budget import CostTable
 from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
@@ -125,15 +125,20 @@ def tune(
 ) -> None:
     """Measure what the parts of a decode step cost on this machine, and keep the figures for later calls.
 
-    Steps whose tree adapts use them. A file written with --output can be given to generate --costs, so that another
-    run takes the same trees.
+    Steps whose tree adapts use them. A file written with --output can be given to --costs of generate and evaluate,
+    so that another run takes the same trees.
     """
     paths, place = terminal.drafter_folders(target, drafter), choose_device(device)
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if output is not None:
+        check_writable(output.parent)
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a directory; give the name of a file")
     model, _ = terminal.load_target_and_tokenizer(target, dtype, place)
     table = SpeculativeDecoder(model, load_drafters(paths, model)).cost_table(batch_size, measure=True)
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json_text(table.to_dict()))
     show(as_json, table.to_dict(), *_cost_tables(table))
 

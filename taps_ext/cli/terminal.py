@@ -131,7 +131,10 @@ def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any
         with loading(f"the tokenizer of the target {target}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(target)
         with loading(f"the target {target}"), noting_later(f"loading {target}"):
-            model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained
+            model, report = loaded(target, dtype=chosen or "auto", output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"the target {target} lacks weights that its config asks for, such as {missing[0]}")
     return model.to(device=device, dtype=chosen).eval(), tokenizer
 
 

@@ -55,8 +55,7 @@ class Plan:
             raise ValueError("an evaluation needs a task with questions")
         if [one.is_plain for one in self.variants] != [True] + [False] * (len(self.variants) - 1):
             raise ValueError("an evaluation needs plain decoding, first and once, to compare texts and speed with")
-        if self.costs is not None and not self.adapts:
-            raise ValueError("a table of costs is for variants that adapt; give one, such as merged,auto")
+        self._check_costs()
         if not self.temperatures:
             raise ValueError("an evaluation needs a temperature")
         SamplingParams(tuple(self.temperatures))
@@ -67,6 +66,15 @@ class Plan:
                 raise ValueError(f"the task {name!r} has the question id {repeated[0]!r} twice; ids tell answers apart")
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"a temperature is given twice: {', '.join(map(str, self.temperatures))}")
+
+    def _check_costs(self) -> None:
+        if self.costs is None:
+            return
+        drafting = {name for variant in self.variants if variant.adapts for name in variant.drafting_names}
+        if not drafting:
+            raise ValueError("a table of costs is for variants that adapt; give one, such as merged,auto")
+        if missing := sorted(drafting - self.costs.draft_ms.keys()):
+            raise ValueError(f"the table of costs lacks drafter {missing[0]!r}; give one measured with these drafters")
 
     @property
     def adapts(self) -> bool:

@@ -48,6 +48,11 @@ class Variant:
         """Whether it is decoding without drafters, whose text every variant must give."""
         return self.composition == PLAIN
 
+    @property
+    def drafting_names(self) -> tuple[str, ...]:
+        """The names of its decoder's drafters: an average is one."""
+        return (AVERAGE,) if self.composition == AVERAGE else self.drafters
+
     def runs_at(self, temperature: float) -> bool:
         """Whether it is a variant of its own there: without noise, top-k is what coupled is."""
         return temperature > 0 or self.drafting == "coupled"

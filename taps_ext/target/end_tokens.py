@@ -45,7 +45,10 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any) -> dict[str, int]:
 
 def _listed(tokens: Any) -> list[int]:
     """Return the token ids of a configuration's entry: none, one or several."""
-    return [] if tokens is None else [int(token) for token in (tokens if isinstance(tokens, list) else [tokens])]
+    ids = [] if tokens is None else list(tokens) if isinstance(tokens, (list, tuple)) else [tokens]
+    if not all(isinstance(token, int) for token in ids):
+        raise ValueError(f"the target's eos_token_id must be a number or a list of numbers, got {tokens!r}")
+    return ids
 
 
 def _name(tokenizer: Any, token: int) -> str:

@@ -70,7 +70,11 @@ def regenerate(
         seed: conversation i draws with row_seed(seed, i), so that its text does not depend on its neighbours.
         decoder: of this target, to write the same text faster.
     """
-    _check(tokenizer, conversations, output, max_new_tokens, batch_size)
+    check(output, max_new_tokens, batch_size)
+    if not conversations:
+        raise ValueError("there is no conversation to answer; give at least one")
+    if not tokenizer.chat_template:
+        raise ValueError("the target's tokenizer has no chat template, which says where an answer begins; give one")
     writer = _Writer(target, tokenizer, max_new_tokens, temperature, seed, decoder)
     output.parent.mkdir(parents=True, exist_ok=True)
     collected = output.with_name(f"{output.name}.partial")
@@ -197,25 +201,11 @@ class _Writer:
             draft.take(answer, NO_END if reason != "eos" else None if answer.strip() else NO_TEXT)
 
 
-def check_output(output: Path) -> None:
-    """OSError, in a sentence, unless the file can be written."""
+def check(output: Path, max_new_tokens: int, batch_size: int) -> None:
+    """OSError or ValueError, in a sentence, unless the file can be written and the numbers make sense."""
     if output.exists():
         raise FileExistsError(f"{output} exists already; give another name for the output, or delete it")
     check_writable(output.parent)
-
-
-def _check(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    output: Path,
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    check_output(output)
-    if not conversations:
-        raise ValueError("there is no conversation to answer; give at least one")
-    if not tokenizer.chat_template:
-        raise ValueError("the target's tokenizer has no chat template, which says where an answer begins; give one")
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -273,7 +263,8 @@ def _finish(collected: Path, output: Path, ends: dict[str, int]) -> Regeneration
         new.unlink()
         collected.unlink()
         reasons = ", ".join(f"{reason} ({number} times)" for reason, number in cut.most_common())
-        raise ValueError(f"no conversation is left to write: {reasons}; allow more new tokens in another run")
+        way_out = "allow more new tokens in another run" if cut[NO_END] else "give other conversations"
+        raise ValueError(f"no conversation is left to write: {reasons}; {way_out}")
     new.replace(output)
     collected.unlink()
     return RegenerationReport(count["written"], count["answers"], dict(cut), count["dropped"], ends)
