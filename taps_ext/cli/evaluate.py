@@ -172,11 +172,11 @@ def check_lossless(
     with terminal.progress() as update:
         model, tokenizer = load_target_and_tokenizer(target, dtype, place)
         taken, ends = TargetModel(model), end_tokens(model, tokenizer)
-        tokens = _encode(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
+        tokens = _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
-        tell = lambda what: update(what, next(done), total)  # noqa: E731
         drafters = load_drafters(paths, taken)
-        found = lossless.check_lossless(taken, drafters, ways, tokens, settings, tell, list(ends.values()) or None)
+        given = (taken, drafters, ways, tokens, settings, lambda what: update(what, next(done), total))
+        found = lossless.check_lossless(*given, list(ends.values()) or None)
     show(as_json, {**found.to_dict(), "end_tokens": ends}, *_page(found, tokenizer))
     if not found.passed:
         raise typer.Exit(1)
@@ -259,21 +259,23 @@ def _questions(target: str, prompts: Path | None, limit: int) -> list[Question]:
     return [Question(str(number), "built-in", (text,)) for number, text in enumerate(SENTENCES)][:limit]
 
 
-def _encode(tokenizer: Any, questions: Sequence[Question], target: TargetModel, num_new_tokens: int) -> list[list[int]]:
-    """Return the tokens of each question's first turn, through the chat template if there is one.
-
-    Raise ValueError for a text that leaves the target's context.
-    """
+def _encoded(
+    tokenizer: Any, questions: Sequence[Question], target: TargetModel, num_new_tokens: int
+) -> list[list[int]]:
+    """Return the tokens of each question; raise ValueError for a text that leaves the target's context."""
     terminal.note_without_template(tokenizer)
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    tokens = []
-    for question in questions:
-        if has_template:
-            tokens.append(Prompter(tokenizer).encode(question, []))
-        else:
-            texts = [*(message["content"] for message in question.history), question.turns[0]]
-            tokens.append(tokenizer("\n".join(texts))["input_ids"])
-        refuse_long(question, len(tokens[-1]) + num_new_tokens, target)
+    prompts = [_encode(tokenizer, question) for question in questions]
+    for question, prompt in zip(questions, prompts, strict=True):
+        refuse_long(question, len(prompt) + num_new_tokens, target)
+    return prompts
+
+
+def _encode(tokenizer: Any, question: Question) -> list[int]:
+    """Return the tokens of a question's first turn, through the chat template if there is one."""
+    if getattr(tokenizer, "chat_template", None):
+        return Prompter(tokenizer).encode(question, [])
+    texts = [*(message["content"] for message in question.history), question.turns[0]]
+    tokens: list[int] = tokenizer("\n".join(texts))["input_ids"]
     return tokens
 
 
