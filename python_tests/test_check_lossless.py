@@ -484,6 +484,14 @@ def test_the_command_checks_look_ups() -> None:
     assert [*dict.fromkeys(one["way"] for one in facts["texts"])] == ["merged", "single:lookup"]
 
 
+def test_the_command_extends_every_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    extended = []
+    extend = device_half.DecodeStep._extended
+    monkeypatch.setattr(device_half.DecodeStep, "_extended", lambda *given: extended.append(1) or extend(*given))
+    result = run("--json", "--extend", "--drafter=lookup", "--temperature=0", "--temperature=1")
+    assert (result.exit_code, json.loads(result.stdout)["verdict"]) == (0, "lossless") and extended
+
+
 def test_the_command_shows_where_texts_part_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_half, "verify", trust_the_drafter)
     result = run("--draws=0")

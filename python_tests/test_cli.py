@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.checkpoints import save_drafter
+from taps_ext.checkpoints.files import write_text
 from taps_ext.cli import app, main, terminal
 
 PROMPT = "t2 t10 t11 t12"
@@ -242,6 +243,74 @@ def test_a_target_that_is_torn_or_has_no_tokenizer_is_one_sentence(
     code, out, err = run("generate", f"--target={folder}", "--drafter=tiny/math", "--prompt", "x")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"taps-ext: {said.format(folder=folder)}")
+
+
+def test_a_drafter_given_as_the_target_is_refused_by_name(run) -> None:
+    drafter = tiny.resolve("tiny/math")
+    code, _, err = run("generate", f"--target={drafter}", "--drafter=lookup", "--prompt", "x")
+    assert (code, err.count("\n")) == (2, 1) and f"{drafter} is a drafter, not a target; give it as the drafter" in err
+
+
+def test_a_target_whose_files_lack_weights_is_refused(run, tmp_path: Path) -> None:
+    """transformers would draw them at random."""
+    folder = shutil.copytree(tiny.resolve("tiny"), tmp_path / "target")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    code, _, err = run("generate", f"--target={folder}", "--drafter=lookup", "--prompt", "x")
+    assert code == 2 and f"taps-ext: the target {folder} lacks weights that its config asks for, such as model.l" in err
+
+
+def test_a_chat_template_that_fails_is_one_sentence_and_raw_prompts_need_none(run, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny.resolve("tiny"), tmp_path / "target")
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    arguments = ("generate", f"--target={folder}", "--drafter=lookup", "--prompt=x", "--max-new-tokens=2")
+    code, _, err = run(*arguments)
+    assert (code, err.count("\n")) == (2, 1) and "the tokenizer's chat template refuses the prompt: can only" in err
+    assert run(*arguments, "--raw")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", ["generate --prompt t2", "check-lossless --limit 2 --max-new-tokens 2 --draws 0 --composition merged"]
+)
+def test_prompts_that_no_chat_template_is_applied_to_are_noted_once(run, model_folders, arguments: str) -> None:
+    sentence = "the tokenizer has no chat template, so that prompts are decoded as they are\n"
+    arguments = f"{arguments} --target {model_folders['target']} --drafter lookup"
+    assert run(*arguments.split())[2].count(sentence) == 1
+    if arguments.startswith("generate"):
+        assert sentence not in run(*arguments.split(), "--raw")[2]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried"), None])
+def test_too_little_memory_is_one_sentence(run, monkeypatch, error: Exception | None) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        if error is not None:
+            raise error
+        torch.empty(2**50)
+
+    monkeypatch.setattr("taps_ext.native.installation", work)
+    code, _, err = run("info")
+    assert (code, err.count("\n")) == (2, 1) and err.startswith("taps-ext: out of memory (")
+
+
+def test_a_runtime_error_of_another_kind_is_not_hidden(monkeypatch) -> None:
+    def work() -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("taps_ext.native.installation", work)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["info"])
+
+
+def test_costs_are_never_written_over_a_directory(run, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    monkeypatch.setattr(terminal, "load_target_and_tokenizer", lambda *_: pytest.fail("the work was done"))
+    code, _, err = run("tune", "-o", str(tmp_path / "mine"))
+    assert code == 2 and "mine is a directory; give the name of a file" in err
+    assert run("tune", "-o", str(tmp_path / "mine" / "file" / "costs.json"))[0] == 2
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "mine", "x")
+    assert (tmp_path / "mine" / "file").read_text() == "x"
 
 
 @pytest.mark.parametrize("directory", ["/proc/none", "/proc"])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,6 +85,17 @@ def test_look_ups_are_evaluated_beside_files(evaluate, tmp_path: Path) -> None:
     assert refused.code == 2 and "there is no drafter 'lookup'; there are math" in refused.err
 
 
+def test_look_ups_alone_with_trees_that_adapt_and_continue_the_text(evaluate, tmp_path: Path) -> None:
+    done = evaluate("--drafter=lookup", "--variant=single:lookup,auto", "--limit=1", "--max-new-tokens=9", "--extend")
+    assert done.code == 0 and "All 4 answers equal plain decoding's" in done.out
+    settings = json.loads((tmp_path / "results" / "run.json").read_text())
+    assert settings["settings"]["extend"] and "lookup" in settings["costs"]["draft_ms"]
+    costs = f"--costs={tmp_path / 'results' / 'run.json'}"
+    refused = evaluate("--variant=merged,auto", costs, output=tmp_path / "other")
+    assert refused.code == 2 and "the table of costs lacks drafter 'chat'; give one measured with" in refused.err
+    assert not (tmp_path / "other").exists()
+
+
 def test_json_is_one_object_with_the_same_figures(evaluate, tmp_path: Path) -> None:
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"prompt": "Why should I label the cables?"}\n{"prompt": "How do I sort 12 boxes?"}\n')
@@ -153,6 +165,12 @@ def no_target(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--variant=merged@٣"], "@ is followed by the nodes of a tree"),
         (["--drafter=average=tiny/math"], "'average' is that of averaged weights"),
         (["--max-nodes=0"], "max_nodes must be"),
+        (
+            ["--costs={folder}/none.json"],
+            "none.json holds no costs (No such file or directory); give a file of taps-ext",
+        ),
+        (["--costs={folder}/bad.jsonl"], "bad.jsonl holds no costs (Extra data"),
+        (["--costs={folder}/other/config.json"], "config.json holds no costs (a cost table needs sizes, step_ms"),
         (["--device=tpu"], "device must be cpu"),
         (["--drafter=math=tiny/math", "--drafter=math=tiny/chat"], "given twice"),
         (
@@ -214,8 +232,8 @@ def test_a_drafter_of_another_target_is_refused_with_nothing_written(evaluate, t
 LONGER = (*SHORT[2:], "--limit=5", "--batch-size=2", "--max-new-tokens=12", "--task=tiny_math", "--temperature=1")
 
 
-def start(folder: Path, *launcher: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, "-m", "taps_ext", "evaluate", *LONGER, "-o", str(folder)]
+def start(folder: Path, *launcher: str, arguments: Sequence[str] = LONGER) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "-m", "taps_ext", "evaluate", *arguments, "-o", str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -272,13 +290,15 @@ def test_an_interrupted_run_says_that_it_goes_on_and_does(
     assert timeless(tmp_path / "results") == uninterrupted
 
 
-def test_two_processes_share_the_batches_and_write_the_same_lines(tmp_path: Path, uninterrupted: list[str]) -> None:
+def test_two_processes_share_the_batches_and_one_table_of_costs(evaluate, tmp_path: Path) -> None:
+    """What they measured gives the same lines in one process."""
     pytest.importorskip("accelerate")
-    folder = tmp_path / "results"
-    process = start(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    folder, adapting = tmp_path / "shared", ("--variant=merged,auto", "--variant=single:math@8,auto", *LONGER[2:])
+    process = start(folder, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", arguments=adapting)
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out.count("as plain") == 1, "one of them speaks"
     counts = [len(path.read_text().splitlines()) for path in sorted(folder.glob("answers-*.jsonl"))]
     assert counts == [3 * 3, 3 * 2], "three variants of the first and last of three batches, and of the second"
-    assert timeless(folder) == uninterrupted
+    assert evaluate(*adapting, f"--costs={folder / 'run.json'}").code == 0
+    assert timeless(folder) == timeless(tmp_path / "results")

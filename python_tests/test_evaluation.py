@@ -19,6 +19,7 @@ import torch
 
 from taps_ext import tiny
 from taps_ext.checkpoints import load_drafter, load_drafters
+from taps_ext.decode.budget import CostTable
 from taps_ext.decode.decoder import SpeculativeDecoder
 from taps_ext.decode.state import StepEvent
 from taps_ext.evaluation import contestants, results, steps
@@ -56,7 +57,10 @@ def run(folder: Path, tasks: Mapping[str, Sequence[Question]], specs: Sequence[s
     model, tokenizer = options.pop("models", None) or models()
     temperatures, settings, drafters = (options.pop(name) for name in ("temperatures", "settings", "drafters"))
     variants = parse_variants(specs, list(drafters), temperatures, settings.max_nodes)
-    evaluate(model, tokenizer, drafters, tasks, variants, temperatures, settings, folder, **options)
+    facts = contestants.drafter_facts(contestants.check_drafters(drafters, model.config), drafters)
+    more = {name: options.pop(name) for name in ("label", "costs") if name in options}
+    plan = Plan(tasks, variants, temperatures, settings, facts, options.pop("sources", {}), **more)
+    evaluate(model, tokenizer, drafters, plan, folder, **options)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -106,6 +110,8 @@ def again(folder: Path, **changes: Any) -> None:
         ("evidence", Variant("evidence", "evidence", ("math", "chat"), 60, evidence_decay=0.95)),
         ("evidence,evidence=0.9", Variant("evidence,evidence=0.9", "evidence", ("math", "chat"), 60, "coupled", 0.9)),
         ("merged", Variant("merged", "merged", ("math", "chat"), None, evidence_decay=0.0)),
+        ("merged,auto", Variant("merged,auto", "merged", ("math", "chat"), 64, evidence_decay=0.0, adapts=True)),
+        ("single:chat@9,auto", Variant("single:chat@9,auto", "single", ("chat",), 9, adapts=True)),
         ("merged,evidence=0.9", Variant("merged,evidence=0.9", "merged", ("math", "chat"), None, "coupled", 0.9)),
         ("merged@60", Variant("merged@60", "merged", ("math", "chat"), 60, evidence_decay=0.95)),
         ("a, b=merged@60,evidence=0", Variant("a, b", "merged", ("math", "chat"), 60, evidence_decay=0.0)),
@@ -129,6 +135,7 @@ def test_a_spec_says_what_a_variant_does(spec: str, expected: Variant) -> None:
         (["merged@1"], "nodes of a tree, 2 or more"),
         (["single:math,topp"], "an option is"),
         (["single:math,topk=1"], "an option is"),
+        (["single:math,auto=1"], "an option is"),
         (["evidence,evidence"], "an option is"),
         (["single:math,evidence=0.5"], "goes with evidence and merged"),
         (["merged,evidence=x"], "followed by a number"),
@@ -189,7 +196,10 @@ def test_each_variant_gets_the_decoder_that_its_spec_says() -> None:
     model = TargetModel(models()[0])
     specs = ["merged@20", "merged", "evidence,evidence=0.5", "single:chat@9,topk", "average:chat+math,weight=1"]
     variants = parse_variants(specs, ["math", "chat"], [1], 33)
-    made = contestants.make_contestants(model, folders(), variants, TreeShape(3, 4, 33))
+    participants = contestants.load_participants(model, folders(), variants)
+    made = contestants.make_contestants(
+        model, variants, participants, Settings(depth=3, branching=4, max_nodes=33), None
+    )
     plain, budgeted, union, evidence, single, average = [one.decoder for one in made]
     assert plain is None and budgeted and union and evidence and single and average
     assert {decoder.shape.depth for decoder in (budgeted, union, evidence, single, average)} == {3}
@@ -197,10 +207,83 @@ def test_each_variant_gets_the_decoder_that_its_spec_says() -> None:
     assert [decoder.composition.decay for decoder in (budgeted, union, evidence)] == [0.95, None, 0.5]
     assert [budgeted.composition.max_nodes, union.composition.max_nodes] == [20, None]
     assert [decoder.drafting for decoder in (budgeted, single, average)] == ["coupled", "topk", "topk"]
-    assert list(single.drafters) == ["chat"] and made[5].drafters == ("average",)
+    assert list(single.drafters) == ["chat"] and made[5].proposers == ("average",)
     all_chat = load_drafter(folders()["chat"], model).network.state_dict()
     weights = average.drafters["average"].network.state_dict()
     assert all(torch.allclose(weights[name], all_chat[name], atol=1e-2) for name in weights)
+
+
+# ---- trees that adapt
+
+ADAPTING = ("merged,auto", "single:math@12,auto")
+CHEAP, DEAR = (
+    CostTable((1, 4, 8, 16, 32), tuple(10 + k * ms for k in (0, 1, 2, 4, 8)), {"math": (ms, ms), "chat": (ms, ms)}, 4)
+    for ms in (0.8, 3.0)
+)
+
+
+def adapting(folder: Path, **given: Any) -> list[dict[str, Any]]:
+    """The lines of a run whose variants adapt, without times."""
+    options = {"settings": replace(SHORT, max_new_tokens=16), "temperatures": (1.0,), **given}
+    run(folder, {"tiny_math": TASKS["tiny_math"].load(limit=3)}, ADAPTING, **options)
+    return [timeless(line) for line in read(folder)]
+
+
+def nodes(lines: Sequence[dict[str, Any]]) -> list[int]:
+    return [count for line in lines if line["variant"] != "plain" for count in line["turns"][0]["num_nodes"]]
+
+
+def test_one_table_of_costs_gives_one_set_of_trees_and_lengths(tmp_path: Path) -> None:
+    tables = {"a": CHEAP, "b": CHEAP, "c": DEAR}
+    first, again, other = (adapting(tmp_path / name, costs=costs) for name, costs in tables.items())
+    assert first == again
+    cells = [summarise(tmp_path / name).cells for name in tables]
+    assert cells[0] == cells[1] and all(cell.num_equal == cell.num_questions for cell in cells[2].values())
+    assert len(set(nodes(first))) > 2 and sum(nodes(other)) < sum(nodes(first)), "costs matter, not the text"
+    assert max(nodes([line for line in first if "@12" in line["variant"]])) <= 12
+    kept = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert CostTable.from_dict(kept["costs"]) == CHEAP and kept["variants"]["merged,auto"]["adapts"]
+
+
+def test_costs_are_measured_once_and_a_run_that_goes_on_uses_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[set[str], int]] = []
+
+    def measure(decoder: SpeculativeDecoder, batch_size: int) -> CostTable:
+        measured.append((set(decoder.drafters), batch_size))
+        return (CHEAP, DEAR)[len(measured) - 1]
+
+    monkeypatch.setattr(SpeculativeDecoder, "cost_table", lambda self, size: self.costs or measure(self, size))
+    lines = adapting(tmp_path)
+    file = tmp_path / "answers-0.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:5]))
+    assert adapting(tmp_path) == adapting(tmp_path, costs=CHEAP) == lines
+    assert measured == [({"math", "chat"}, 2)]
+    with pytest.raises(ValueError, match=r"another configuration: costs\.step_ms is "):
+        adapting(tmp_path, costs=DEAR)
+
+
+def test_costs_without_a_variant_that_adapts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="costs is for variants that adapt; give one, such as merged,auto"):
+        run(tmp_path / "out", {"prompts": TWO_TURNS}, costs=CHEAP)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nodes_that_continue_the_text_are_the_extensions_and_texts_stay(tmp_path: Path) -> None:
+    settings = replace(SHORT, max_new_tokens=24, extend=True)
+    tasks = {"tiny_chat": TASKS["tiny_chat"].load(limit=2)}
+    run(tmp_path, tasks, ("single:chat@6", "merged,auto"), settings=settings, costs=CHEAP, temperatures=(0.0,))
+    lines = [line for line in read(tmp_path) if line["variant"] != "plain"]
+    assert all(line["drafters"][-1] == "extension" and line["turns"][0]["equals_plain"] for line in lines)
+    accepted = [
+        line["drafters"][mask.bit_length() - 1]
+        for line in lines
+        for step in line["turns"][0]["proposers"]
+        for mask in step
+    ]
+    assert {"extension", "chat"} <= {*accepted}
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["extend"]
 
 
 # ---- steps

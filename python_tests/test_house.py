@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ops": {"native", "tree"},
     "reference": {"ops", "tree"},
     "composition": {"ops", "tree"},
-    "target": {"native", "ops", "products", "target", "tree"},
+    "target": {"native", "ops", "products", "sampling", "target", "tree"},
     "drafters": {"drafters", "native", "ops", "products", "sampling", "tree"},
     "checkpoints": {"checkpoints", "drafters", "sampling", "target", "tree"},
     "decode": {"decode", "checkpoints.files", *BELOW_DECODE},

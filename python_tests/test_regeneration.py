@@ -135,7 +135,7 @@ def test_an_answer_without_an_end_is_left_out_with_the_rest_of_its_conversation(
     num_answers = sum(map(len, map(answers, expected)))
     num_dropped = len(conversations()) - len(expected)
     assert num_dropped
-    assert report == RegenerationReport(len(expected), num_answers, {NO_END: num_cut}, num_dropped)
+    assert report == RegenerationReport(len(expected), num_answers, {NO_END: num_cut}, num_dropped, {"<|end|>": 5})
 
 
 def test_no_text_grows_beyond_the_targets_context(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import string
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +23,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.cli import main
-from taps_ext.decode.request import NOT_HONOURED, end_tokens
+from taps_ext.decode.request import NOT_HONOURED
 from taps_ext.evaluation.lossless import check_lossless
 from taps_ext.evaluation.lossless_report import LosslessSettings
 from taps_ext.target.kv_cache import cache_keyword
@@ -417,28 +415,6 @@ def test_rows_that_ended_are_padded_as_transformers_pads_them() -> None:
             stock = target.generate(ids, attention_mask=mask, **options)
             found = decoder.generate(ids, mask, **options).sequences
             assert torch.equal(found[:, : stock.shape[1]], stock)
-
-
-# ---- what ends an answer
-
-
-def test_every_token_that_ends_an_answer_is_found_and_differences_are_named() -> None:
-    """In the generation config, the config, the tokenizer and the chat template."""
-    model, tokenizer = tiny.load_target()
-    own = tokenizer.eos_token_id
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert end_tokens(model, tokenizer) == [own]
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
-    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    end = tokenizer.eos_token
-    tokenizer.chat_template = tokenizer.chat_template.replace(end, "<|turn|>")
-    with pytest.warns(UserWarning, match=rf"the tokenizer {re.escape(end)}; the chat template <\|turn\|>"):
-        assert end_tokens(model, tokenizer) == [own, turn]
-    model.generation_config.eos_token_id = [7, own]
-    model.config.eos_token_id = None
-    with pytest.warns(UserWarning, match="the config none"):
-        assert end_tokens(model, tokenizer) == [7, own, turn]
 
 
 def test_a_check_of_losslessness_is_of_the_targets_own_distributions() -> None:

@@ -304,7 +304,9 @@ def replacing_directory(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write a file whole or not at all; see `replacing`."""
+    """Write a file whole or not at all; see `replacing`. Raise OSError for a directory, which would be replaced."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; give the name of a file")
     with replacing(path) as fresh, fresh.open("xb") as file:
         file.writelines(parts)
 

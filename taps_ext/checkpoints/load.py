@@ -263,7 +263,7 @@ class TargetEnds:
 
 
 def open_target(path_or_id: PathOrId, revision: str | None = None) -> TargetFiles:
-    """Read the config of a target in a directory or hub repository. Raise FileNotFoundError in one sentence."""
+    """Read the config of a target in a directory or hub repository. Raise OSError or ValueError in one sentence."""
     from transformers import AutoConfig
 
     name = os.fspath(path_or_id)
@@ -272,7 +272,11 @@ def open_target(path_or_id: PathOrId, revision: str | None = None) -> TargetFile
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:  # transformers raises anything for a bad config
-        raise FileNotFoundError(f"the config of the target {name} cannot be read ({first_line(error)})") from error
+        raise FileNotFoundError(
+            f"the config of the target {name} cannot be read ({first_line(error)}); give a directory or hub id"
+        ) from error
+    if hasattr(config, "taps"):
+        raise ValueError(f"{name} is a drafter, not a target; give it as the drafter, and the model that it drafts for")
     return TargetFiles(name, revision, config.get_text_config())
 
 

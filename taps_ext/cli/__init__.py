@@ -24,6 +24,7 @@ except ModuleNotFoundError as missing:
     raise SystemExit(2) from None
 
 from .. import __version__
+from ..checkpoints.files import first_line
 from ..native import NativeModuleError
 from . import demo, drafters, evaluate, generate, train
 from .terminal import STOPPED, note, process_index
@@ -97,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(error, str(error))
     except ImportError as error:
         _fail(error, _missing_package(error))
+    except (RuntimeError, MemoryError) as error:
+        _fail(error, _out_of_memory(error))
 
 
 @contextmanager
@@ -123,6 +126,13 @@ def _missing_package(error: ImportError) -> str:
     if package not in TRAINING_PACKAGES:
         raise error
     return f"training needs {package}: pip install 'taps_ext[train]'"
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Return what takes less memory; raise an error of any other kind again."""
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        raise error
+    return f"out of memory ({first_line(error)}); give smaller batches, shorter texts, smaller trees or a smaller dtype"
 
 
 def _fail(error: Exception, sentence: str) -> NoReturn:

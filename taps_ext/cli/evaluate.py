@@ -22,7 +22,6 @@ from ..checkpoints import load_drafters
 from ..checkpoints.load import LOOKUP, open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
-from ..decode.request import end_tokens
 from ..evaluation import contestants, lossless, results, runner
 from ..evaluation.divergence import Divergence
 from ..evaluation.lossless_report import TEMPERATURES, FrequencyCheck, LosslessReport, LosslessSettings, TextCheck
@@ -33,6 +32,7 @@ from ..evaluation.summary import Summary, summarise
 from ..evaluation.tasks import TASKS, Question, find_task, load_prompts
 from ..evaluation.variants import parse_variants
 from ..native import choose_device
+from ..target.end_tokens import end_tokens
 from ..target.model import TargetModel
 from ..tiny import TINY, resolve
 from ..tree import TreeShape
@@ -71,7 +71,7 @@ def evaluate(
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="[LABEL=]COMPOSITION[:NAME+NAME][@NODES], followed by ,topk ,evidence=DECAY or ,weight=W. Repeatable."
+            help="[LABEL=]COMPOSITION[:NAME+NAME][@NODES], then ,topk ,auto ,evidence=DECAY or ,weight=W. Repeatable."
         ),
     ] = None,
     temperature: terminal.Temperatures = EVALUATED_TEMPERATURES,
@@ -83,6 +83,8 @@ def evaluate(
     max_nodes: terminal.MaxNodes[int] = 60,
     seed: terminal.Seed = 0,
     system_prompt: terminal.SystemPrompt = None,
+    extend: terminal.Extend = False,
+    costs: terminal.Costs = None,
     label: Annotated[str, typer.Option(help="Name of this run, to tell it from others in a report.")] = "",
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
@@ -94,27 +96,20 @@ def evaluate(
     Question i draws with taps_ext.row_seed(--seed, i). The same command resumes a run that was stopped. The exit code
     is 1 if a text differs from plain decoding's in float32.
     """
-    settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "")
-    paths = drafter_folders(target, drafter)
+    settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "", extend)
+    paths, place = drafter_folders(target, drafter), choose_device(device or _own_gpu())
     lookups = [name for name, path in paths.items() if path == LOOKUP]
     variants = parse_variants(variant or [], list(paths), temperature, max_nodes, lookups)
-    place = choose_device(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, limit)
     facts = contestants.drafter_facts(contestants.check_drafters(paths, open_target(resolve(target)).config), paths)
-    plan = Plan(asked, variants, temperature, settings, facts, sources, label)
+    plan = Plan(asked, variants, temperature, settings, facts, sources, label, terminal.read_costs(costs))
     results.check_folder(output, plan.configuration())
-    what = (*load_target_and_tokenizer(target, dtype, place), paths, asked, variants, temperature, settings, output)
+    model, tokenizer = load_target_and_tokenizer(target, dtype, place)
     name = target if target == TINY else contestants.short_name(target)
     with terminal.progress() as update:
-        runner.evaluate(*what, update, label=label, target_name=name, sources=sources, command=_command())
-    if terminal.process_index():
-        return
-    summary = summarise(output)
-    verdict = Text(summary.verdict(), style=FAULT if summary.is_broken else "")
-    where = f"answers in {output}; tables and figures: taps-ext report {output} -o DIRECTORY"
-    show(as_json, summary.to_dict(), _lengths(summary), "", verdict, where)
-    if summary.is_broken:
-        raise typer.Exit(1)
+        runner.evaluate(model, tokenizer, paths, plan, output, update, target_name=name, command=_command())
+    if not terminal.process_index():
+        _show_summary(summarise(output), as_json)
 
 
 def report(
@@ -155,6 +150,7 @@ def check_lossless(
     branching: terminal.Branching[int] = 10,
     max_nodes: terminal.MaxNodes[int] = 60,
     drafting: terminal.Drafting = "coupled",
+    extend: terminal.Extend = False,
     seed: terminal.Seed = 0,
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
@@ -170,32 +166,32 @@ def check_lossless(
     shape = TreeShape(depth, branching, max_nodes)
     settings = LosslessSettings(tuple(temperature), max_new_tokens, batch_size, draws, seed=seed, shape=shape)
     paths = drafter_folders(target, drafter)
-    ways = lossless.make_ways(list(paths), composition, check_drafting(drafting), merged_nodes)
+    ways = lossless.make_ways(list(paths), composition, check_drafting(drafting), merged_nodes, extend)
     questions, place = _questions(target, prompts, limit), choose_device(device)
     contestants.check_drafters(paths, open_target(resolve(target)).config)
     with terminal.progress() as update:
         model, tokenizer = load_target_and_tokenizer(target, dtype, place)
-        taken = TargetModel(model)
-        tokens = [_encode(tokenizer, question) for question in questions]
-        for question, prompt in zip(questions, tokens, strict=True):
-            refuse_long(question, len(prompt) + max(max_new_tokens, settings.num_first_tokens), taken)
+        taken, ends = TargetModel(model), end_tokens(model, tokenizer)
+        tokens = _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
         drafters = load_drafters(paths, taken)
-        report = lossless.check_lossless(
-            taken,
-            drafters,
-            ways,
-            tokens,
-            settings,
-            lambda what: update(what, next(done), total),
-            end_tokens(model, tokenizer) or None,
-        )
-    show(as_json, report.to_dict(), *_page(report, tokenizer))
-    if not report.passed:
+        given = (taken, drafters, ways, tokens, settings, lambda what: update(what, next(done), total))
+        found = lossless.check_lossless(*given, list(ends.values()) or None)
+    show(as_json, {**found.to_dict(), "end_tokens": ends}, *_page(found, tokenizer))
+    if not found.passed:
         raise typer.Exit(1)
 
 
 # ---- evaluate
+
+
+def _show_summary(summary: Summary, as_json: bool) -> None:
+    """Print acceptance lengths, and whether texts equal plain decoding's; exit with code 1 if they must and do not."""
+    verdict = Text(summary.verdict(), style=FAULT if summary.is_broken else "")
+    where = f"answers in {summary.folder}; tables and figures: taps-ext report {summary.folder} -o DIRECTORY"
+    show(as_json, summary.to_dict(), _lengths(summary), "", verdict, where)
+    if summary.is_broken:
+        raise typer.Exit(1)
 
 
 def _tasks(
@@ -261,6 +257,17 @@ def _questions(target: str, prompts: Path | None, limit: int) -> list[Question]:
         halves = zip(TINY_TASKS, (limit - limit // 2, limit // 2), strict=True)
         return [question for task, half in halves if half for question in TASKS[task].load(limit=half)]
     return [Question(str(number), "built-in", (text,)) for number, text in enumerate(SENTENCES)][:limit]
+
+
+def _encoded(
+    tokenizer: Any, questions: Sequence[Question], target: TargetModel, num_new_tokens: int
+) -> list[list[int]]:
+    """Return the tokens of each question; raise ValueError for a text that leaves the target's context."""
+    terminal.note_without_template(tokenizer)
+    prompts = [_encode(tokenizer, question) for question in questions]
+    for question, prompt in zip(questions, prompts, strict=True):
+        refuse_long(question, len(prompt) + num_new_tokens, target)
+    return prompts
 
 
 def _encode(tokenizer: Any, question: Question) -> list[int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,14 +16,14 @@ from rich.table import Table
 
 from .. import native
 from ..checkpoints import load_drafters
-from ..checkpoints.files import first_line, json_text, write_text
+from ..checkpoints.files import check_writable, json_text, write_text
 from ..composition import make_composition
 from ..decode.budget import CostTable
 from ..decode.decoder import GenerationResult, SpeculativeDecoder, check_drafting
-from ..decode.request import end_tokens
 from ..decode.stats import DecodeStats
 from ..native import choose_device
 from ..sampling import SamplingParams
+from ..target.end_tokens import end_tokens
 from ..tiny import TINY
 from ..tree import TreeShape
 from . import terminal
@@ -66,10 +65,8 @@ def generate(
         float | None,
         typer.Option(help="Factor by which evidence fades per token; 0 turns it off in 'merged'. Default: 0.95."),
     ] = None,
-    costs_file: Annotated[Path | None, typer.Option("--costs", help="File of costs from 'taps-ext tune'.")] = None,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Continue drafted paths with what followed them earlier in the text.")
-    ] = False,
+    costs: terminal.Costs = None,
+    extend: terminal.Extend = False,
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
     as_json: terminal.AsJson = False,
@@ -82,52 +79,40 @@ def generate(
     first use, in a few seconds.
     """
     text, place = _read_prompt(prompt, prompt_file), choose_device(device)
-    filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    sampling = _sampling({name: value for name, value in filters.items() if value is not None}, seed)
-    shape = _shape({"depth": depth, "branching": branching, "max_nodes": max_nodes, "min_score": min_score})
-    costs = None if costs_file is None else _read_costs(costs_file)
+    sampling = _sampling({"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}, seed)
+    options: dict[str, Any] = {
+        "shape": _shape({"depth": depth, "branching": branching, "max_nodes": max_nodes, "min_score": min_score}),
+        "drafter": single_drafter,
+        "max_nodes": merged_nodes,
+        "drafting": check_drafting(drafting),
+        "evidence_decay": evidence_decay,
+        "costs": terminal.read_costs(costs),
+        "extend": extend,
+    }
     make_composition(composition, merged_nodes, evidence_decay)  # checks it before a large target is loaded
-    check_drafting(drafting)
     paths = terminal.drafter_folders(target, drafter)
-    if composition == "single" and len(paths) > 1 and single_drafter not in paths:
-        given = "" if single_drafter is None else f", got {single_drafter!r}"
-        raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(paths)}{given}")
+    if composition == "single":
+        _check_single(single_drafter, list(paths))
     model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
-    decoder = SpeculativeDecoder(
-        model,
-        load_drafters(paths, model),
-        composition,
-        drafter=single_drafter,
-        shape=shape,
-        max_nodes=merged_nodes,
-        drafting=drafting,
-        evidence_decay=evidence_decay,
-        costs=costs,
-        extend=extend,
-    )
-    messages = [{"role": "user", "content": text if raw else text.strip()}]
-    inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
-    _check_prompt(model, tokenizer, inputs["input_ids"].shape[1] + max_new_tokens, raw)
+    decoder = SpeculativeDecoder(model, load_drafters(paths, model), composition, **options)
+    inputs = _inputs(model, tokenizer, text, raw, max_new_tokens)
     ends = end_tokens(model, tokenizer)
-    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": ends}
+    inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": list(ends.values())}
     inputs["num_return_sequences"] = 1
     torch.manual_seed(seed)  # of the noise where the generation config samples
     started = time.perf_counter()
-    if not as_json:
-        result = _stream(decoder, tokenizer, inputs)
-        show(False, {}, facts_table(_figures(result.stats, time.perf_counter() - started)))
-        return
-    result = decoder.generate(**inputs)
+    result = decoder.generate(**inputs) if as_json else _stream(decoder, tokenizer, inputs)
+    seconds = time.perf_counter() - started
     facts = {
         "prompt": text,
         "text": tokenizer.decode(result.new_tokens[0], skip_special_tokens=True),
         "new_tokens": result.new_tokens[0],
         "finish_reason": result.finish_reasons[0],
-        "end_tokens": dict(zip(tokenizer.convert_ids_to_tokens(ends), ends, strict=True)),
-        "seconds": time.perf_counter() - started,
+        "end_tokens": ends,
+        "seconds": seconds,
         "stats": result.stats.to_dict(),
     }
-    show(True, facts)
+    show(as_json, facts, facts_table(_figures(result.stats, seconds)))
 
 
 def tune(
@@ -141,15 +126,20 @@ def tune(
 ) -> None:
     """Measure what the parts of a decode step cost on this machine, and keep the figures for later calls.
 
-    Steps whose tree adapts use them. A file written with --output can be given to generate --costs, so that another
-    run takes the same trees.
+    Steps whose tree adapts use them. A file written with --output can be given to --costs of generate and evaluate,
+    so that another run takes the same trees.
     """
     paths, place = terminal.drafter_folders(target, drafter), choose_device(device)
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
+    if output is not None:
+        check_writable(output.parent)
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a directory; give the name of a file")
     model, _ = terminal.load_target_and_tokenizer(target, dtype, place)
     table = SpeculativeDecoder(model, load_drafters(paths, model)).cost_table(batch_size, measure=True)
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json_text(table.to_dict()))
     show(as_json, table.to_dict(), *_cost_tables(table))
 
@@ -199,15 +189,9 @@ def _shape(limits: dict[str, Any]) -> TreeShape:
     return TreeShape(**given) if sizes else replace(TreeShape.auto(), **given)
 
 
-def _read_costs(path: Path) -> CostTable:
-    try:
-        return CostTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--costs {path} is not a file of taps-ext tune -o ({first_line(error)})") from error
-
-
-def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:
+def _sampling(options: dict[str, Any], seed: int) -> SamplingParams | None:
     """Return what the options ask for; None if they ask for nothing: then the generation config decides."""
+    filters = {name: value for name, value in options.items() if value is not None}
     sampling = SamplingParams(**filters, seed=seed)  # checks the seed, whoever draws with it
     if not filters:
         return None
@@ -216,16 +200,26 @@ def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:
     return sampling
 
 
-def _check_prompt(model: Any, tokenizer: Any, length: int, raw: bool) -> None:
-    """Raise ValueError for a text that leaves the target's context; say if a prompt is decoded as it is."""
+def _check_single(drafter: str | None, names: Sequence[str]) -> None:
+    """Raise ValueError unless it is clear which drafter 'single' uses."""
+    if len(names) > 1 and drafter not in names:
+        given = "" if drafter is None else f", got {drafter!r}"
+        raise ValueError(f"--composition single needs --single-drafter, one of {', '.join(names)}{given}")
+
+
+def _inputs(model: Any, tokenizer: Any, text: str, raw: bool, max_new_tokens: int) -> dict[str, Any]:
+    """Return the encoded prompt and its limit; raise ValueError for a text that leaves the target's context."""
+    if not raw:
+        terminal.note_without_template(tokenizer)
+    inputs = terminal.encode(tokenizer, [{"role": "user", "content": text if raw else text.strip()}], raw)
+    length = inputs["input_ids"].shape[1] + max_new_tokens
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and length > context:
         raise ValueError(
             f"prompt and new tokens can reach {length} tokens, and the target's context is {context}; shorten the "
             "prompt, or lower --max-new-tokens"
         )
-    if not raw and not getattr(tokenizer, "chat_template", None):
-        print("the tokenizer has no chat template, so the prompt is decoded as it is", file=sys.stderr)
+    return {**inputs, "max_new_tokens": max_new_tokens}
 
 
 def _stream(decoder: SpeculativeDecoder, tokenizer: Any, inputs: dict[str, Any]) -> GenerationResult:

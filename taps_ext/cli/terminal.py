@@ -6,6 +6,7 @@ one command has stand in its file.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -27,8 +28,10 @@ from torch import Tensor
 from typer import Argument, Option
 
 from .. import tiny
-from ..checkpoints.files import json_text
+from ..checkpoints.files import first_line, json_text
 from ..checkpoints.load import loading, open_target
+from ..decode.budget import CostTable
+from ..evaluation.results import COSTS
 from ..training.progress import TimedLines
 
 T = TypeVar("T")
@@ -50,6 +53,10 @@ Depth = Annotated[T, Option(help="Number of levels that a drafter drafts, below 
 Branching = Annotated[T, Option(help="Number of children kept per expanded node.")]
 MaxNodes = Annotated[T, Option(help="Number of nodes per drafter's tree, root included.")]
 MergedNodes = Annotated[int | None, Option(help="Number of nodes kept in the merged tree. Default: the whole union.")]
+Costs = Annotated[
+    Path | None, Option("--costs", help="Costs by which trees adapt: a file of 'taps-ext tune', or a run.json.")
+]
+Extend = Annotated[bool, Option("--extend", help="Continue drafted paths with what followed them earlier in the text.")]
 TEMPERATURE_HELP = "Sampling temperature; 0 is greedy decoding."
 Temperature = Annotated[float, Option(help=TEMPERATURE_HELP)]
 Temperatures = Annotated[list[float], Option(help=f"{TEMPERATURE_HELP} Repeatable.")]
@@ -90,13 +97,27 @@ def check_dtype(dtype: str) -> str:
 
 
 def encode(tokenizer: Any, messages: Sequence[dict[str, str]], raw: bool = False) -> dict[str, Tensor]:
-    """Return `input_ids` and `attention_mask` of chat messages, through the chat template if there is one."""
+    """Return `input_ids` and `attention_mask` of chat messages, through the chat template if there is one.
+
+    Raise ValueError where the template refuses them.
+    """
     if raw or not getattr(tokenizer, "chat_template", None):
         encoded = tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt")
     else:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and raises anything
+            raise ValueError(
+                f"the tokenizer's chat template refuses the prompt: {first_line(error)}; give --raw"
+            ) from error
         encoded = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+
+def note_without_template(tokenizer: Any) -> None:
+    """Say if prompts are decoded as they are, since the tokenizer has no chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        note("the tokenizer has no chat template, so that prompts are decoded as they are")
 
 
 def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any, Any]:
@@ -110,7 +131,10 @@ def load_target_and_tokenizer(target: str, dtype: str, device: Any) -> tuple[Any
         with loading(f"the tokenizer of the target {target}"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(target)
         with loading(f"the target {target}"), noting_later(f"loading {target}"):
-            model = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=chosen or "auto")
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained
+            model, report = loaded(target, dtype=chosen or "auto", output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"the target {target} lacks weights that its config asks for, such as {missing[0]}")
     return model.to(device=device, dtype=chosen).eval(), tokenizer
 
 
@@ -130,6 +154,21 @@ def drafter_folders(target: str, drafters: Sequence[str] | None) -> dict[str, st
             raise ValueError(f"the drafter name {name!r} is given twice; names must differ")
         paths[name] = tiny.resolve(path)
     return paths
+
+
+def read_costs(path: Path | None) -> CostTable | None:
+    """Return the costs that `tune` wrote to a file, or those that an evaluation recorded in its run.json."""
+    if path is None:
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return CostTable.from_dict(values.get(COSTS, values) if isinstance(values, dict) else values)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise ValueError(
+            f"--costs {path} holds no costs ({reason}); give a file of taps-ext tune -o, or the run.json of "
+            "an evaluation with a variant that adapts"
+        ) from error
 
 
 # ---- what is printed: results on stdout, everything else on stderr, by one process of a launch

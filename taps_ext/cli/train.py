@@ -124,7 +124,7 @@ def regenerate(
     """
     SamplingParams(temperature, seed=seed)  # checks both before the model is loaded
     place = choose_device(device)
-    regeneration.check_output(output)
+    regeneration.check(output, max_new_tokens, batch_size)
     conversations = [one.with_system(system_prompt) for one in _conversations(data, count, seed)]
     model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     tokenizer = with_chat_template(tokenizer, chat_template)

@@ -23,7 +23,7 @@ from transformers import (
     StopStringCriteria,
 )
 
-from ..sampling import SamplingParams, warn
+from ..sampling import SamplingParams
 from ..target.prompts import (
     PreparedPrompts,
     check_ids,
@@ -47,7 +47,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "cache_implementation": ("dynamic", "hybrid"),  # transformers takes the second, of old configs, for none
 }
 DEFAULT_NEW_TOKENS = 128
-ANSWER = "Zq7 answer 7qZ"  # stands for an answer in a chat template
 NOT_SAMPLED = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0}  # silences what greedy does not use
 
 
@@ -227,43 +226,6 @@ class Request:
         new = [row.new_tokens + [self.pad_token] * (longest - len(row.new_tokens)) for row in rows]
         tail = torch.tensor(new, dtype=torch.int64, device=self.input_ids.device).reshape(len(rows), longest)
         return torch.cat([self.input_ids, tail], dim=1)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Return every token that ends an answer, for commands that answer through a chat template.
-
-    These are the EOS tokens of the target's generation config, of its config and of the tokenizer, and the token that
-    ends an assistant's turn in the chat template, in this order. If they name different tokens, a warning lists them.
-    """
-    sources = {
-        "the generation config": _token_list(model.generation_config.eos_token_id if model.generation_config else None),
-        "the config": _token_list(getattr(model.config.get_text_config(), "eos_token_id", None)),
-        "the tokenizer": _token_list(tokenizer.eos_token_id),
-        "the chat template": _end_of_turn(tokenizer),
-    }
-    union = list(dict.fromkeys(token for tokens in sources.values() for token in tokens))
-    if any(set(tokens) != set(union) for source, tokens in sources.items() if tokens or source == "the tokenizer"):
-        named = [
-            f"{source} {', '.join(tokenizer.convert_ids_to_tokens(tokens)) or 'none'}"
-            for source, tokens in sources.items()
-        ]
-        warn(f"end-of-text tokens differ: {'; '.join(named)}; each of them ends an answer")
-    return union
-
-
-def _end_of_turn(tokenizer: Any) -> list[int]:
-    """Return the special token behind an assistant's answer in the chat template, if there is one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    from jinja2 import TemplateError  # there whenever a chat template is
-
-    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": ANSWER}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except TemplateError:
-        return []
-    behind = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
-    return [token for token in behind if token in tokenizer.all_special_ids][:1]
 
 
 def _generation_config(model: PreTrainedModel, options: GenerateOptions) -> Any:

@@ -30,9 +30,9 @@ class Contestant:
     decoder: SpeculativeDecoder | None
 
     @property
-    def drafters(self) -> tuple[str, ...]:
-        """Their names, in the order of the bits of a node's proposers."""
-        return tuple(self.decoder.drafters) if self.decoder else ()
+    def proposers(self) -> tuple[str, ...]:
+        """Names of all that propose nodes, in the order of the bits of a node's proposers."""
+        return self.decoder.proposers if self.decoder else ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Answering:
             prompts = [self.prompter.encode(*asked) for asked in zip(questions, said, strict=True)]
             found += self._turn(contestant, prompts, sampling, answers)
         if found:
-            for answer, told in zip(answers, sum_signals(found).to_dicts(contestant.drafters), strict=True):
+            for answer, told in zip(answers, sum_signals(found).to_dicts(contestant.proposers), strict=True):
                 answer.signals = told
         return answers
 
@@ -95,7 +95,7 @@ class Answering:
         if contestant.decoder is None:
             steps = [RowSteps.plain(len(row)) for row in tokens]
         else:
-            steps, found = analyse(events, len(prompts), len(contestant.drafters))
+            steps, found = analyse(events, len(prompts), len(contestant.proposers))
             signals.append(found)
         for answer, prompt, row, reason, taken in zip(answers, prompts, tokens, reasons, steps, strict=True):
             text = self.prompter.decode(row)

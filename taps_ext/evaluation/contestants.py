@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,17 @@ from ..checkpoints import average_drafters, load_drafter, load_drafters
 from ..checkpoints.files import DrafterFiles, read_drafter_files, sha256
 from ..checkpoints.formats import check_fits, network_config
 from ..checkpoints.load import LOOKUP, TargetIdentity
+from ..decode.budget import CostTable
 from ..decode.decoder import SpeculativeDecoder
+from ..drafters import Drafter
 from ..target.model import TargetModel
 from ..tree import TreeShape
 from .answering import Contestant
+from .plan import Settings
 from .variants import AVERAGE, MERGED, SINGLE, Variant
 
 Folders = Mapping[str, Any]  # drafters by name: a folder or hub id each
+Participants = Mapping[str, Mapping[str, Drafter]]  # by a variant's label: its drafters by name
 
 
 def check_drafters(folders: Folders, target_config: Any) -> dict[str, DrafterFiles]:
@@ -67,40 +70,64 @@ def _digest(folder: Path) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def make_contestants(
-    target: TargetModel, folders: Folders, variants: Sequence[Variant], shape: TreeShape
-) -> list[Contestant]:
-    """A decoder a variant; all share the target and the drafters. `shape` is that of trees whose variant says none."""
+def load_participants(
+    target: TargetModel, folders: Folders, variants: Sequence[Variant]
+) -> dict[str, dict[str, Drafter]]:
+    """The drafters of each variant by its label; variants share those that they have in common."""
     used = {name: path for name, path in folders.items() if any(name in variant.drafters for variant in variants)}
     loaded = load_drafters(used, target)
-    found = []
+    found = {}
     for variant in variants:
-        if variant.is_plain:
-            found.append(Contestant(variant, None))
-            continue
-        drafters: Mapping[str, Any] = {name: loaded[name] for name in variant.drafters}
+        found[variant.label] = {name: loaded[name] for name in variant.drafters}
         if variant.composition == AVERAGE:
-            drafters = {AVERAGE: _average(target, [folders[name] for name in variant.drafters], variant.weight)}
-        found.append(Contestant(variant, _decoder(target, drafters, variant, shape)))
+            average = _average(target, [folders[name] for name in variant.drafters], variant.weight)
+            found[variant.label] = {AVERAGE: average}
     return found
 
 
-def _average(target: TargetModel, folders: Sequence[Any], weight: float | None) -> Any:
+def _average(target: TargetModel, folders: Sequence[Any], weight: float | None) -> Drafter:
     with tempfile.TemporaryDirectory() as folder:
         average_drafters(folders, None if weight is None else [weight, 1 - weight], Path(folder) / AVERAGE)
         return load_drafter(Path(folder) / AVERAGE, target)
 
 
+def measure_costs(
+    target: TargetModel, variants: Sequence[Variant], participants: Participants, batch_size: int
+) -> CostTable:
+    """What the parts of a step cost here, with every drafter of the variants that adapt."""
+    adapting = [participants[variant.label] for variant in variants if variant.adapts]
+    drafters = {name: drafter for some in adapting for name, drafter in some.items()}
+    return SpeculativeDecoder(target, drafters).cost_table(batch_size)
+
+
+def make_contestants(
+    target: TargetModel,
+    variants: Sequence[Variant],
+    participants: Participants,
+    settings: Settings,
+    costs: CostTable | None,
+) -> list[Contestant]:
+    """A decoder a variant; all share the target and the drafters. Variants that adapt go by `costs`."""
+    return [
+        Contestant(one, None if one.is_plain else _decoder(target, participants[one.label], one, settings, costs))
+        for one in variants
+    ]
+
+
 def _decoder(
-    target: TargetModel, drafters: Mapping[str, Any], variant: Variant, shape: TreeShape
+    target: TargetModel, drafters: Mapping[str, Drafter], variant: Variant, settings: Settings, costs: CostTable | None
 ) -> SpeculativeDecoder:
     is_average, is_merged = variant.composition == AVERAGE, variant.composition == MERGED
+    max_nodes = variant.max_nodes or settings.max_nodes
+    fixed = TreeShape(settings.depth, settings.branching, max_nodes)
     return SpeculativeDecoder(
         target,
         drafters,
         SINGLE if is_average else variant.composition,
-        shape=shape if variant.max_nodes is None else replace(shape, max_nodes=variant.max_nodes),
+        shape=TreeShape.auto(max_nodes=max_nodes) if variant.adapts else fixed,
         max_nodes=variant.max_nodes if is_merged else None,
         drafting="topk" if is_average else variant.drafting,  # which it would be anyway, with a warning
         evidence_decay=variant.evidence_decay,
+        costs=costs,
+        extend=settings.extend,
     )

@@ -34,11 +34,16 @@ Report = Callable[[str], None]  # told what was done, once a unit of `count_unit
 
 
 def make_ways(
-    drafters: Sequence[str], compositions: Sequence[str] = (), drafting: str = "coupled", max_nodes: int | None = None
+    drafters: Sequence[str],
+    compositions: Sequence[str] = (),
+    drafting: str = "coupled",
+    max_nodes: int | None = None,
+    extend: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The ways of decoding with these compositions, by default with all of them; "single" is one a drafter.
 
-    `max_nodes` is the budget of the merged tree. ValueError for what no decoder takes.
+    `max_nodes` is the budget of the merged tree; `extend` continues the leaves of every tree. ValueError for what no
+    decoder takes.
     """
     names = list(compositions or COMPOSITIONS)
     if max_nodes is not None and max_nodes < 1:
@@ -54,7 +59,7 @@ def make_ways(
             ways[f"merged@{max_nodes}"] = {"composition": name, "max_nodes": max_nodes}
         else:
             ways[name] = {"composition": name}
-    return {label: {**way, "drafting": drafting} for label, way in ways.items()}
+    return {label: {**way, "drafting": drafting, "extend": extend} for label, way in ways.items()}
 
 
 def count_units(ways: Mapping[str, Way], num_prompts: int, settings: LosslessSettings) -> int:

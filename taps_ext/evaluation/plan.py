@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from ..decode.budget import CostTable
 from ..sampling import NOISE, SamplingParams
 from ..tree import TreeShape
+from .results import COSTS
 from .tasks import TASKS, Question
 from .variants import Variant
 
@@ -26,6 +28,7 @@ class Settings:
     max_nodes: int = 60  # of a drafter's tree, root included, where a variant says no other number
     seed: int = 0  # question i of a task is drawn with the noise of row_seed(seed, i)
     system_prompt: str = ""  # put before conversations that bring none
+    extend: bool = False  # whether every variant continues its trees' leaves with the row's own text
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 2), ("batch_size", 1)):  # the first token is no decode step's
@@ -45,12 +48,14 @@ class Plan:
     drafters: Mapping[str, Any]  # which they are: `contestants.drafter_facts`
     sources: Mapping[str, str]  # of the tasks' questions
     label: str = ""
+    costs: CostTable | None = None  # of variants that adapt; None: of the run that goes on, or measured
 
     def __post_init__(self) -> None:
         if not self.tasks or not all(self.tasks.values()):
             raise ValueError("an evaluation needs a task with questions")
         if [one.is_plain for one in self.variants] != [True] + [False] * (len(self.variants) - 1):
             raise ValueError("an evaluation needs plain decoding, first and once, to compare texts and speed with")
+        self._check_costs()
         if not self.temperatures:
             raise ValueError("an evaluation needs a temperature")
         SamplingParams(tuple(self.temperatures))
@@ -62,8 +67,22 @@ class Plan:
         if len(set(self.temperatures)) < len(self.temperatures):
             raise ValueError(f"a temperature is given twice: {', '.join(map(str, self.temperatures))}")
 
+    def _check_costs(self) -> None:
+        if self.costs is None:
+            return
+        drafting = {name for variant in self.variants if variant.adapts for name in variant.drafting_names}
+        if not drafting:
+            raise ValueError("a table of costs is for variants that adapt; give one, such as merged,auto")
+        if missing := sorted(drafting - self.costs.draft_ms.keys()):
+            raise ValueError(f"the table of costs lacks drafter {missing[0]!r}; give one measured with these drafters")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a variant takes the tree that pays in each step, for which it needs costs."""
+        return any(variant.adapts for variant in self.variants)
+
     def configuration(self) -> dict[str, Any]:
-        """What must be the same when a run goes on, as JSON values; the target and its dtype come to it."""
+        """What must be the same when a run goes on, as JSON values; the target, its dtype and costs come to it."""
         return {
             "label": self.label,
             "drafters": dict(self.drafters),
@@ -72,6 +91,7 @@ class Plan:
             "temperatures": [float(value) for value in self.temperatures],
             "settings": asdict(self.settings),
             "noise": NOISE,
+            **({} if self.costs is None else {COSTS: self.costs.to_dict()}),
         }
 
     def _task(self, name: str) -> dict[str, Any]:

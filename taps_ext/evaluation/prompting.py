@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
+
+from ..checkpoints.files import first_line
 
 if TYPE_CHECKING:
     from ..target.model import TargetModel
@@ -32,10 +33,10 @@ class Prompter:
         messages.append({"role": "user", "content": question.turns[len(answers)]})
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, and raises anything
             raise ValueError(
-                f"the tokenizer's chat template refuses question {question.id}: {error}; leave out what it does not "
-                "take, as a system prompt"
+                f"the tokenizer's chat template refuses question {question.id}: {first_line(error)}; leave out what "
+                "it does not take, as a system prompt"
             ) from error
         tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens

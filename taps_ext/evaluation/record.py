@@ -17,7 +17,8 @@ A line is a JSON object, of one question as one variant answered it at one tempe
         proposers      a step's accepted nodes, each a bit mask over `drafters`
         equals_plain   whether the tokens are those that plain decoding gave in the same turn
         is_right       whether the answer is the reference's; null where there is none, or the task is not scored
-    drafters   names, in the order of the bits; a drafter of averaged weights is "average"
+    drafters   names, in the order of the bits; a drafter of averaged weights is "average"; with `extend` the last one
+        is "extension", which continues the trees' leaves
     signals    {drafter: {"confidence" | "entropy": {"accepted" | "rejected": {"count", "sum", "bins": {bin: count}}}}}
         over the drafted nodes (no root) of all turns that this drafter proposed; accepted: on the accepted path.
         confidence: exp(score), the drafter's probability of the path to the node, in bin min(99, floor(100 c^(1/3))).
@@ -94,7 +95,7 @@ def line_of(
         "seed": asked.seed,
         "rows": asked.rows,
         "turns": [_turn(asked, number, answer, plain[number]) for number in range(len(turns))],
-        "drafters": list(contestant.drafters),
+        "drafters": list(contestant.proposers),
         "signals": answer.signals,
     }
 

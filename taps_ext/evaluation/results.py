@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import check_writable, write_text, written
+from ..decode.budget import CostTable
 from .record import Key, key_of, text_of
 
 RUN_FILE = "run.json"
 PROVENANCE = "provenance"  # the one part of run.json that may differ when a run goes on
 RESUMED, PASSING = "resumed", ("command", "date")  # of it: provenance of later goes elsewhere or with other code
-LATE = ("target", "settings.dtype")  # parts that are known once the target is loaded
+COSTS = "costs"  # of a step, by which variants that adapt choose their trees: `CostTable`
+LATE = ("target", "settings.dtype", COSTS)  # parts that are known once the target is loaded
 ANSWERS = "answers-*.jsonl"
 NUM_TOLD = 4  # of the parts that differ
 GO_ON = "an evaluation goes on from its last answers when it is started again"
@@ -67,6 +69,12 @@ def _read_run(folder: Path) -> dict[str, Any] | None:
     if not isinstance(run, dict) or PROVENANCE not in run:
         raise ValueError(f"{path} is not of an evaluation; give another output")
     return run
+
+
+def read_costs(folder: Path) -> CostTable | None:
+    """The costs by which the run in the folder chooses its trees; None where none of them adapts, or no run is."""
+    costs = (_read_run(folder) or {}).get(COSTS)
+    return None if costs is None else CostTable.from_dict(costs)
 
 
 def begin(folder: Path, configuration: Mapping[str, Any], provenance: Mapping[str, Any]) -> int:

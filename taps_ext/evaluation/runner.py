@@ -13,19 +13,24 @@ from typing import Any
 import torch
 
 from .. import native
-from ..checkpoints.load import identify
-from ..decode.request import end_tokens
+from ..checkpoints.load import TargetIdentity, identify
 from ..sampling import row_seed
+from ..target.end_tokens import end_tokens
 from ..target.model import TargetModel
-from ..tree import TreeShape
 from . import results
 from .answering import Answering, Contestant
-from .contestants import Folders, check_drafters, drafter_facts, make_contestants, refuse_strangers
-from .plan import Batch, Plan, Settings, batches
+from .contestants import (
+    Folders,
+    check_drafters,
+    load_participants,
+    make_contestants,
+    measure_costs,
+    refuse_strangers,
+)
+from .plan import Batch, Plan, batches
 from .prompting import Prompter, refuse_long
 from .record import Asked, line_of
-from .tasks import TASKS, Question
-from .variants import Variant
+from .tasks import TASKS
 
 WARM_UP_TOKENS = 4
 
@@ -62,19 +67,14 @@ def evaluate(
     target: Any,
     tokenizer: Any,
     drafter_folders: Folders,
-    tasks: Mapping[str, Sequence[Question]],
-    variants: Sequence[Variant],
-    temperatures: Sequence[float],
-    settings: Settings,
+    plan: Plan,
     folder: Path,
-    report: Report | None = None,
+    report: Report = lambda what, done, total: None,
     *,
-    label: str = "",
     target_name: str | None = None,
-    sources: Mapping[str, str] | None = None,
     command: str = "",
 ) -> None:
-    """Answer every question of the tasks with every variant, a line each in `folder` (`record.py` says of what).
+    """Answer every question of the plan with every variant, a line each in `folder` (`record.py` says of what).
 
     What a stopped run has written is not done again, whatever the number of processes was; lines are the same as those
     of a run that was not stopped, times aside. Everything that cannot be evaluated is refused before any work, in a
@@ -82,35 +82,38 @@ def evaluate(
 
     Args:
         target: a transformers causal LM in evaluation mode.
-        drafter_folders: a folder or hub id by name.
-        tasks: questions by the task's name; names of `TASKS` are scored as their task says.
-        variants: of `parse_variants`, plain first.
-        label: tells apart runs that are compared; those of one label are replicates.
-        sources: by task, where its questions are from, for people.
+        drafter_folders: a folder or hub id by name; `plan.drafters` are their facts.
         command: the command line, for the record.
     """
     processes = Processes.of_this_launch(target.device)
-    files = check_drafters(drafter_folders, target.config.get_text_config())
     identity = identify(target)
-    refuse_strangers(files, identity)
-    plan = Plan(tasks, variants, temperatures, settings, drafter_facts(files, drafter_folders), sources or {}, label)
-    model = TargetModel(target)
-    prompter = Prompter(tokenizer, settings.system_prompt)
+    refuse_strangers(check_drafters(drafter_folders, target.config.get_text_config()), identity)
+    model, prompter = TargetModel(target), Prompter(tokenizer, plan.settings.system_prompt)
     _refuse_long_questions(plan, prompter, model)
     name = target_name or Path(identity.name).name
-    facts = {"name": name, "commit": identity.revision, "fingerprint": identity.fingerprint}
-    configuration = {"label": label, "target": facts, **plan.configuration()}
-    configuration["settings"]["dtype"] = str(target.dtype).removeprefix("torch.")
+    configuration = _configuration(plan, identity, name, target.dtype)
     results.check_folder(folder, configuration)
-    shape = TreeShape(settings.depth, settings.branching, settings.max_nodes)
-    contestants = make_contestants(model, drafter_folders, plan.variants, shape)
+    participants = load_participants(model, drafter_folders, plan.variants)
+    if plan.adapts and processes.index == 0 and (plan.costs or results.read_costs(folder)) is None:
+        configuration[results.COSTS] = measure_costs(
+            model, plan.variants, participants, plan.settings.batch_size
+        ).to_dict()
     ends = end_tokens(target, tokenizer)
     with _folder(folder, configuration, _provenance(command, model, processes, ends), processes):
+        contestants = make_contestants(model, plan.variants, participants, plan.settings, results.read_costs(folder))
         answers = results.Answers(folder, processes.index, plan.variants[0].label)
-        answering = Answering(model, prompter, settings.max_new_tokens, ends)
-        _Run(plan, contestants, answering, answers, name, report or _no_report).run(processes)
+        answering = Answering(model, prompter, plan.settings.max_new_tokens, list(ends.values()))
+        _Run(plan, contestants, answering, answers, name, report).run(processes)
         answers.close()
         processes.wait()
+
+
+def _configuration(plan: Plan, identity: TargetIdentity, name: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What must be the same when a run goes on, as JSON values."""
+    facts = {"name": name, "commit": identity.revision, "fingerprint": identity.fingerprint}
+    configuration = {"target": facts, **plan.configuration()}
+    configuration["settings"]["dtype"] = str(dtype).removeprefix("torch.")
+    return configuration
 
 
 class _Run:
@@ -197,7 +200,7 @@ def _refuse_long_questions(plan: Plan, prompter: Prompter, target: TargetModel) 
             refuse_long(question, prompt + len(question.turns) * plan.settings.max_new_tokens, target)
 
 
-def _provenance(command: str, target: TargetModel, processes: Processes, ends: Sequence[int]) -> dict[str, Any]:
+def _provenance(command: str, target: TargetModel, processes: Processes, ends: Mapping[str, int]) -> dict[str, Any]:
     """How the results came about, as JSON values; none of it must be the same when a run goes on."""
     is_cuda = target.device.type == "cuda"
     return {
@@ -206,9 +209,5 @@ def _provenance(command: str, target: TargetModel, processes: Processes, ends: S
         **native.installation().provenance(),
         "device": torch.cuda.get_device_name(target.device) if is_cuda else "cpu",
         "num_processes": processes.count,
-        "end_tokens": list(ends),
+        "end_tokens": dict(ends),
     }
-
-
-def _no_report(what: str, done: int, total: int) -> None:
-    """For callers who do not watch."""

@@ -105,7 +105,12 @@ def _stacked(steps: Sequence[StepEvent]) -> tuple[DraftTree, Tensor]:
 
     def cat(name: str) -> Any:
         values = [getattr(tree, name) for tree in trees]
-        return None if values[0] is None else torch.cat(values).cpu()
+        if all(value is None for value in values):
+            return None
+        # A tree of roots alone, in which nobody drafted, has no entropies.
+        return torch.cat(
+            [torch.zeros_like(t.scores) if v is None else v for t, v in zip(trees, values, strict=True)]
+        ).cpu()
 
     names = ("tokens", "parents", "scores", "num_nodes", "proposers", "entropies")
     paths = [event.path for event in steps if event.path is not None]

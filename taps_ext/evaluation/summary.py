@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .results import RUN_FILE, read_lines
+from .results import PROVENANCE, RUN_FILE, read_lines
 
 Place = tuple[str, str, float]  # variant, task, temperature
 
@@ -34,6 +34,7 @@ class Summary:
     folder: str
     label: str
     dtype: str  # of the target
+    end_tokens: Any  # that end an answer, by name
     cells: dict[Place, Cell]
 
     @property
@@ -69,7 +70,7 @@ class Summary:
             {**dict(zip(names, place, strict=True)), **asdict(cell), "acceptance_length": cell.acceptance_length}
             for place, cell in self.cells.items()
         ]
-        told = {"folder": self.folder, "label": self.label, "dtype": self.dtype}
+        told = {"folder": self.folder, "label": self.label, "dtype": self.dtype, "end_tokens": self.end_tokens}
         return {**told, "num_texts": self.num_texts, "num_different": self.num_different, "cells": cells}
 
 
@@ -91,4 +92,5 @@ def summarise(folder: Path) -> Summary:
         cell.num_steps += len(counts)
     plain = {label for label, variant in run["variants"].items() if variant["composition"] == "plain"}
     shown = {place: cell for place, cell in cells.items() if cell.num_questions and place[0] not in plain}
-    return Summary(str(folder), run["label"], run["settings"]["dtype"], shown)
+    ends = run[PROVENANCE].get("end_tokens")
+    return Summary(str(folder), run["label"], run["settings"]["dtype"], ends, shown)

@@ -1,12 +1,14 @@
 """What an evaluation compares: variants of decoding, each written as a short spec.
 
-    [LABEL=]COMPOSITION[:NAME+NAME...][@NODES][,topk][,evidence=DECAY][,weight=W]
+    [LABEL=]COMPOSITION[:NAME+NAME...][@NODES][,topk][,auto][,evidence=DECAY][,weight=W]
 
 COMPOSITION is plain, single, average or one of the decoder's compositions; the names are the drafters that take part
 (all, unless they are named). NODES is the size of each drafter's tree; `merged@NODES` verifies as many nodes of the
 union, weighted by evidence unless `evidence=0`, and `merged` the whole union of trees of the evaluation's size.
 `average` is one drafter of averaged weights, without look-ups, which have none; W is the first one's share of two.
-`topk` drafts what is likely, without a look at the target's noise. The spec is the label where none is given.
+`topk` drafts what is likely, without a look at the target's noise. With `auto` each step takes the tree that pays, by
+the costs of the run, within the limits of `TreeShape.auto` and at most NODES nodes. The spec is the label where none is
+given.
 """
 
 from __future__ import annotations
@@ -17,10 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..composition import COMPOSITIONS, EVIDENCE_DECAY, check_decay
+from ..tree import TreeShape
 
 PLAIN, SINGLE, AVERAGE, MERGED, EVIDENCE = "plain", "single", "average", "merged", "evidence"
 NAMES = (PLAIN, SINGLE, AVERAGE, *(name for name in COMPOSITIONS if name != SINGLE))
-OPTIONS = ("topk", EVIDENCE, "weight")
+FLAGS = ("topk", "auto")
+OPTIONS = (*FLAGS, EVIDENCE, "weight")
 RESERVED = "+@,:="  # characters of a drafter's name that would make specs ambiguous
 SPEC = re.compile(r"(?P<composition>[^:@,]*)(?::(?P<names>[^@,]*))?(?:@(?P<nodes>[^,]*))?(?:,(?P<options>.*))?")
 LABELLED = re.compile(rf"(?P<label>[^=]*)=(?P<spec>(?:{'|'.join(NAMES)})(?:[:@,].*)?)")
@@ -37,11 +41,17 @@ class Variant:
     drafting: str = "coupled"  # what is asked for: drafters that are not calibrated, as averages, draft top-k
     evidence_decay: float | None = None  # None: evidence plays no part; 0: a merged tree without weights
     weight: float | None = None  # of the first of two drafters in their average; None: equal weights, or no average
+    adapts: bool = False  # each step takes the tree that pays; max_nodes is a limit
 
     @property
     def is_plain(self) -> bool:
         """Whether it is decoding without drafters, whose text every variant must give."""
         return self.composition == PLAIN
+
+    @property
+    def drafting_names(self) -> tuple[str, ...]:
+        """The names of its decoder's drafters: an average is one."""
+        return (AVERAGE,) if self.composition == AVERAGE else self.drafters
 
     def runs_at(self, temperature: float) -> bool:
         """Whether it is a variant of its own there: without noise, top-k is what coupled is."""
@@ -131,15 +141,17 @@ def _speculative(label: str, parts: Mapping[str, str | None], drafters: Sequence
     composition, options = str(parts["composition"]), _options(parts["options"])
     names = _participants(composition, parts["names"], drafters)
     nodes = None if parts["nodes"] is None else _num_nodes(parts["nodes"])
-    is_union = composition == MERGED and nodes is None
+    is_union, adapts = composition == MERGED and nodes is None, "auto" in options
+    usual = TreeShape.auto().max_nodes if adapts else None if is_union else max_nodes
     return Variant(
         label,
         composition,
         names,
-        None if is_union else nodes or max_nodes,
+        nodes or usual,
         "topk" if "topk" in options else "coupled",
         _decay(composition, is_union, options.get(EVIDENCE)),
         _weight(composition, names, options.get("weight")),
+        adapts,
     )
 
 
@@ -148,8 +160,8 @@ def _options(text: str | None) -> dict[str, str]:
     found: dict[str, str] = {}
     for option in [] if text is None else text.split(","):
         name, equals, value = option.partition("=")
-        if name not in OPTIONS or bool(equals) == (name == "topk"):
-            raise ValueError(f"an option is topk, evidence=DECAY or weight=W, got {option!r}")
+        if name not in OPTIONS or bool(equals) == (name in FLAGS):
+            raise ValueError(f"an option is topk, auto, evidence=DECAY or weight=W, got {option!r}")
         if name in found:
             raise ValueError(f"the option {name} is given twice")
         found[name] = value

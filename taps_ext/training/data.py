@@ -64,7 +64,10 @@ def with_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> 
     if not (file := Path(path).expanduser()).is_file():
         raise ValueError(f"there is no chat template {path}; data.chat_template is a jinja file")
     tokenizer = copy.copy(tokenizer)
-    tokenizer.chat_template = file.read_text(encoding="utf-8")
+    try:
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the chat template {path} is not UTF-8 text ({error.reason}); give a jinja file") from error
     return tokenizer
 
 

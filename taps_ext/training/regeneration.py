@@ -17,8 +17,8 @@ import torch
 from ..checkpoints.files import check_writable
 from ..checkpoints.load import identify
 from ..decode.plain import plain_generate
-from ..decode.request import end_tokens
 from ..sampling import NOISE, SamplingParams, row_seed
+from ..target.end_tokens import end_tokens
 from .conversations import Conversation, Message
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class RegenerationReport:
     num_answers: int  # in those written
     cut: dict[str, int]  # by reason: how many conversations end early
     num_dropped: int  # of these: have no answer left, and are not written
+    end_tokens: dict[str, int]  # by name: what ends an answer
 
 
 def regenerate(
@@ -69,7 +70,11 @@ def regenerate(
         seed: conversation i draws with row_seed(seed, i), so that its text does not depend on its neighbours.
         decoder: of this target, to write the same text faster.
     """
-    _check(tokenizer, conversations, output, max_new_tokens, batch_size)
+    check(output, max_new_tokens, batch_size)
+    if not conversations:
+        raise ValueError("there is no conversation to answer; give at least one")
+    if not tokenizer.chat_template:
+        raise ValueError("the target's tokenizer has no chat template, which says where an answer begins; give one")
     writer = _Writer(target, tokenizer, max_new_tokens, temperature, seed, decoder)
     output.parent.mkdir(parents=True, exist_ok=True)
     collected = output.with_name(f"{output.name}.partial")
@@ -87,7 +92,7 @@ def regenerate(
             file.writelines(_line({"messages": draft.messages, "cut": draft.cut}) for draft in drafts)
             _sync(file)
             num_done += len(drafts)
-    return _finish(collected, output)
+    return _finish(collected, output, writer.end_tokens)
 
 
 @dataclass
@@ -134,8 +139,8 @@ class _Writer:
         self._max_new_tokens = max_new_tokens
         self._generate: Callable[..., Any] = decoder.generate if decoder else partial(plain_generate, target)
         self._max_length = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-        self._end_tokens = end_tokens(target, tokenizer)
-        if not self._end_tokens:
+        self.end_tokens = end_tokens(target, tokenizer)
+        if not self.end_tokens:
             raise ValueError(
                 "neither the target nor its tokenizer names an end-of-turn token; set eos_token_id in either"
             )
@@ -189,7 +194,7 @@ class _Writer:
             attention_mask,
             sampling=replace(self._sampling, seed=[row_seed(self._seed, draft.index) for _, draft in prompts]),
             max_new_tokens=[self._room(prompt) for prompt, _ in prompts],
-            eos_token_id=self._end_tokens,
+            eos_token_id=list(self.end_tokens.values()),
             tokenizer=self._tokenizer,
             num_return_sequences=1,
         )
@@ -198,25 +203,11 @@ class _Writer:
             draft.take(answer, NO_END if reason not in ("eos", "stop_string") else None if answer.strip() else NO_TEXT)
 
 
-def check_output(output: Path) -> None:
-    """OSError, in a sentence, unless the file can be written."""
+def check(output: Path, max_new_tokens: int, batch_size: int) -> None:
+    """OSError or ValueError, in a sentence, unless the file can be written and the numbers make sense."""
     if output.exists():
         raise FileExistsError(f"{output} exists already; give another name for the output, or delete it")
     check_writable(output.parent)
-
-
-def _check(
-    tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Conversation],
-    output: Path,
-    max_new_tokens: int,
-    batch_size: int,
-) -> None:
-    check_output(output)
-    if not conversations:
-        raise ValueError("there is no conversation to answer; give at least one")
-    if not tokenizer.chat_template:
-        raise ValueError("the target's tokenizer has no chat template, which says where an answer begins; give one")
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
@@ -257,7 +248,7 @@ def _resume(collected: Path, settings: dict[str, Any]) -> int:
         return sum(1 for _ in file)
 
 
-def _finish(collected: Path, output: Path) -> RegenerationReport:
+def _finish(collected: Path, output: Path, ends: dict[str, int]) -> RegenerationReport:
     """Write the conversations that have answers to `output`, and count."""
     cut, count = Counter[str](), Counter[str]()
     new = output.with_name(f".{output.name}.new")
@@ -274,10 +265,11 @@ def _finish(collected: Path, output: Path) -> RegenerationReport:
         new.unlink()
         collected.unlink()
         reasons = ", ".join(f"{reason} ({number} times)" for reason, number in cut.most_common())
-        raise ValueError(f"no conversation is left to write: {reasons}; allow more new tokens in another run")
+        way_out = "allow more new tokens in another run" if cut[NO_END] else "give other conversations"
+        raise ValueError(f"no conversation is left to write: {reasons}; {way_out}")
     new.replace(output)
     collected.unlink()
-    return RegenerationReport(count["written"], count["answers"], dict(cut), count["dropped"])
+    return RegenerationReport(count["written"], count["answers"], dict(cut), count["dropped"], ends)
 
 
 def _line(value: Any) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...variants import MERGED
+from ...variants import MERGED, Variant
 from ..cells import Run
 from ..figures import View
 from ..tables import Column, Entry, Table
@@ -32,7 +32,7 @@ def _variants(views: Sequence[View]) -> Table:
     rows: list[tuple[Entry, ...]] = [
         (
             *(spec.label, spec.composition, ", ".join(spec.drafters)),
-            "union" if spec.composition == MERGED and not spec.max_nodes else spec.max_nodes,
+            _budget(spec),
             *(None if spec.is_plain else spec.drafting, spec.evidence_decay, spec.weight),
         )
         for spec in specs
@@ -42,6 +42,12 @@ def _variants(views: Sequence[View]) -> Table:
         *(Column("drafting asked for"), Column("evidence decay", "g"), Column("first drafter's weight", "g")),
     )
     return Table("variants", "Variants", "Averages draft top-k, and every drafter at T = 0.", columns, tuple(rows))
+
+
+def _budget(spec: Variant) -> Entry:
+    if spec.adapts:
+        return f"at most {spec.max_nodes}"
+    return "union" if spec.composition == MERGED and not spec.max_nodes else spec.max_nodes
 
 
 def _facts(run: Run) -> dict[str, str]:
