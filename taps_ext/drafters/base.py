@@ -5,6 +5,7 @@ Also the draft vocabulary, by which a drafter of a target with many tokens propo
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -76,6 +77,11 @@ class DraftVocabulary:
     def draft_ids(self) -> Tensor:
         """Return the index of each of the target's tokens, int64 [V]: -1 for those that are not in."""
         return torch.full((self.vocab_size,), -1).index_copy_(0, self.tokens, torch.arange(len(self.tokens)))
+
+    @property
+    def checksum(self) -> str:
+        """Return the SHA-256 of the tokens, in hex."""
+        return hashlib.sha256(self.tokens.numpy().data).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, DraftVocabulary):

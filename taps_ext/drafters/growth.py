@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..products import pack_products
 from ..tree import DraftTree, Lengths, TreeShape
 from .base import DrafterState, DraftVocabulary
 from .coupling import CoupledRows
@@ -117,6 +118,7 @@ class SharedEnds:
         head, ids, inverse = self.lm_head, None, None
         if self.vocabulary is not None:
             head = rows_of_head(self.lm_head, self.vocabulary)
+            pack_products(head)
             ids, inverse = (ids.to(head.weight.device) for ids in (self.vocabulary.tokens, self.vocabulary.draft_ids))
         for name, value in (("head", head), ("token_ids", ids), ("draft_ids", inverse)):
             object.__setattr__(self, name, value)
@@ -140,7 +142,8 @@ def rows_of_head(lm_head: nn.Module, vocabulary: DraftVocabulary) -> nn.Linear:
 
     Raise ValueError for an lm_head that is not a plain matrix: quantised, sharded, offloaded or wrapped.
     """
-    weight, forward = getattr(lm_head, "weight", None), getattr(type(lm_head), "forward", None)
+    weight: Any = getattr(lm_head, "weight", None)
+    forward = getattr(type(lm_head), "forward", None)
     is_plain = forward is nn.Linear.forward and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
     if not isinstance(lm_head, nn.Linear) or not is_plain or weight.device.type == "meta":
         kind = f"{type(lm_head).__name__} of {type(weight).__name__}"
