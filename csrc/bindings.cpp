@@ -55,7 +55,7 @@ template <typename Visit>
 void for_each_op(Visit visit) {
   visit(
       "expand_frontier(Tensor logits, Tensor scores, int branching, Tensor? seeds, Tensor? positions, "
-      "Tensor? temperature, Tensor? alpha, Tensor? beta) -> "
+      "Tensor? temperature, Tensor? alpha, Tensor? beta, Tensor? token_ids) -> "
       "(Tensor tokens, Tensor scores, Tensor frontier, Tensor entropies)",
       &taps::expand_frontier);
   visit(

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits,
                                                            const std::optional<Tensor>& positions,
                                                            const std::optional<Tensor>& temperature,
                                                            const std::optional<Tensor>& alpha,
-                                                           const std::optional<Tensor>& beta);
+                                                           const std::optional<Tensor>& beta,
+                                                           const std::optional<Tensor>& token_ids);
 // -> tokens, parents, scores [B, C], num_nodes [B], entropies, proposers [B, C], C = min(max_nodes, N)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prune_tree(const Tensor& tokens, const Tensor& parents,
                                                                       const Tensor& scores, const Tensor& num_nodes,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from test_coupled_expansion import coupled_case
+from test_coupled_expansion import Case, coupled_case, draft_vocabulary_case
 from test_kv_compaction import random_compaction
 from test_tree_attention import MASK_DTYPES, random_prefix
 from test_tree_expansion import expansion_case, with_entropies, with_proposers
@@ -23,6 +23,7 @@ from taps_ext.tree import DraftTree
 
 Arguments = dict[str, Any]  # by name, in the order of the native function
 BATCH_AXIS = {"kv": 1}  # of every other tensor: 0
+NOT_BATCHED = {"token_ids"}
 
 
 def _trees(tree: DraftTree) -> Arguments:
@@ -42,12 +43,21 @@ def _mask(seed: int) -> Arguments:
 
 def _expansion(seed: int) -> Arguments:
     names = ("logits", "scores", "branching")
-    return {**dict(zip(names, expansion_case(seed), strict=True)), **dict.fromkeys(Coupling._fields)}
+    return {**dict(zip(names, expansion_case(seed), strict=True)), **dict.fromkeys((*Coupling._fields, "token_ids"))}
 
 
 def _coupled_expansion(seed: int) -> Arguments:
-    *arguments, coupling = coupled_case(seed)
-    return {**dict(zip(("logits", "scores", "branching"), arguments, strict=True)), **coupling._asdict()}
+    return _in_order(coupled_case(seed))
+
+
+def _vocabulary_expansion(seed: int) -> Arguments:
+    return _in_order(draft_vocabulary_case(seed))
+
+
+def _in_order(case: Case) -> Arguments:
+    fields = case._asdict()
+    ids, coupling = fields.pop("token_ids"), fields.pop("coupling") or Coupling(*[None] * 5)
+    return {**fields, **coupling._asdict(), "token_ids": ids}
 
 
 def _pruning(seed: int) -> Arguments:
@@ -81,7 +91,7 @@ def _compaction(seed: int) -> Arguments:
 
 # The kinds of cases of each op, by what their names add to the op's.
 CASES: dict[str, dict[str, Callable[[int], Arguments]]] = {
-    "expand_frontier": {"": _expansion, ", coupled": _coupled_expansion},
+    "expand_frontier": {"": _expansion, ", coupled": _coupled_expansion, ", draft vocabulary": _vocabulary_expansion},
     "prune_tree": {"": _pruning},
     "merge_trees": {"": _merging},
     "extend_tree": {"": _extension},
@@ -94,6 +104,11 @@ CASES: dict[str, dict[str, Callable[[int], Arguments]]] = {
 CALLS = {f"{op}{kind}": (op, build) for op in native.load().schemas for kind, build in CASES[op].items()}
 
 
+def is_batched(name: str, value: Any) -> bool:
+    """Whether a tensor of arguments has a batch axis."""
+    return torch.is_tensor(value) and name not in NOT_BATCHED
+
+
 def batch_size(arguments: Arguments) -> int:
     name, tensor = next((name, value) for name, value in arguments.items() if torch.is_tensor(value))
     return tensor.shape[BATCH_AXIS.get(name, 0)]
@@ -103,7 +118,7 @@ def rows(arguments: Arguments, order: Sequence[int]) -> Arguments:
     """The chosen rows of the batch, in that order, as new tensors."""
     index = torch.tensor(order)
     return {
-        name: value.index_select(BATCH_AXIS.get(name, 0), index.to(value.device)) if torch.is_tensor(value) else value
+        name: value.index_select(BATCH_AXIS.get(name, 0), index.to(value.device)) if is_batched(name, value) else value
         for name, value in arguments.items()
     }
 

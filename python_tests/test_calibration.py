@@ -42,6 +42,7 @@ from taps_ext.training.calibrate import (
     CalibrationReport,
     CalibrationSettings,
     Draws,
+    Heads,
     Sample,
     calibrate,
     calibrate_drafter,
@@ -144,7 +145,8 @@ def slots_of(*features: Tensor) -> DraftSlots:
 
 def draws_of(slots: DraftSlots, *temperatures: float, wanted: int = 0, seed: str = "0") -> Draws:
     """Features are logits."""
-    return draw(slots, lambda features: features, temperatures, wanted, seed, lambda *_: None)
+    heads = Heads(lambda features: features, lambda features: features, slice(None), None)
+    return draw(slots, heads, temperatures, wanted, seed, lambda *_: None)
 
 
 def test_a_perfect_drafter_is_trusted_with_all_the_noise_and_a_blind_one_with_all_but_its_own_word() -> None:

@@ -1,4 +1,7 @@
-"""expand_frontier with a coupling: children ranked and scored by logits plus the noise of the target's own draws."""
+"""expand_frontier with a coupling: children ranked and scored by logits plus the noise of the target's own draws.
+
+Also with the ids of a draft vocabulary, with a coupling and without.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,8 @@ class Case(NamedTuple):
     logits: Tensor  # [B, F, V]
     scores: Tensor  # [B, F]
     branching: int
-    coupling: Coupling
+    coupling: Coupling | None
+    token_ids: Tensor | None = None
 
 
 def coupled_case(seed: int, batch_size: int | None = None, vocabulary: int | None = None) -> Case:
@@ -66,11 +70,26 @@ def coupled_case(seed: int, batch_size: int | None = None, vocabulary: int | Non
     return Case(strided(logits) if seed % 5 == 0 else logits, scores, branching, random_coupling(rng, size[0]))
 
 
+def random_token_ids(rng: random.Random, count: int) -> Tensor:
+    """Ascending ids: of all tokens, dense, spread over a large vocabulary, or the largest that there are."""
+    step = rng.choice([1, 3, 40, (2**31 - 1) // count])
+    ids = torch.tensor([rng.randint(1, step) for _ in range(count)]).cumsum(0) - 1
+    return ids + (2**31 - 1 - int(ids[-1]) if rng.random() < 0.1 else 0)
+
+
+def draft_vocabulary_case(seed: int) -> Case:
+    case = coupled_case(seed)
+    ids = random_token_ids(random.Random(seed), case.logits.shape[-1])
+    return case._replace(token_ids=ids, coupling=case.coupling if seed % 3 else None)
+
+
 def tolerance(case: Case) -> Tensor:
     """[B]: what float32 may lose in a coupled logit. Its two terms and their sum are rounded, the scale too, and the
     noise is right to 2e-6 where it is 16 or more, to 1e-6 and less elsewhere."""
     x = case.logits.double().flatten(1)
     largest = x.masked_fill(~x.isfinite(), 0).abs().amax(-1)
+    if case.coupling is None:
+        return torch.zeros(len(x))
     _, _, temperature, alpha, beta = case.coupling
     scaled = torch.where(temperature > 0, alpha / temperature, 0).double() * largest
     return torch.where(temperature > 0, 2.0**-23 * (scaled + 8 * beta) + 1.5e-6 * beta, 0)
@@ -84,9 +103,12 @@ def test_coupled_expansion_equals_the_reference(num_cases: int) -> None:
 
     Float32 may exchange children whose coupled logits are as good as equal: those rows are few, and not looked at.
     """
+    assert_equals_the_reference([coupled_case(seed) for seed in range(num_cases // 3)])
+
+
+def assert_equals_the_reference(cases: list[Case]) -> None:
     undecided = rows = 0
-    for seed in range(num_cases // 3):
-        case = coupled_case(seed)
+    for seed, case in enumerate(cases):
         actual = ops.expand_frontier(*case)
         expected = reference.expand_frontier(*case)
         margins = reference.expansion_margin(*case)
@@ -109,10 +131,51 @@ def test_coupled_expansion_equals_the_reference(num_cases: int) -> None:
 def test_the_kernel_chooses_the_children_that_the_cpu_chooses(backend: Any, num_cases: int) -> None:
     """Coupled logits are spelled out, so that they are the same bits everywhere; only sums have another order."""
     for seed in range(num_cases // 3):
-        logits, scores, branching, coupling = coupled_case(seed)
-        actual = backend.expand_frontier(logits, scores, branching, *coupling)
-        expected = native.load().expand_frontier(logits, scores, branching, *coupling)
+        logits, scores, branching, coupling, _ = coupled_case(seed)
+        actual = backend.expand_frontier(logits, scores, branching, *coupling, None)
+        expected = native.load().expand_frontier(logits, scores, branching, *coupling, None)
         assert_same(actual[0], expected[0], f"seed {seed}, {list(logits.shape)}, {coupling}")
+
+
+# ---- a draft vocabulary
+
+
+def small_ids(case: Case) -> bool:
+    """The reference computes the noise of all tokens up to the last one."""
+    return case.token_ids is not None and int(case.token_ids[-1]) < 100_000
+
+
+def test_children_in_a_draft_vocabulary_equal_the_reference(num_cases: int) -> None:
+    assert_equals_the_reference([*filter(small_ids, map(draft_vocabulary_case, range(num_cases // 3)))])
+
+
+@pytest.mark.backends("simt", "cuda")
+def test_the_kernel_chooses_the_tokens_of_a_draft_vocabulary_that_the_cpu_chooses(backend: Any, num_cases: int) -> None:
+    for seed in range(num_cases // 3):
+        logits, scores, branching, coupling, ids = draft_vocabulary_case(seed)
+        given = (logits, scores, branching, *(coupling or [None] * 5), ids)
+        actual, expected = backend.expand_frontier(*given), native.load().expand_frontier(*given)
+        assert_same(actual[0], expected[0], f"seed {seed}, {list(logits.shape)}, {coupling}")
+
+
+def test_a_draft_vocabulary_drafts_as_if_all_other_tokens_were_impossible(num_cases: int) -> None:
+    """The tokens, their noise and their scores are those of a full row that is -inf outside the draft vocabulary."""
+    for seed in range(num_cases // 3):
+        case = draft_vocabulary_case(seed)
+        if not small_ids(case) or case.logits.shape[-1] > 5_000:
+            continue
+        ids = case.token_ids
+        full = case.logits.new_full(
+            (*case.logits.shape[:2], int(ids[-1]) + random.Random(seed).randint(1, 90)), -math.inf
+        )
+        full[..., ids] = case.logits
+        actual = ops.expand_frontier(*case)
+        expected = ops.expand_frontier(full, *case[1:4])
+        is_child = actual.scores > -math.inf
+        where = f"seed {seed}, {list(case.logits.shape)} of {full.shape[-1]}"
+        assert_same(is_child, expected.scores > -math.inf, where)
+        assert_same(actual.tokens[is_child], expected.tokens[is_child], f"{where}, tokens")
+        torch.testing.assert_close(actual.scores, expected.scores, atol=1e-5, rtol=1e-6, msg=where)
 
 
 # ---- rows that are not coupled
@@ -120,7 +183,7 @@ def test_the_kernel_chooses_the_children_that_the_cpu_chooses(backend: Any, num_
 
 def test_rows_of_temperature_0_are_as_if_nothing_were_coupled(num_cases: int) -> None:
     for seed in range(num_cases // 3):
-        logits, scores, branching, coupling = coupled_case(seed, batch_size=3)
+        logits, scores, branching, coupling, _ = coupled_case(seed, batch_size=3)
         greedy = torch.arange(len(logits)) % 2 == seed % 2
         coupling = coupling._replace(temperature=coupling.temperature.clamp(min=0.3).masked_fill(greedy, 0.0))
         mixed = ops.expand_frontier(logits, scores, branching, coupling)
@@ -130,7 +193,7 @@ def test_rows_of_temperature_0_are_as_if_nothing_were_coupled(num_cases: int) ->
 
 def test_without_noise_and_scale_a_coupling_changes_no_child(num_cases: int) -> None:
     for seed in range(num_cases // 6):
-        logits, scores, branching, _ = coupled_case(seed)
+        logits, scores, branching, *_ = coupled_case(seed)
         coupling = coupling_of(*[(seed, 3, 1.0, 1.0, 0.0)] * len(logits))
         for actual, expected in zip(
             ops.expand_frontier(logits, scores, branching, coupling),
@@ -156,7 +219,7 @@ def test_no_child_outscores_its_parent_and_children_come_best_first(num_cases: i
 def test_a_coupled_row_does_not_depend_on_its_neighbours(num_cases: int) -> None:
     """Alone, and in a batch whose other rows have other noise, temperatures and logits."""
     for seed in range(num_cases // 6):
-        logits, scores, branching, coupling = coupled_case(seed, batch_size=3)
+        logits, scores, branching, coupling, _ = coupled_case(seed, batch_size=3)
         whole = ops.expand_frontier(logits, scores, branching, coupling)
         for b in range(len(logits)):
             one = slice(b, b + 1)

@@ -15,7 +15,7 @@ from typing import Any
 import backends
 import pytest
 import torch
-from op_cases import CALLS, Arguments, batch_size, batches, call, rows
+from op_cases import CALLS, Arguments, batch_size, batches, call, is_batched, rows
 from torch import Tensor
 from tree_cases import assert_same
 
@@ -82,7 +82,8 @@ RANGES: dict[str, Callable[[Arguments], Ranges]] = {
     "ancestor_bits": lambda a: [None],
     "tree_attention_mask": lambda a: [None],
     "expand_frontier": lambda a: [
-        (0, a["logits"].shape[2] - 1), None, (0, a["scores"].shape[1] * a["branching"] - 1), None
+        (0, a["logits"].shape[2] - 1 if a["token_ids"] is None else int(a["token_ids"][-1])), None,
+        (0, a["scores"].shape[1] * a["branching"] - 1), None
     ],
     "prune_tree": lambda a: [None, (-1, a["max_nodes"] - 1), None, (1, a["max_nodes"]), None, None],
     "merge_trees": lambda a: [None, (-1, union(a) - 1), None, (1, union(a)), None, (-1, union(a) - 1)],
@@ -125,7 +126,7 @@ def with_nonsense(arguments: Arguments, victim: int, rng: random.Random) -> Argu
     """The arguments with some of the row's values replaced, but for logits and cache, which may hold anything."""
     spoilt = {**arguments}
     for name, value in arguments.items():
-        if torch.is_tensor(value) and name not in ("logits", "kv") and rng.random() < 0.7:
+        if is_batched(name, value) and name not in ("logits", "kv") and rng.random() < 0.7:
             spoilt[name] = value.clone()
             spoilt[name][victim] = nonsense(value[victim], rng)
     return spoilt

@@ -40,6 +40,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"logits": torch.randn(2, 3, 10).bfloat16()},
         {"branching": 10},
         {name: coupled_arguments()[name] for name in ops.Coupling._fields},
+        {"token_ids": coupled_arguments()["token_ids"]},
     ],
     "prune_tree": [{"max_nodes": 50}, {"proposers": None}],
     "merge_trees": [{"max_nodes": None}, {"max_nodes": 500}],

@@ -48,6 +48,7 @@ def coupled_arguments() -> Arguments:
         "temperature": ints(0.0, 1.0),
         "alpha": torch.ones(2),
         "beta": torch.ones(2),
+        "token_ids": 3 * torch.arange(10),
     }
 
 
@@ -108,8 +109,8 @@ def compaction_arguments() -> Arguments:
     }
 
 
-def expand(logits: Tensor, scores: Tensor, branching: int, **coupling: Any) -> None:
-    ops.expand_frontier(logits, scores, branching, Coupling(**coupling))
+def expand(logits: Tensor, scores: Tensor, branching: int, token_ids: Tensor, **coupling: Any) -> None:
+    ops.expand_frontier(logits, scores, branching, Coupling(**coupling), token_ids)
 
 
 def prune(
@@ -226,6 +227,13 @@ BROKEN: list[tuple[str, str, Any]] = [
     ("coupled expand_frontier", "beta", torch.ones(2, 1)),
     ("coupled expand_frontier", "beta", torch.ones(2).double()),
     ("coupled expand_frontier", "beta", None),
+    ("coupled expand_frontier", "token_ids", torch.arange(9)),
+    ("coupled expand_frontier", "token_ids", torch.arange(10)[None]),
+    ("coupled expand_frontier", "token_ids", torch.arange(10).int()),
+    ("coupled expand_frontier", "token_ids", torch.arange(10) - 1),
+    ("coupled expand_frontier", "token_ids", torch.arange(10).flip(0)),
+    ("coupled expand_frontier", "token_ids", torch.arange(10).clamp(max=8)),
+    ("coupled expand_frontier", "token_ids", torch.arange(10) + 2**31 - 9),
     # prune_tree
     ("prune_tree", "max_nodes", 0),
     ("prune_tree", "max_nodes", -5),
@@ -402,6 +410,14 @@ SAYS: list[tuple[str, str, Any, str]] = [
         "alpha must be given with the seeds, positions, temperature, alpha and beta of a coupling, got none",
     ),
     ("coupled expand_frontier", "alpha", ints(1.0, 0.0), "alpha must be finite and above 0, row 1 has 0"),
+    ("coupled expand_frontier", "token_ids", torch.arange(9), r"token_ids must be \[10\] \(one a logit\), got \[9\]"),
+    ("coupled expand_frontier", "token_ids", torch.arange(10).clamp(max=8), "entry 9 is 8 after 8"),
+    (
+        "coupled expand_frontier",
+        "token_ids",
+        torch.arange(10) - 1,
+        r"must ascend within 0\.\.2147483647, entry 0 is -1$",
+    ),
     ("coupled expand_frontier", "beta", ints(-1.0, 0.0), "beta must be finite and at least 0, row 0 has -1"),
     ("prune_tree", "max_nodes", 0, "max_nodes must be at least 1, got 0"),
     ("merge_trees", "tokens", ints([[1, 2, 3], [2, 4, 5]]), "root"),

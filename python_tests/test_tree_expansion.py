@@ -164,7 +164,7 @@ def test_a_block_may_read_several_parts_of_a_row(backend: Any) -> None:
     results = []
     for multiprocessors in (1, 132):
         backend.arrange("forward", 0, multiprocessors)
-        results.append(backend.module.expand_frontier(logits, scores, 10, *[None] * len(ops.Coupling._fields)))
+        results.append(backend.module.expand_frontier(logits, scores, 10, *[None] * len(ops.Coupling._fields), None))
     for i, (one, other) in enumerate(zip(*results, strict=True)):
         assert_same(one, other, f"result {i}")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .decode.stats import DecodeStats as DecodeStats
     from .drafters import Drafter as Drafter
     from .drafters import DrafterState as DrafterState
+    from .drafters import DraftVocabulary as DraftVocabulary
     from .drafters import LookupDrafter as LookupDrafter
     from .sampling import SamplingParams as SamplingParams
     from .sampling import row_seed as row_seed
@@ -37,6 +38,7 @@ _HOMES = {
     "CostTable": "decode.budget",
     "DecodeStats": "decode.stats",
     "DraftTree": "tree",
+    "DraftVocabulary": "drafters",
     "Drafter": "drafters",
     "DrafterState": "drafters",
     "GenerationResult": "decode.decoder",

@@ -87,7 +87,11 @@ def _ops() -> Any:
 
 
 def expand_frontier(
-    logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None
+    logits: Tensor,
+    scores: Tensor,
+    branching: int,
+    coupling: Coupling | None = None,
+    token_ids: Tensor | None = None,
 ) -> ExpandedFrontier:
     """Expand every frontier node into its best `branching` children, and rank all these children, in one pass.
 
@@ -104,6 +108,8 @@ def expand_frontier(
         logits: [B, F, V], of the drafter.
         scores: float32 [B, F], cumulative log-probabilities of the frontier nodes, at most 0 (-inf: no such node).
         branching: K, at most V; on a CUDA device at most 256.
+        token_ids: int64 [V], ascending, the target's token of each logit: children carry these tokens, and the noise is
+            theirs. None: the index is the token. Entropies are over the given logits alone.
 
     Source: EAGLE-2 (arXiv 2406.16858), section 4.1; the coupling is ours.
 
@@ -115,8 +121,10 @@ def expand_frontier(
     >>> coupled = expand_frontier(logits, torch.zeros(1, 1), 2, coupling)
     >>> coupled.tokens, coupled.scores.exp()
     (tensor([[[1, 0]]]), tensor([[[0.8159, 0.1266]]]))
+    >>> expand_frontier(logits, torch.zeros(1, 1), 2, token_ids=torch.tensor([5, 8, 11])).tokens
+    tensor([[[5, 8]]])
     """
-    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *(coupling or _NOT_COUPLED)))
+    return ExpandedFrontier(*_ops().expand_frontier(logits, scores, branching, *(coupling or _NOT_COUPLED), token_ids))
 
 
 def prune_tree(candidates: DraftTree, max_nodes: int) -> DraftTree:

@@ -99,33 +99,45 @@ def tree_attention_mask(
 
 
 def expand_frontier(
-    logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None
+    logits: Tensor,
+    scores: Tensor,
+    branching: int,
+    coupling: Coupling | None = None,
+    token_ids: Tensor | None = None,
 ) -> ExpandedFrontier:
     """Expand each frontier node into its best children and rank them all; ties go to the lowest index throughout."""
-    tokens, cumulative, entropies = _children(coupled_logits(logits, coupling), scores, branching)
+    tokens, cumulative, entropies = _children(coupled_logits(logits, coupling, token_ids), scores, branching)
+    tokens = tokens if token_ids is None else token_ids[tokens]
     flat = cumulative.float().flatten(1)
     frontier = flat.sort(dim=-1, descending=True, stable=True).indices[:, :branching]
     return ExpandedFrontier(tokens, cumulative.float(), frontier, entropies.float())
 
 
-def coupled_logits(logits: Tensor, coupling: Coupling | None) -> Tensor:
+def coupled_logits(logits: Tensor, coupling: Coupling | None, token_ids: Tensor | None = None) -> Tensor:
     """Return the logits that rank children, float64 [B, F, V], NaN as -inf; a row of temperature 0 keeps its logits."""
     ranked = logits.double()
     ranked = ranked.masked_fill(ranked.isnan(), -math.inf)
+    token_ids = torch.arange(logits.shape[-1]) if token_ids is None else token_ids
     for b, temperature in enumerate([] if coupling is None else coupling.temperature.tolist()):
         if coupling is not None and temperature > 0:
-            noise = gumbel_noise(int(coupling.seeds[b]), int(coupling.positions[b]), logits.shape[-1])
+            noise = gumbel_noise(int(coupling.seeds[b]), int(coupling.positions[b]), int(token_ids[-1]) + 1)[token_ids]
             ranked[b] = float(coupling.alpha[b]) / temperature * ranked[b] + float(coupling.beta[b]) * noise
     return ranked
 
 
-def expansion_margin(logits: Tensor, scores: Tensor, branching: int, coupling: Coupling | None = None) -> Tensor:
+def expansion_margin(
+    logits: Tensor,
+    scores: Tensor,
+    branching: int,
+    coupling: Coupling | None = None,
+    token_ids: Tensor | None = None,
+) -> Tensor:
     """Return the smallest gap that decides the frontier, its order, or a coupled row's children, float64 [B].
 
     The logits of other rows are exact. A gap of exactly 0 decides nothing: equal numbers come from equal logits, and
     the lowest index wins.
     """
-    ranked = coupled_logits(logits, coupling)
+    ranked = coupled_logits(logits, coupling, token_ids)
     margin = _smallest_gap(_children(ranked, scores, branching)[1].flatten(1), branching)
     if coupling is None:
         return margin

@@ -45,13 +45,6 @@ __device__ __forceinline__ LaneWords lane_words(int64_t seed, int64_t position, 
   return words;
 }
 
-// The word of one token.
-__device__ inline uint32_t noise_word(int64_t seed, int64_t position, int token) {
-  const PhiloxWords words = noise_words(seed, position, static_cast<uint32_t>(token) / 4);
-  const int j = token % 4;
-  return j == 0 ? words.word[0] : j == 1 ? words.word[1] : j == 2 ? words.word[2] : words.word[3];
-}
-
 // The largest word whose noise may reach the value: small words are large noise, gumbel <= -log(uniform).
 __device__ __forceinline__ uint32_t largest_word_reaching(float value) {
   const float words = expf(kNoiseSlack - value) * 0x1p32f;

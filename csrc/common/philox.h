@@ -51,4 +51,11 @@ TAPS_HD inline PhiloxWords noise_words(int64_t seed, int64_t position, uint32_t 
                     static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 
+// The word of one token.
+TAPS_HD inline uint32_t noise_word(int64_t seed, int64_t position, uint32_t token) {
+  const PhiloxWords words = noise_words(seed, position, token / 4);
+  const uint32_t j = token % 4;
+  return j == 0 ? words.word[0] : j == 1 ? words.word[1] : j == 2 ? words.word[2] : words.word[3];
+}
+
 }  // namespace taps

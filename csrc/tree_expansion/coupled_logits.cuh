@@ -13,15 +13,28 @@ namespace taps::cuda {
 template <LogitsType kType, bool kIsCoupled>
 struct NodeLogits {
   Row<kType> row;
+  const int64_t* token_ids;  // [V], or null: see ExpandFrontierParams
   Coupling coupling;
   int64_t seed;
   int64_t position;
   bool is_coupled;
 
-  // From the drafter's logits of the tokens first, first + 1, ..., where 4 divides `first`.
+  // A full draw of four words for the one of a token that may stand anywhere in the target's vocabulary.
+  __device__ __forceinline__ float noise_at(int index) const {
+    const int64_t token = token_ids == nullptr ? index : __ldg(token_ids + index);
+    return coupling_noise(noise_word(seed, position, static_cast<uint32_t>(token)));
+  }
+
+  // From the drafter's logits of indices first, first + 1, ..., where 4 divides `first`.
   template <int kCount>
   __device__ __forceinline__ void couple(int first, float* logits) const {
     if constexpr (kIsCoupled) {
+      if (token_ids != nullptr) {
+        for (int j = 0; j < kCount; ++j) {
+          logits[j] = coupling(logits[j], noise_at(min(first + j, row.vocabulary - 1)));
+        }
+        return;
+      }
 #pragma unroll
       for (int j = 0; j < kCount; j += 4) {
         const PhiloxWords words = noise_words(seed, position, static_cast<uint32_t>(first + j) / 4);
@@ -33,10 +46,10 @@ struct NodeLogits {
     }
   }
 
-  __device__ __forceinline__ float at(int token) const {
-    const float own = row.at(token);
+  __device__ __forceinline__ float at(int index) const {
+    const float own = row.at(index);
     if constexpr (kIsCoupled) {
-      return is_coupled ? coupling(own, coupling_noise(noise_word(seed, position, token))) : own;
+      return is_coupled ? coupling(own, noise_at(index)) : own;
     }
     return own;
   }
@@ -44,13 +57,14 @@ struct NodeLogits {
 
 template <LogitsType kType, bool kIsCoupled>
 __device__ __forceinline__ NodeLogits<kType, kIsCoupled> node_logits(const Row<kType>& row,
-                                                                     const CouplingColumns& columns, int64_t b) {
+                                                                     const ExpandFrontierParams& params, int64_t b) {
   if constexpr (kIsCoupled) {
+    const CouplingColumns& columns = params.coupling;
     const float temperature = __ldg(columns.temperature + b);
-    return {row, coupling_of(temperature, __ldg(columns.alpha + b), __ldg(columns.beta + b)), columns.seeds[b],
-            columns.positions[b], is_coupled(temperature)};
+    return {row, params.token_ids, coupling_of(temperature, __ldg(columns.alpha + b), __ldg(columns.beta + b)),
+            columns.seeds[b], columns.positions[b], is_coupled(temperature)};
   }
-  return {row, {}, 0, 0, false};
+  return {row, nullptr, {}, 0, 0, false};
 }
 
 }  // namespace taps::cuda

@@ -3,7 +3,9 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
+#include <cstdint>
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "common/allocate.h"
@@ -73,12 +75,31 @@ CouplingTensors checked_coupling(const Tensor& logits, const MaybeTensor& seeds,
           checked_column<float>(*beta, "beta", rows, "finite and at least 0", is_beta)};
 }
 
+// Ascending, so that ties go to the lowest token by going to the lowest index.
+Tensor checked_token_ids(const MaybeTensor& token_ids, const Tensor& logits) {
+  if (!token_ids) {
+    return {};
+  }
+  check_device({{"logits", logits}, {"token_ids", *token_ids}});
+  check_int64(*token_ids, "token_ids");
+  check_sizes(*token_ids, "token_ids", {logits.size(2)}, "one a logit");
+  Tensor ids = token_ids->contiguous();
+  const int64_t* values = ids.const_data_ptr<int64_t>();
+  int64_t previous = -1;
+  for (int64_t i = 0; can_read(ids) && i < ids.numel(); previous = values[i++]) {
+    TORCH_CHECK_VALUE(previous < values[i] && values[i] <= INT32_MAX, "token_ids must ascend within 0..", INT32_MAX,
+                      ", entry ", i, " is ", values[i], i == 0 ? "" : " after ", i == 0 ? "" : std::to_string(previous));
+  }
+  return ids;
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits, const Tensor& scores,
                                                            int64_t branching, const MaybeTensor& seeds,
                                                            const MaybeTensor& positions, const MaybeTensor& temperature,
-                                                           const MaybeTensor& alpha, const MaybeTensor& beta) {
+                                                           const MaybeTensor& alpha, const MaybeTensor& beta,
+                                                           const MaybeTensor& token_ids) {
   check_device({{"logits", logits}, {"scores", scores}});
   check_logits(logits, "[B, F, V]");
   const int64_t batch = logits.size(0);
@@ -91,6 +112,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits,
 
   check_limits(logits, branching);
   const CouplingTensors coupling = checked_coupling(logits, seeds, positions, temperature, alpha, beta);
+  const Tensor ids = checked_token_ids(token_ids, logits);
 
   const Tensor parent_scores = scores.contiguous();
   Tensor child_tokens = empty({batch, frontier_length, branching}, scores, at::kLong);
@@ -110,6 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits,
       .vocabulary = logits.size(2),
       .branching = branching,
       .parent_scores = parent_scores.const_data_ptr<float>(),
+      .token_ids = ids.defined() ? ids.const_data_ptr<int64_t>() : nullptr,
       .coupling = coupling.columns(),
       .tokens = child_tokens.mutable_data_ptr<int64_t>(),
       .scores = child_scores.mutable_data_ptr<float>(),

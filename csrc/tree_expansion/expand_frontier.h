@@ -26,7 +26,11 @@ struct ExpandFrontierParams {
   int64_t vocabulary;          // V
   int64_t branching;           // K
   const float* parent_scores;  // [B, F]
+  const int64_t* token_ids;    // [V], ascending, the token of each logit; null: its index
   CouplingColumns coupling;
+
+  TAPS_HD int64_t token_of(int64_t index) const { return token_ids == nullptr ? index : token_ids[index]; }
+
   int64_t* tokens;     // [B, F, K]
   float* scores;       // [B, F, K]
   int64_t* frontier;   // [B, K]

@@ -9,6 +9,7 @@
 #include "common/coupling_rule.h"
 #include "common/logits.h"
 #include "common/noise_block.h"
+#include "common/philox.h"
 
 namespace taps::cpu {
 
@@ -210,6 +211,14 @@ TAPS_EACH_CPU void write_noise_blocks(NoiseBlock write_words, int64_t seed, int6
   }
 }
 
+// The same for tokens anywhere in the vocabulary. Past the last of them the noise is that of the last one.
+TAPS_EACH_CPU void write_noise_of(const int64_t* token_ids, int64_t count, int64_t seed, int64_t position,
+                                  int64_t first, int64_t last, float* noise) {
+  for (int64_t i = first * kBlock; i < last * kBlock; ++i) {
+    noise[i] = coupling_noise(noise_word(seed, position, static_cast<uint32_t>(token_ids[std::min(i, count - 1)])));
+  }
+}
+
 void expand_node(const ExpandFrontierParams& p, int64_t index, Scratch& scratch) {
   const NodeRow row = node_row(p, index);
   const Distribution distribution = distribution_of(row, scratch.block_maxima);
@@ -219,7 +228,7 @@ void expand_node(const ExpandFrontierParams& p, int64_t index, Scratch& scratch)
   for (int64_t k = 0; k < p.branching; ++k) {
     const Child& child = scratch.children[k];
     const double log_probability = is_valid ? distribution.log_probability(child.logit) : -kInfinity;
-    p.tokens[index * p.branching + k] = child.token;
+    p.tokens[index * p.branching + k] = p.token_of(child.token);
     p.scores[index * p.branching + k] = static_cast<float>(parent + log_probability);
   }
   p.entropies[index] = is_valid ? static_cast<float>(distribution.entropy()) : 0;
@@ -234,8 +243,15 @@ void write_noise(const ExpandFrontierParams& params, int64_t begin, int64_t end)
     const int64_t b = begin / blocks;
     const int64_t last = std::min(end, (b + 1) * blocks);
     if (is_request_coupled(params, b) && noise_row(params, b) == b) {
-      write_noise_blocks(write_words, params.coupling.seeds[b], params.coupling.positions[b], begin - b * blocks,
-                         last - b * blocks, params.noise + b * blocks * kBlock);
+      const int64_t seed = params.coupling.seeds[b];
+      const int64_t position = params.coupling.positions[b];
+      float* noise = params.noise + b * blocks * kBlock;
+      if (params.token_ids == nullptr) {
+        write_noise_blocks(write_words, seed, position, begin - b * blocks, last - b * blocks, noise);
+      } else {
+        write_noise_of(params.token_ids, params.vocabulary, seed, position, begin - b * blocks, last - b * blocks,
+                       noise);
+      }
     }
     begin = last;
   }

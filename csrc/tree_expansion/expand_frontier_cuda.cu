@@ -211,7 +211,7 @@ __device__ void finish_row(const ExpandFrontierParams& p, int64_t row, int num_t
   const auto write = [&](int rank, uint64_t key) {
     const double z = static_cast<double>(score_of(static_cast<uint32_t>(key >> 32))) - statistics.maximum;
     const double log_probability = is_valid() ? fmin(0.0, z - log_sum) : kNone;
-    p.tokens[row * k + rank] = static_cast<uint32_t>(key);
+    p.tokens[row * k + rank] = p.token_of(static_cast<uint32_t>(key));
     p.scores[row * k + rank] = static_cast<float>(static_cast<double>(parent) + log_probability);
     if (p.frontier_length == 1) {
       p.frontier[row * k + rank] = rank;  // scores fall with the rank
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType, kIs
   auto* row_ticket = reinterpret_cast<unsigned long long*>(workspace + layout.ticket);
   auto* request_ticket = reinterpret_cast<unsigned long long*>(request_tickets) + b;
   const auto node = node_logits<kType, kIsCoupled>(
-      row_at<kType>(p, b, index - b * static_cast<unsigned>(p.frontier_length)), p.coupling, b);
+      row_at<kType>(p, b, index - b * static_cast<unsigned>(p.frontier_length)), p, b);
 
   const int own = static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks));
   for (int tile = own; tile < num_tiles; tile += blocks) {

@@ -1,6 +1,7 @@
 """Average drafters: one drafter whose weights lie between those of several (TAPS, arXiv 2603.27027).
 
 The parents are mapped from their files; only the average is in memory. Tensors that are equal in all parents stay so.
+Of different draft vocabularies the average has all tokens: its network has no rows that belong to single tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..drafters.base import DraftVocabulary
 from ..drafters.network import EagleConfig
 from .files import DIGEST, DrafterFiles, PathOrId, check_drafter_output, read_drafter_files, write_drafter_files
-from .formats import EMBEDDING, LM_HEADS, checked_config, dtype_name, published_config
+from .formats import (
+    EMBEDDING,
+    LM_HEADS,
+    MASK,
+    OFFSETS,
+    VOCABULARY,
+    checked_config,
+    dtype_name,
+    published_config,
+    read_vocabulary,
+)
 
 MIN_STEP = Decimal("0.001")  # of a sweep: each of its weights is a whole drafter on disk
 
@@ -25,7 +37,7 @@ def average_drafters(folders: Sequence[PathOrId], weights: Sequence[float] | Non
     """Write the weighted average of several checkpoints, computed in float32, and return its directory.
 
     `weights` lie within 0 and 1 and sum to 1 (None: equal weights). Raise ValueError, before anything is written, for
-    drafters of different targets, shapes, biases, rope or dtypes.
+    drafters of different targets, shapes, biases, rope or dtypes, and for draft vocabularies in some only.
     """
     count = len(folders)
     weights = [1 / count] * count if weights is None else list(weights)
@@ -67,8 +79,9 @@ def _write(folders: Sequence[PathOrId], weights: Mapping[Path, Sequence[float]])
     for path in weights:
         check_drafter_output(path)
     parents = [read_drafter_files(folder) for folder in folders]
-    config, first = _common_config(parents), parents[0]
-    published = published_config(config, first.tensors["fc.weight"].dtype, first.config or {})
+    vocabulary, config, first = _common_vocabulary(parents), _common_config(parents), parents[0]
+    published = published_config(config, first.tensors["fc.weight"].dtype, first.config or {}, vocabulary)
+    maps = {} if vocabulary is None else {OFFSETS: vocabulary.d2t, MASK: vocabulary.t2d}
     ancestors = [
         {"name": Path(folder).resolve().name, **files.provenance, **({DIGEST: files.digest} if files.digest else {})}
         for folder, files in zip(folders, parents, strict=True)
@@ -78,10 +91,10 @@ def _write(folders: Sequence[PathOrId], weights: Mapping[Path, Sequence[float]])
         tensors = {
             name: _average([files.tensors[name] for files in parents], shares)
             for name in first.tensors
-            if name not in LM_HEADS
+            if name not in (*LM_HEADS, *VOCABULARY)
         }
         metadata = {"algorithm": "average", "weights": list(shares), "parents": ancestors, **of_target}
-        write_drafter_files(path, published, tensors, metadata)
+        write_drafter_files(path, published, {**maps, **tensors}, metadata)
     return list(weights)
 
 
@@ -104,6 +117,21 @@ def _common_config(parents: Sequence[DrafterFiles]) -> EagleConfig:
     return first
 
 
+def _common_vocabulary(parents: Sequence[DrafterFiles]) -> DraftVocabulary | None:
+    """Return the draft vocabulary with the tokens of all; None where no drafter has one."""
+    found = [vocabulary for files in parents if (vocabulary := read_vocabulary(files)) is not None]
+    if not found:
+        return None
+    if len(found) < len(parents):
+        whole = next(files.folder for files in parents if OFFSETS not in files.tensors)
+        raise ValueError(
+            f"{whole} drafts over the whole vocabulary, and another one over a draft vocabulary; "
+            f"export the latter with --whole-vocabulary and --target, or train both alike"
+        )
+    tokens = torch.cat([vocabulary.tokens for vocabulary in found]).unique()
+    return DraftVocabulary(tokens, found[0].vocab_size)
+
+
 def _check_alike(one: DrafterFiles, other: DrafterFiles, first: EagleConfig, second: EagleConfig) -> None:
     """Raise ValueError unless both are drafters of one target, one shape and one dtype."""
     pair = f"{other.folder} and {one.folder}"
@@ -115,11 +143,11 @@ def _check_alike(one: DrafterFiles, other: DrafterFiles, first: EagleConfig, sec
             f"{pair} are drafters of the targets {other.target['name']} and {one.target['name']}; only drafters of one "
             f"target can be averaged (if the two are the same, say so under taps.target in config.json)"
         )
-    if keys := sorted((one.tensors.keys() ^ other.tensors.keys()) - {*LM_HEADS}):
+    if keys := sorted((one.tensors.keys() ^ other.tensors.keys()) - {*LM_HEADS, *VOCABULARY}):
         raise ValueError(
             f"{pair} do not both hold {', '.join(keys)}; export both with --target, which puts the embedding in"
         )
-    for name in one.tensors.keys() - {*LM_HEADS}:
+    for name in one.tensors.keys() - {*LM_HEADS, *VOCABULARY}:
         dtypes = [dtype_name(files.tensors[name].dtype) for files in (other, one)]
         if dtypes[0] != dtypes[1]:
             raise ValueError(f"{pair} hold {name} in {dtypes[0]} and {dtypes[1]}; export both with one --dtype")

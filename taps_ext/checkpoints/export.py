@@ -35,8 +35,10 @@ from .formats import (
     EMBEDDING,
     FC_BIAS,
     LM_HEADS,
+    OFFSETS,
     QKV_BIASES,
     SPECIAL_TOKENS,
+    VOCABULARY,
     check_finite,
     check_fits,
     check_names,
@@ -46,6 +48,7 @@ from .formats import (
     network_config,
     published_config,
     read_calibration,
+    read_vocabulary,
 )
 from .load import TARGET_EMBEDDINGS, TargetFiles, open_target, same_up_to_rounding
 
@@ -54,6 +57,7 @@ EAGLES, SERVERS = ("eagle", "hass"), ("vllm", "sglang")
 LOADERS = (*EAGLES, *SERVERS)
 T = TypeVar("T")
 Status = Literal["ok", "warning", "failed"]
+NO_DRAFT_VOCABULARY = "a draft vocabulary is inside, which it reads in EAGLE-3 drafters only"
 PUBLISHED = "published"  # the demands on config.json that do not depend on the program
 
 
@@ -65,6 +69,7 @@ def export_drafter(
     target: PathOrId | None = None,
     dtype: str | None = None,
     also_bin: bool = False,
+    whole_vocabulary: bool = False,
 ) -> Path:
     """Write a drafter in the form that a program reads, and return the directory.
 
@@ -75,6 +80,8 @@ def export_drafter(
             Only these are read.
         dtype: float32, bfloat16 or float16 for the tensors; None: the drafter's own.
         also_bin: write pytorch_model.bin too, for programs that do not read safetensors.
+        whole_vocabulary: leave out the draft vocabulary, which none of these programs reads in such a drafter. They
+            then compute the logits of every token; the drafter's own weights are the same.
 
     Raise ValueError with the reasons where the program could not read the drafter.
     """
@@ -84,7 +91,10 @@ def export_drafter(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     check_drafter_output(Path(output))
     target_files = None if target is None else open_target(target)
-    files = _canonical(read_drafter_files(drafter), target_files, dtype)
+    held = read_drafter_files(drafter)
+    if OFFSETS in held.tensors and not whole_vocabulary:
+        raise ValueError(f"{drafter} cannot be exported to {to}: {NO_DRAFT_VOCABULARY}; give --whole-vocabulary")
+    files = _canonical(held, target_files, dtype)
     assert files.config is not None
     if to == "sglang":
         files.config["architectures"] = [SGLANG_ARCHITECTURE]
@@ -104,7 +114,8 @@ def _canonical(files: DrafterFiles, target: TargetFiles | None, dtype: str | Non
         config = checked_config(files, target and target.config)
     tensors = {EMBEDDING: _embedding(files, target), **files.tensors}
     chosen = DTYPES[dtype] if dtype else tensors["fc.weight"].dtype
-    tensors = {name: _cast(name, tensor, chosen) for name, tensor in tensors.items() if name not in LM_HEADS}
+    kept = tensors.keys() - {*LM_HEADS, *VOCABULARY}
+    tensors = {name: _cast(name, tensor, chosen) for name, tensor in tensors.items() if name in kept}
     # The special tokens are the drafter's own where its config.json has them, the context length is the target's.
     of_target = {} if target is None else target.config.to_dict()
     own = {name: value for name, value in (files.config or {}).items() if name in SPECIAL_TOKENS}
@@ -171,6 +182,8 @@ def _broken_demands(
         yield everyone, "num_hidden_layers in config.json is not 1"
     if files.is_renamed:
         yield everyone, "the tensors are not under their published names"
+    if OFFSETS in files.tensors:
+        yield LOADERS, NO_DRAFT_VOCABULARY
     if files.is_sharded:
         yield EAGLES, f"the weights are in shards; it reads one {BIN_FILE} or {SAFETENSORS_FILE}"
     if EMBEDDING not in files.tensors:
@@ -361,6 +374,8 @@ def _calibration(files: DrafterFiles) -> str:
 
 
 def _extras(files: DrafterFiles) -> str:
+    if (vocabulary := read_vocabulary(files)) is not None:
+        return f"a draft vocabulary of {len(vocabulary):,} of {vocabulary.vocab_size:,} tokens"
     if heads := [name for name in LM_HEADS if name in files.tensors]:
         warn(f"{heads[0]} is inside: the target's is used; export leaves it out")
     elif EMBEDDING not in files.tensors:
@@ -384,8 +399,9 @@ def _length(config: EagleConfig, target: TargetFiles) -> str:
 
 def _embedding_of(files: DrafterFiles, target: TargetFiles) -> str:
     if EMBEDDING not in files.tensors:
-        warn("not inside, the target's is used")
-        return ""
+        if OFFSETS not in files.tensors:
+            warn("not inside, the target's is used")
+        return "not inside, as with every draft vocabulary; the target's is used"
     own, expected = files.tensors[EMBEDDING], target.matrix(TARGET_EMBEDDINGS)
     if torch.equal(own, expected.to(own.dtype)):
         return "the target's, bit for bit"

@@ -1,7 +1,8 @@
 """Formats of a drafter's files: config.json and tensors to a network's shape and back, and calibration.json.
 
 The tensors decide, not the config: `fc.bias` and the q, k and v biases exist when their tensors do, and the embedding
-may be inside or not. Everything else that is unexpected or missing is an error that lists it.
+and the two maps of a draft vocabulary may be inside or not. Everything else that is unexpected or missing is an error
+that lists it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..drafters.base import DraftVocabulary
 from ..drafters.coupling import Calibration
 from ..drafters.network import FEATURE_SIZES, EagleConfig, EagleNetwork, rope_of, size_of
 from ..sampling import warn
@@ -24,13 +26,21 @@ EMBEDDING = "embed_tokens.weight"
 FC_BIAS = "fc.bias"
 QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
 LM_HEADS = ("lm_head.weight", "head.weight")  # some trainers save the target's frozen lm_head with the drafter
+OFFSETS, MASK = VOCABULARY = ("d2t", "t2d")  # a draft vocabulary, under EAGLE-3's names
+OPTIONAL = {EMBEDDING, *LM_HEADS, *VOCABULARY}
+EAGLE3_NAMES = ("midlayer.", "layers.0.hidden_norm.", "norm.")  # what names of its tensors begin with, and ours do not
 ARCHITECTURE = "LlamaForCausalLM"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PLAIN_DTYPES = (torch.float64, *DTYPES.values())  # others are quantised
 SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+DRAFT_SIZE = "draft_vocab_size"
 VALUES = (  # of config.json: names, types, and what is allowed
-    ((*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"), (int,), "a positive whole number"),
+    (
+        (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", DRAFT_SIZE),
+        (int,),
+        "a positive whole number",
+    ),
     (("rms_norm_eps", "rope_theta"), (int, float), "a positive number"),
     (("rope_scaling", "rope_parameters"), (dict,), "an object or null"),
 )
@@ -62,7 +72,9 @@ def network_config(files: DrafterFiles, target_config: Any | None) -> EagleConfi
         raise ValueError(f"config.json in {files.folder}: {error}") from error
 
 
-def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any) -> dict[str, Any]:
+def published_config(
+    config: EagleConfig, dtype: torch.dtype, target_config: Any, vocabulary: DraftVocabulary | None = None
+) -> dict[str, Any]:
     """Return config.json in the spellings of transformers 4 and 5.
 
     transformers 5 leaves out the top-level rope_theta and torch_dtype, and readers of the published format then use a
@@ -103,6 +115,8 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
     }
     if config.qkv_bias:
         published["qkv_bias"] = True
+    if vocabulary is not None:
+        published[DRAFT_SIZE] = len(vocabulary)
     if config.head_dim * config.num_attention_heads != config.hidden_size:
         published["head_dim"] = config.head_dim
     return published | {name: of_target(name) for name in SPECIAL_TOKENS}
@@ -111,14 +125,36 @@ def published_config(config: EagleConfig, dtype: torch.dtype, target_config: Any
 def checked_config(files: DrafterFiles, target_config: Any | None = None) -> EagleConfig:
     """Return the network's shape after every check of the files; they must fit the target's config if it is given.
 
-    The embedding and an lm_head may be among the tensors. Raise ValueError in one sentence.
+    The embedding, an lm_head and a draft vocabulary may be among the tensors. Raise ValueError in one sentence.
     """
     config = network_config(files, target_config)
     if target_config is not None:
         check_fits(files, config, target_config)
     check_shapes(files, check_names(files, config))
-    check_finite(files, [name for name in files.tensors if name not in (EMBEDDING, *LM_HEADS)])
+    check_finite(files, [name for name in files.tensors if name not in OPTIONAL])
+    read_vocabulary(files)
     return config
+
+
+def read_vocabulary(files: DrafterFiles) -> DraftVocabulary | None:
+    """Return the draft vocabulary among a drafter's tensors, None for one that drafts over the whole vocabulary.
+
+    Raise ValueError in one sentence for maps that are damaged, or of other sizes than config.json says.
+    """
+    if OFFSETS not in files.tensors:
+        return None
+    try:
+        vocabulary = DraftVocabulary.of_maps(files.tensors[OFFSETS], files.tensors[MASK])
+    except ValueError as error:
+        raise ValueError(f"{files.folder} holds no draft vocabulary that can be used: {error}; save it anew") from error
+    said = [(files.config or {}).get(name) for name in (DRAFT_SIZE, "vocab_size")]
+    sizes = [len(vocabulary), vocabulary.vocab_size]
+    if any(number not in (None, size) for number, size in zip(said, sizes, strict=True)):
+        raise ValueError(
+            f"the draft vocabulary in {files.folder} has {sizes[0]} of {sizes[1]} tokens, by its config.json "
+            f"{said[0]} of {said[1]}; fetch the drafter again"
+        )
+    return vocabulary
 
 
 def check_fits(files: DrafterFiles, config: EagleConfig, target_config: Any) -> None:
@@ -154,8 +190,9 @@ def check_names(files: DrafterFiles, config: EagleConfig) -> dict[str, list[int]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"config.json in {files.folder} describes no network that can be built ({reason})") from error
     shapes = {name: [*value.shape] for name, value in network.state_dict().items()}
-    present, expected = files.tensors.keys() - {EMBEDDING, *LM_HEADS}, shapes.keys()
-    if "d2t" in present or any(name.startswith("midlayer.") for name in present):
+    present, expected = files.tensors.keys() - OPTIONAL, shapes.keys()
+    has_one_map = (OFFSETS in files.tensors) != (MASK in files.tensors)
+    if has_one_map or any(name.startswith(EAGLE3_NAMES) for name in present):
         raise ValueError(f"{files.folder} holds an EAGLE-3 drafter; only EAGLE-2 and HASS drafters are supported")
     if expected != present:
         missing, unexpected = (", ".join(sorted(names)) for names in (expected - present, present - expected))
@@ -168,13 +205,14 @@ def check_names(files: DrafterFiles, config: EagleConfig) -> dict[str, list[int]
 
 def check_shapes(files: DrafterFiles, expected: Mapping[str, list[int]]) -> set[str]:
     """Return the names of the dtypes; raise ValueError unless every tensor has its expected shape and holds floats."""
-    for name, tensor in files.tensors.items():
+    held = {name: tensor for name, tensor in files.tensors.items() if name not in VOCABULARY}
+    for name, tensor in held.items():
         where = f"{name} in {files.folder}"
         if name not in LM_HEADS and [*tensor.shape] != expected[name]:
             raise ValueError(f"{where} must be {expected[name]} by its config, got {[*tensor.shape]}")
         if tensor.dtype not in PLAIN_DTYPES:
             raise ValueError(f"{where} is of {dtype_name(tensor.dtype)}; quantised drafters are not supported")
-    return {dtype_name(tensor.dtype) for tensor in files.tensors.values()}
+    return {dtype_name(tensor.dtype) for tensor in held.values()}
 
 
 def check_finite(files: DrafterFiles, names: Iterable[str]) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..drafters import Drafter, LookupDrafter
+from ..drafters import Drafter, DraftVocabulary, LookupDrafter
 from ..drafters.eagle import EagleDrafter, LogitRule, compute_dtype_and_device
 from ..drafters.network import FEATURE_SIZES, EagleNetwork, rope_of, size_of
 from ..sampling import warn
@@ -37,11 +37,14 @@ from .files import (
 from .formats import (
     EMBEDDING,
     LM_HEADS,
+    MASK,
+    OFFSETS,
     PLAIN_DTYPES,
     checked_config,
     dtype_name,
     published_config,
     read_calibration,
+    read_vocabulary,
 )
 
 if TYPE_CHECKING:
@@ -63,7 +66,13 @@ def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, Draft
     """Load a drafter for each name, in the order given (which breaks ties between drafters); see `load_drafter`."""
     model = _model_of(target)
     ends = None if all(path == LOOKUP for path in paths.values()) else _ends_of(model)
-    return {name: _load(path, model, ends, name) for name, path in paths.items()}
+    loaded: dict[str, Drafter] = {}
+    for name, path in paths.items():
+        drafter = loaded[name] = _load(path, model, ends, name)
+        if isinstance(drafter, EagleDrafter):  # one copy of the lm_head's rows for all drafters of one draft vocabulary
+            eagles = [other for other in loaded.values() if isinstance(other, EagleDrafter)]
+            drafter.ends = next(other.ends for other in eagles if other.ends == drafter.ends)
+    return loaded
 
 
 def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> Drafter:
@@ -102,14 +111,18 @@ def save_drafter(
     embedding: nn.Module | Tensor,
     target_config: Any,
     metadata: Mapping[str, Any] | None = None,
+    vocabulary: DraftVocabulary | None = None,
 ) -> Path:
     """Save exactly the published tensors, the embedding included, in the network's dtype; return the directory.
+
+    With a draft vocabulary, which no program but this one reads, the embedding is left out: the target has it.
 
     Args:
         embedding: the target's, a module or its weight [V, H].
         target_config: the target's config, for special tokens and the context length.
         metadata: provenance as JSON values (algorithm, target, domain, trained length, ...), kept under `taps` in
             config.json and in the header of model.safetensors.
+        vocabulary: what the drafter can propose; None: every token of the target.
     """
     weight = embedding if isinstance(embedding, Tensor) else embedding.weight
     assert isinstance(weight, Tensor)
@@ -119,8 +132,9 @@ def save_drafter(
             f"the embedding must be {expected}, got {[*weight.shape]}; "
             f"save a drafter with the embedding of its own target"
         )
-    tensors = {EMBEDDING: weight.to(dtype), **network.state_dict()}
-    return write_drafter_files(folder, published_config(config, dtype, target_config), tensors, dict(metadata or {}))
+    more = {EMBEDDING: weight.to(dtype)} if vocabulary is None else {OFFSETS: vocabulary.d2t, MASK: vocabulary.t2d}
+    published = published_config(config, dtype, target_config, vocabulary)
+    return write_drafter_files(folder, published, {**more, **network.state_dict()}, dict(metadata or {}))
 
 
 def same_up_to_rounding(held: Tensor, expected: Tensor) -> bool:
@@ -169,8 +183,8 @@ def _load(path_or_id: PathOrId, model: Any, ends: _Ends | None, name: str) -> Dr
     for key, module in ((EMBEDDING, ends.embedding), *((key, ends.lm_head) for key in LM_HEADS)):
         _warn_of_foreign(files, key, module)
     dtype, device = compute_dtype_and_device(ends.lm_head, ends.embedding)
-    network = network.to(device, dtype).eval().requires_grad_(False)
-    return EagleDrafter(network, ends.embedding, ends.lm_head, name, calibration, ends.rule)
+    network, vocabulary = network.to(device, dtype).eval().requires_grad_(False), read_vocabulary(files)
+    return EagleDrafter(network, ends.embedding, ends.lm_head, name, calibration, ends.rule, vocabulary)
 
 
 def _warn_of_foreign(files: DrafterFiles, key: str, module: nn.Module) -> None:

@@ -70,6 +70,9 @@ def export(
     target: terminal.Target[str | None] = None,
     dtype: terminal.Dtype = "auto",
     also_bin: Annotated[bool, typer.Option("--also-bin", help="Write pytorch_model.bin too.")] = False,
+    whole_vocabulary: Annotated[
+        bool, typer.Option("--whole-vocabulary", help="Leave out a draft vocabulary, which other programs cannot read.")
+    ] = False,
     as_json: terminal.AsJson = False,
 ) -> None:
     """Write a drafter in the form that another program reads, or print why that is not possible.
@@ -78,7 +81,13 @@ def export(
     """
     chosen, paired = terminal.check_dtype(dtype), target and resolve(target)
     folder = checkpoints.export_drafter(
-        resolve(drafter), to, output, target=paired, dtype=None if chosen == "auto" else chosen, also_bin=also_bin
+        resolve(drafter),
+        to,
+        output,
+        target=paired,
+        dtype=None if chosen == "auto" else chosen,
+        also_bin=also_bin,
+        whole_vocabulary=whole_vocabulary,
     )
     notes = []
     if target is None and to in ("vllm", "sglang"):

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from .base import Drafter, DrafterState
+from .base import Drafter, DrafterState, DraftVocabulary
 from .eagle import EagleConfig, EagleDrafter, EagleNetwork, EagleState
 from .lookup import LookupDrafter
 
-__all__ = ["Drafter", "DrafterState", "EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "LookupDrafter"]
+__all__ = [
+    "DraftVocabulary",
+    "Drafter",
+    "DrafterState",
+    "EagleConfig",
+    "EagleDrafter",
+    "EagleNetwork",
+    "EagleState",
+    "LookupDrafter",
+]

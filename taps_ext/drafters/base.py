@@ -1,9 +1,14 @@
-"""The drafter protocol: a drafter observes committed tokens and proposes draft trees. Public as `taps.Drafter`."""
+"""The drafter protocol: a drafter observes committed tokens and proposes draft trees. Public as `taps.Drafter`.
+
+Also the draft vocabulary, by which a drafter of a target with many tokens proposes few of them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +26,73 @@ class DrafterState:
     """
 
     evidence: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class DraftVocabulary:
+    """Hold the target's tokens that a drafter can propose. Dims: D of them, of the target's V.
+
+    Equal tokens are equal vocabularies. Files hold them as EAGLE-3's do: offsets `d2t` and a mask `t2d`.
+
+    >>> vocabulary = DraftVocabulary(torch.tensor([1, 4, 5]), vocab_size=6)
+    >>> vocabulary.d2t, vocabulary.t2d.long(), vocabulary.draft_ids
+    (tensor([1, 3, 3]), tensor([0, 1, 0, 0, 1, 1]), tensor([-1,  0, -1, -1,  1,  2]))
+    """
+
+    tokens: Tensor  # int64 [D], ascending, on the CPU
+    vocab_size: int  # V
+
+    def __post_init__(self) -> None:
+        if self.tokens.dtype != torch.int64 or self.tokens.ndim != 1 or not len(self.tokens):
+            raise ValueError(f"a draft vocabulary must be int64 [D], got {self.tokens.dtype} {[*self.tokens.shape]}")
+        first, last = int(self.tokens[0]), int(self.tokens[-1])
+        if first < 0 or last >= self.vocab_size or bool((self.tokens.diff() <= 0).any()):
+            raise ValueError(
+                f"the tokens of a draft vocabulary must ascend within 0..{self.vocab_size - 1}, "
+                f"got {len(self.tokens)} from {first} to {last}"
+            )
+
+    @classmethod
+    def of_maps(cls, d2t: Tensor, t2d: Tensor) -> DraftVocabulary:
+        """Return the vocabulary of offsets int64 [D] and a mask bool [V]; raise ValueError if these disagree."""
+        if d2t.dtype != torch.int64 or t2d.dtype != torch.bool or d2t.ndim != 1 or t2d.ndim != 1:
+            got = f"{d2t.dtype} {[*d2t.shape]} and {t2d.dtype} {[*t2d.shape]}".replace("torch.", "")
+            raise ValueError(f"d2t and t2d must be int64 [D] and bool [V], got {got}")
+        vocabulary = cls(torch.arange(len(d2t)) + d2t.cpu(), len(t2d))
+        if not torch.equal(vocabulary.t2d, t2d.cpu()):
+            raise ValueError("the offsets d2t and the mask t2d name different tokens")
+        return vocabulary
+
+    @property
+    def d2t(self) -> Tensor:
+        """Return the offsets, int64 [D]: index i stands for token i + d2t[i]."""
+        return self.tokens - torch.arange(len(self.tokens))
+
+    @property
+    def t2d(self) -> Tensor:
+        """Return the mask, bool [V]: which tokens are in."""
+        return torch.zeros(self.vocab_size, dtype=torch.bool).index_fill_(0, self.tokens, True)
+
+    @property
+    def draft_ids(self) -> Tensor:
+        """Return the index of each of the target's tokens, int64 [V]: -1 for those that are not in."""
+        return torch.full((self.vocab_size,), -1).index_copy_(0, self.tokens, torch.arange(len(self.tokens)))
+
+    @property
+    def checksum(self) -> str:
+        """Return the SHA-256 of the tokens, in hex."""
+        return hashlib.sha256(self.tokens.numpy().data).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DraftVocabulary):
+            return NotImplemented
+        return self is other or (self.vocab_size == other.vocab_size and torch.equal(self.tokens, other.tokens))
+
+    def __hash__(self) -> int:
+        return hash((len(self.tokens), self.vocab_size))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Drafter(ABC):

@@ -17,7 +17,7 @@ from ..products import pack_products
 from ..sampling import SamplingRows
 from ..tree import DraftTree, Lengths, TreeShape
 from . import evidence
-from .base import Drafter, DrafterState
+from .base import Drafter, DrafterState, DraftVocabulary
 from .coupling import Calibration, CoupledRows
 from .growth import EagleState, LogitRule, SharedEnds, grow
 from .network import EagleConfig, EagleNetwork
@@ -26,7 +26,10 @@ __all__ = ["EagleConfig", "EagleDrafter", "EagleNetwork", "EagleState", "LogitRu
 
 
 class EagleDrafter(Drafter):
-    """Draft with an EAGLE-2 network and the target's own embedding and lm_head, held by reference, never copied."""
+    """Draft with an EAGLE-2 network and the target's own embedding and lm_head, held by reference.
+
+    Only the rows of a draft vocabulary are copied of the lm_head.
+    """
 
     def __init__(
         self,
@@ -36,12 +39,19 @@ class EagleDrafter(Drafter):
         name: str = "eagle",
         calibration: Calibration | None = None,
         rule: LogitRule | None = None,
+        vocabulary: DraftVocabulary | None = None,
     ) -> None:
         """Take a network that is on the lm_head's device; one that is being trained can be measured and stays as it is.
 
         `calibration` is needed for coupled drafting; without it the drafter drafts as EAGLE-2 does. `rule` is what the
         target does with the lm_head's product, None: nothing. A wrong rule costs acceptance and never changes the text.
+        `vocabulary` is what it can propose, None: every token. Raise ValueError if it is another target's, or if the
+        lm_head's rows cannot be taken.
         """
+        if vocabulary is not None and vocabulary.vocab_size != network.config.vocab_size:
+            raise ValueError(
+                f"the draft vocabulary is of {vocabulary.vocab_size} tokens, the drafter of {network.config.vocab_size}"
+            )
         self.name = name
         self.vocab_size = network.config.vocab_size
         self.hidden_size = network.config.hidden_size
@@ -52,7 +62,7 @@ class EagleDrafter(Drafter):
         self.lm_head = lm_head
         self.dtype, self.device = network.fc.weight.dtype, network.fc.weight.device
         head_dtype, _ = compute_dtype_and_device(lm_head, embedding)
-        self.ends = SharedEnds(embedding, lm_head, head_dtype, rule or LogitRule())
+        self.ends = SharedEnds(embedding, lm_head, head_dtype, rule or LogitRule(), vocabulary)
 
     def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> EagleState:
         """See `Drafter.reset`. The caches are allocated by the first `observe`, when their size is known."""
@@ -117,7 +127,7 @@ class EagleDrafter(Drafter):
         return DraftTree.of_roots(root_tokens).padded(grown.capacity).with_rows(places, grown).to(device)
 
     def drafts_with(self, other: Drafter) -> bool:
-        """See `Drafter.drafts_with`: both share embedding, lm_head, dtype and device. A subclass drafts alone."""
+        """See `Drafter.drafts_with`: both share the ends, dtype and device. A subclass drafts alone."""
         return (
             type(self) is type(other) is EagleDrafter
             and self.ends == other.ends
@@ -157,13 +167,14 @@ class EagleDrafter(Drafter):
     def _keep_evidence(self, state: EagleState, outputs: Tensor, tokens: Tensor, counts: Tensor, decay: float) -> None:
         """Discount the evidence by the observed tokens, and add the log-probabilities that the drafter gave them."""
         assert state.evidence is not None
+        tokens = self.ends.indices(tokens)
         is_prompt = state.lengths.tensor == 0
         gained, logits = evidence.of_observation(
             outputs, tokens, counts, is_prompt, decay, self.ends.logits, self.vocab_size
         )
         is_observed = counts > 0
         if state.last_logits is not None:  # the first token was predicted by the slot before
-            first = evidence.token_log_probs(state.last_logits, tokens[:, 0])
+            first = evidence.token_log_probs(state.last_logits, tokens[:, 0], self.vocab_size)
             is_predicted = is_observed & (state.lengths.tensor > 0)
             gained = gained + torch.where(is_predicted, first * decay ** (counts - 1).clamp(min=0).float(), 0)
             logits = torch.where(is_observed[:, None], logits, state.last_logits)

@@ -10,22 +10,31 @@ Dims: B rows, T slots, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 LEAST = -100.0  # nats of a token: no token rules a drafter out for good, not even one whose logits overflowed
+OUTSIDE = 0.01  # probability of all tokens outside a draft vocabulary: it covers 99% of the text by default
 PROMPT_WEIGHT = 0.3  # drafters learn from answers, and know less of what users write
 MAX_SLOTS = 64  # of one observation, the last ones of a prompt; 0.95 ** 64 is a 27th
 MAX_ELEMENTS = 1 << 25  # logits in memory at a time while a prompt is observed
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-probability, float32 [...], of tokens int64 [...] under logits [..., V]; at least `LEAST`."""
+def token_log_probs(logits: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    """Return the log-probability, float32 [...], of tokens int64 [...] under logits [..., V]; at least `LEAST`.
+
+    Under logits [..., D] of a draft vocabulary the tokens are indices into it. Those outside, -1, share `OUTSIDE`
+    evenly: a token that a drafter cannot propose counts as much as one that it finds very improbable.
+    """
     logits = logits.float()
-    exact = logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(dim=-1)
-    return exact.nan_to_num(nan=LEAST).clamp(min=LEAST)
+    exact = logits.gather(-1, tokens.clamp(min=0)[..., None])[..., 0] - logits.logsumexp(dim=-1)
+    exact = exact.nan_to_num(nan=LEAST).clamp(min=LEAST)
+    if (num_outside := vocab_size - logits.shape[-1]) > 0:
+        exact = torch.where(tokens < 0, math.log(OUTSIDE / num_outside), exact)
+    return exact
 
 
 def of_text(log_probs: Tensor, is_prompt: bool, decay: float) -> float:
@@ -54,7 +63,8 @@ def of_observation(
 
     Args:
         outputs: [B, T, H], the drafter's; slot t predicts the token of slot t + 1.
-        next_tokens, num_tokens: int64 [B, T] and [B], as observed. The logits of a row without tokens are meaningless.
+        next_tokens, num_tokens: int64 [B, T] and [B], as observed, the tokens as places in the logits. The logits of a
+            row without tokens are meaningless.
         is_prompt: bool [B], whether all tokens but the last one belong to a prompt.
         logits_of: computes the logits [B, t, V] of outputs [B, t, H].
     """
@@ -72,6 +82,6 @@ def of_observation(
     for first in range(0, window, size):
         part = slice(first, first + size)
         logits = logits_of(outputs[:, part])
-        log_probs = weights[:, part] * token_log_probs(logits, tokens[:, part])
+        log_probs = weights[:, part] * token_log_probs(logits, tokens[:, part], vocab_size)
         evidence += torch.where(is_predicting[:, part], log_probs, 0).sum(dim=-1)
     return evidence, logits[:, -1].clone()  # not a view that keeps all logits of a prompt alive

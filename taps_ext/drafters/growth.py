@@ -6,21 +6,22 @@ columns behind the longest row's end; they are masked by row length and ancestry
 next.
 
 Source: EAGLE-2 (arXiv 2406.16858), section 4. Dims: B rows, R trees (drafter by drafter), F frontier nodes,
-K branching, H hidden, V vocabulary.
+K branching, H hidden, V vocabulary, D draft vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..products import pack_products
 from ..tree import DraftTree, Lengths, TreeShape
-from .base import DrafterState
+from .base import DrafterState, DraftVocabulary
 from .coupling import CoupledRows
 from .network import EagleNetwork
 
@@ -38,7 +39,7 @@ class EagleState(DrafterState):
     coupled: CoupledRows | None = None  # None: drafts without the noise
     decay: float | None = None  # per token, of the evidence; None: keeps none
     evidence: Tensor | None = None  # float32 [B]
-    last_logits: Tensor | None = None  # [B, V], of `last_output`, if evidence is kept
+    last_logits: Tensor | None = None  # [B, V or D], of `last_output`, if evidence is kept
 
     def reserve(self, num_slots: int) -> None:
         """Grow the caches to at least `num_slots` per row, by doubling; the committed slots are kept."""
@@ -99,12 +100,28 @@ class LogitRule:
 
 @dataclass(frozen=True)
 class SharedEnds:
-    """Hold the target's own embedding and lm_head, by reference; drafters with equal ends can draft together."""
+    """Hold the target's own embedding and lm_head, by reference; drafters with equal ends can draft together.
+
+    With a draft vocabulary of D tokens the lm_head's rows of these tokens are copied once: D * H numbers of its dtype.
+    """
 
     embedding: nn.Module
     lm_head: nn.Module
     head_dtype: torch.dtype  # that the lm_head computes in
     rule: LogitRule = LogitRule()
+    vocabulary: DraftVocabulary | None = None  # None: all of the target's tokens
+    head: nn.Module = field(init=False, compare=False)  # the lm_head, or its rows of the draft vocabulary
+    token_ids: Tensor | None = field(init=False, compare=False)  # int64 [D] on the head's device, of a draft vocabulary
+    draft_ids: Tensor | None = field(init=False, compare=False)  # int64 [V] there, the inverse, -1 outside
+
+    def __post_init__(self) -> None:
+        head, ids, inverse = self.lm_head, None, None
+        if self.vocabulary is not None:
+            head = rows_of_head(self.lm_head, self.vocabulary)
+            pack_products(head)
+            ids, inverse = (ids.to(head.weight.device) for ids in (self.vocabulary.tokens, self.vocabulary.draft_ids))
+        for name, value in (("head", head), ("token_ids", ids), ("draft_ids", inverse)):
+            object.__setattr__(self, name, value)
 
     def embed(self, tokens: Tensor, like: Tensor) -> Tensor:
         """Return embeddings [..., H] of tokens, in the dtype and on the device of `like`."""
@@ -112,8 +129,37 @@ class SharedEnds:
         return embeddings.to(like.device, like.dtype)
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Return the target's logits [..., V] of a network's outputs [..., H]."""
-        return self.rule.apply(self.lm_head(outputs.to(self.head_dtype)))
+        """Return the target's logits [..., V] of a network's outputs [..., H]; [..., D] with a draft vocabulary."""
+        return self.rule.apply(self.head(outputs.to(self.head_dtype)))
+
+    def indices(self, tokens: Tensor) -> Tensor:
+        """Return the places of int64 tokens in the logits, of the same shape: -1 outside a draft vocabulary."""
+        return tokens if self.draft_ids is None else self.draft_ids[tokens]
+
+
+def rows_of_head(lm_head: nn.Module, vocabulary: DraftVocabulary) -> nn.Linear:
+    """Copy the rows of an lm_head that make the logits of a draft vocabulary.
+
+    Raise ValueError for an lm_head that is not a plain matrix: quantised, sharded, offloaded or wrapped.
+    """
+    weight: Any = getattr(lm_head, "weight", None)
+    forward = getattr(type(lm_head), "forward", None)
+    is_plain = forward is nn.Linear.forward and type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+    if not isinstance(lm_head, nn.Linear) or not is_plain or weight.device.type == "meta":
+        kind = f"{type(lm_head).__name__} of {type(weight).__name__}"
+        raise ValueError(
+            f"a draft vocabulary needs rows of the target's lm_head, and cannot take them of a {kind}; load the target "
+            f"with its lm_head unquantised, whole and on one device, or export the drafter with --whole-vocabulary"
+        )
+    if len(weight) < vocabulary.vocab_size:
+        raise ValueError(f"the draft vocabulary is of {vocabulary.vocab_size} tokens, the lm_head of {len(weight)}")
+    ids = vocabulary.tokens.to(weight.device)
+    with torch.inference_mode(False), torch.device("meta"):
+        head = nn.Linear(weight.shape[1], len(ids), bias=lm_head.bias is not None)
+    for name, parameter in (("weight", weight), ("bias", lm_head.bias)):
+        if parameter is not None:
+            setattr(head, name, nn.Parameter(parameter.detach()[ids], requires_grad=False))
+    return head
 
 
 def grow(
@@ -163,7 +209,8 @@ class _Frontier:
         self, networks: Sequence[EagleNetwork], states: Sequence[EagleState], ends: SharedEnds, shape: TreeShape
     ) -> None:
         self.networks, self.states, self.ends = networks, states, ends
-        self.branching = min(shape.branching, networks[0].config.vocab_size)
+        num_tokens = networks[0].config.vocab_size if ends.vocabulary is None else len(ends.vocabulary)
+        self.branching = min(shape.branching, num_tokens)
         self.lengths, self.committed = states[0].lengths.tensor, states[0].lengths.longest
         num_columns = self.committed + shape.frontier_slots(networks[0].config.vocab_size)
         for state in states:
@@ -175,9 +222,9 @@ class _Frontier:
         self.mask = mask[:, None].repeat(len(networks), self.branching, 1)
 
     def expand(self, logits: Tensor, scores: Tensor, depth: int) -> ops.ExpandedFrontier:
-        """Return the children at `depth` of nodes with these logits [R, F, V] and scores [R, F]."""
+        """Return the children at `depth` of nodes with these logits [R, F, V or D] and scores [R, F]."""
         coupling = None if self.couplings is None else self.couplings[depth - 1]
-        return ops.expand_frontier(logits, scores, self.branching, coupling)
+        return ops.expand_frontier(logits, scores, self.branching, coupling, self.ends.token_ids)
 
     def forward(self, level: Level, features: Tensor, depth: int) -> Tensor:
         """Return the outputs [R, K, H] of a level's frontier; its keys and values join the transient slots.

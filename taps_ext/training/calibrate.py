@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.files import CALIBRATION_FILE, check_writable, read_drafter_files
-from ..checkpoints.formats import CalibrationRecord, write_calibration
+from ..checkpoints.formats import CalibrationRecord, read_vocabulary, write_calibration
 from ..checkpoints.load import identify, network_of
+from ..drafters import DraftVocabulary
 from ..drafters.coupling import LEAST_TEMPERATURE, Calibration
 from ..drafters.network import EagleNetwork
 from .dataset import TokenDataset
@@ -143,19 +144,21 @@ def calibrate(
     dataset: TokenDataset,
     settings: CalibrationSettings | None = None,
     progress: Progress | None = None,
+    vocabulary: DraftVocabulary | None = None,
 ) -> CalibrationReport:
     """Return the calibration of a drafter's network, and what it is worth on texts that were left out of the fit.
 
     The result is the same to the bit on one kind of device with one number of threads. `network` stays as it is and
-    drafts in its own dtype, on the source's device. Raise ValueError for texts without enough to draft.
+    drafts in its own dtype, on the source's device. Of a drafter with a draft vocabulary, only draws of its tokens
+    count: no coefficient changes what becomes of the others. Raise ValueError for texts without enough to draft.
     """
     settings, progress = settings or CalibrationSettings(), progress or (lambda what, done, total: None)
     slots = collect(network, source, dataset, settings.depth, settings.positions, settings.seed, progress)
     is_held_out, share = slots.sequence % HELD_OUT == 1, settings.positions // HELD_OUT
     parts = [(slots[~is_held_out], settings.positions - share), (slots[is_held_out], share)]
-    depth = _depth(*(part for part, _ in parts))
+    depth, heads = _depth(*(part for part, _ in parts)), Heads.of(source, vocabulary)
     fitted, held_out = (
-        draw(part.cut(depth), source.logits, settings.temperatures, wanted, f"{settings.seed}/{number}", progress)
+        draw(part.cut(depth), heads, settings.temperatures, wanted, f"{settings.seed}/{number}", progress)
         for number, (part, wanted) in enumerate(parts)
     )
     cells: list[Cell] = []
@@ -215,39 +218,58 @@ class Draws(NamedTuple):
     logits: Tensor  # float32 [D, S, C], the drafter's log q
     noise: Tensor  # float32 [S, C]
     log_counts: Tensor  # float32 [S, C]
-    drawn: Tensor  # int64 [T, S], the drawn candidates
+    drawn: Tensor  # int64 [T, S], the drawn candidates; -1: a token outside the draft vocabulary
     reach: Tensor  # int64 [S], the depths that count
     repeats: int  # draws at each place
 
     def sample(self, temperature: float, t: int, d: int) -> Sample:
         """Return the draws of temperature number t at the places where a draft of depth d + 1 can be."""
-        reached = (self.reach > d).nonzero()[:, 0]
+        reached = ((self.reach > d) & (self.drawn[t] >= 0)).nonzero()[:, 0]
         drawn = self.drawn[t, reached]
         values = torch.stack((self.logits[d, reached] / temperature, self.noise[reached]))
         values -= values.gather(-1, drawn.expand(2, -1)[..., None])
         return Sample(values, self.log_counts[reached], drawn, len(reached) // self.repeats)
 
 
+class Heads(NamedTuple):
+    """Make logits of features: the target's, and the drafter's, which may be those of a draft vocabulary."""
+
+    target: Head
+    drafter: Head
+    tokens: Tensor | slice  # int64 [D], whose logits the drafter's are
+    draft_ids: Tensor | None  # int64 [V], the inverse, -1 outside; None: the drafter has every token
+
+    @classmethod
+    def of(cls, source: FeatureSource, vocabulary: DraftVocabulary | None) -> Heads:
+        """Return the heads of a drafter of this target."""
+        if vocabulary is None:
+            return cls(source.logits, source.logits, slice(None), None)
+        ids = (ids.to(source.embedding.device) for ids in (vocabulary.tokens, vocabulary.draft_ids))
+        return cls(source.logits, source.draft_head(vocabulary), *ids)
+
+
 @torch.no_grad()
 def draw(
-    slots: DraftSlots, head: Head, temperatures: Sequence[float], wanted: int, seed: str, progress: Progress
+    slots: DraftSlots, heads: Heads, temperatures: Sequence[float], wanted: int, seed: str, progress: Progress
 ) -> Draws:
     """Return about `wanted` draws of the target at the slots, with i.i.d. standard Gumbel noise of the seed.
 
-    Of decoding's own noise only the distribution matters. `head` makes the logits of each feature once.
+    Of decoding's own noise only the distribution matters. The heads make the logits of each feature once.
     """
     repeats = min(MAX_REPEATS, max(1, wanted // len(slots)))
     generator = torch.Generator(slots.reach.device).manual_seed(Random(f"{seed}/noise").getrandbits(63))
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(slots), CHUNK):
         progress("draws", start, len(slots))
-        logits = head(slots.features[:, start : start + CHUNK]).log_softmax(-1)
+        features = slots.features[:, start : start + CHUNK]
+        true_logits, logits = heads.target(features[0]).log_softmax(-1), heads.drafter(features[1:]).log_softmax(-1)
         for _ in range(repeats):
-            noise = torch.empty_like(logits[0]).exponential_(generator=generator).clamp_(min=LEAST_WORD).log_().neg_()
-            drawn = torch.stack([(logits[0] / temperature + noise).argmax(-1) for temperature in temperatures])
-            tokens, log_counts = _candidates(logits[1:], noise, drawn, generator)
-            kept = logits[1:].gather(-1, tokens.expand(len(logits) - 1, -1, -1)), noise.gather(-1, tokens)
-            place = (tokens == drawn[..., None]).int().argmax(-1)
+            noise = torch.empty_like(true_logits).exponential_(generator=generator).clamp_(min=LEAST_WORD).log_().neg_()
+            drawn = torch.stack([(true_logits / temperature + noise).argmax(-1) for temperature in temperatures])
+            drawn, noise = drawn if heads.draft_ids is None else heads.draft_ids[drawn], noise[:, heads.tokens]
+            tokens, log_counts = _candidates(logits, noise, drawn.clamp(min=0), generator)
+            kept = logits.gather(-1, tokens.expand(len(logits), -1, -1)), noise.gather(-1, tokens)
+            place = (tokens == drawn[..., None]).int().argmax(-1).where(drawn >= 0, -1)
             parts.append((*kept, log_counts, place, slots.reach[start : start + CHUNK]))
     logits, noise, log_counts, drawn, reach = (
         torch.cat(part, axis) for part, axis in zip(zip(*parts, strict=True), (1, 0, 0, 1, 0), strict=True)
@@ -338,7 +360,8 @@ def calibrate_drafter(
     identity, source = identify(model), FrozenTarget(model)
     if files.target.get("fingerprint", identity.fingerprint) != identity.fingerprint:
         raise ValueError(f"{place} was trained for a target with other weights than {target_name}; give that one")
-    report = calibrate(drafting_copy(network, source), source, dataset, settings, progress)
+    network = drafting_copy(network, source)
+    report = calibrate(network, source, dataset, settings, progress, read_vocabulary(files))
     facts = calibration_facts(target_facts(target_name, identity), dataset, texts)
     write_calibration(place, report.record(facts), files.digest)
     return report
@@ -395,7 +418,8 @@ def calibrate_run(
             if files.digest not in records:
                 note(f"calibrating the drafter {folder.name}")
                 network = drafting_copy(network_of(files), source)
-                report = calibrate(network, source, dataset, CalibrationSettings(seed=seed), TimedLines(note))
+                settings, vocabulary = CalibrationSettings(seed=seed), read_vocabulary(files)
+                report = calibrate(network, source, dataset, settings, TimedLines(note), vocabulary)
                 records[files.digest] = report.record(calibration_facts(target, dataset, texts))
             write_calibration(folder, records[files.digest], files.digest)
         except (ValueError, RuntimeError, OSError) as error:  # also memory or a disk that runs out

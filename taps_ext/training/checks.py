@@ -39,7 +39,8 @@ def check_disk(recipe: Recipe, materials: Materials, output: Path) -> None:
     config = materials.network.config
     trained = materials.num_trained
     num_checkpoints = recipe.training.keep_checkpoints + 1  # one is written before one is removed
-    drafter_bytes = (trained + config.vocab_size * config.hidden_size) * DTYPE_BYTES[recipe.drafter_dtype]
+    embedded = config.vocab_size * config.hidden_size if materials.vocabulary is None else 0
+    drafter_bytes = (trained + embedded) * DTYPE_BYTES[recipe.drafter_dtype]
     needed = num_checkpoints * STATE_BYTES * trained + NUM_DRAFTERS * drafter_bytes
     present = sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) if output.exists() else 0
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())

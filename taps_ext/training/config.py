@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 ObjectiveName = Literal["eagle2", "hass"]
+VocabularyTokens = Literal["frequent", "all"]
 FeatureMode = Literal["online", "cached", "stored"]
 DtypeName = Literal["bfloat16", "float16", "float32"]
 TargetDtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -71,6 +72,30 @@ class FeatureConfig:
         _one_of(self, DtypeName, "dtype")
         if self.mode != "online" and self.path is None:
             raise ValueError(f"features.mode {self.mode} needs features.path, the folder of the stored features")
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """Choose the tokens that the drafter can propose: the most frequent ones among the learned tokens, or all."""
+
+    tokens: VocabularyTokens = "frequent"
+    coverage: float | None = None  # share of the learned tokens; None: 0.99
+    max_size: int | None = None  # most tokens; None: 8,192 of a target with fewer than 65,536 tokens, else 32,000
+
+    def __post_init__(self) -> None:
+        _one_of(self, VocabularyTokens, "tokens")
+        _at_least(self, 1, "max_size")
+        _positive(self, "coverage")
+        if self.coverage is not None and self.coverage > 1:
+            raise ValueError(f"coverage must be at most 1, got {self.coverage}")
+        if self.tokens == "all" and (self.coverage is not None or self.max_size is not None):
+            raise ValueError("vocabulary.tokens is all, and coverage and max_size choose some; leave them out")
+
+    def max_size_of(self, vocab_size: int) -> int | None:
+        """Return the most tokens of a draft vocabulary for a target with V tokens; None: it has all of them."""
+        usual = 8192 if vocab_size < 65536 else 32000
+        is_usual = self.coverage is None and self.max_size is None
+        return None if self.tokens == "all" or (is_usual and vocab_size <= usual) else self.max_size or usual
 
 
 @dataclass(frozen=True)
@@ -145,6 +170,7 @@ class Recipe:
     training: TrainingConfig
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     features: FeatureConfig = field(default_factory=FeatureConfig)
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     target_revision: str | None = None  # branch, tag or commit of a hub id
     target_dtype: TargetDtypeName = "auto"
     start: str | None = None  # a drafter to train further, folder or hub id; None: from nothing

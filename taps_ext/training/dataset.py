@@ -105,6 +105,10 @@ class TokenDataset:
             loss_mask[row, :length] = self._loss_mask[start : start + length].bool()
         return TokenBatch(tokens, loss_mask, torch.tensor(lengths), tuple(self.ids[i] for i in indices))
 
+    def learned_counts(self, vocab_size: int) -> Tensor:
+        """Return how often each token is learned, int64 [V]."""
+        return torch.bincount(self._tokens[self._loss_mask.bool()].long(), minlength=vocab_size)
+
     @property
     def checksum(self) -> str:
         """SHA-256 over all sequences in order, in hex: the same data, template and cut give the same one."""

@@ -44,11 +44,12 @@ def dry_run(recipe: Recipe, observer: Observer | None = None) -> DryRun:
     watching = observer if accelerator.is_main_process else None
     materials = load_materials(_without_store(recipe), accelerator.device, watching.preparing if watching else None)
     if watching:
-        for line in materials.data.report.lines():
+        for line in materials.lines():
             watching.note(line)
     check_disk(recipe, materials, output)
     data, num_parameters = materials.data.training, materials.num_trained  # before FSDP takes its share
-    updater = Updater(accelerator, materials.target.source, materials.network, data, recipe.objective, recipe.training)
+    source, network, vocabulary = materials.target.source, materials.network, materials.vocabulary
+    updater = Updater(accelerator, source, network, data, recipe.objective, recipe.training, vocabulary)
     _timed(updater, _longest_step(updater))  # first: the first update is slow, and this one needs the most memory
     seconds_per_token = _timed(updater, 1)
     seconds_per_step = seconds_per_token * data.num_tokens * recipe.training.batch_size / len(data)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.load import TargetEnds
+from ..drafters import DraftVocabulary
 from ..drafters.growth import LogitRule
 from .dataset import TokenBatch, TokenDataset
 from .feature_store import FeatureStore
-from .features import DraftBatch, FrozenTarget, head_logits, shift
+from .features import DraftBatch, FrozenTarget, Head, head_logits, head_rows, shift
 
 FORWARD_TOKENS = 16384  # of one forward of the target, with padding, when features are computed ahead
 ONE_BY_ONE = ("cpu",)  # devices where rows are computed one by one: see `_computed`
@@ -32,6 +33,10 @@ class StoredFeatures:
     def logits(self, features: Tensor) -> Tensor:
         """float32 [..., V] of features [..., H], in the features' own precision."""
         return head_logits(features, self._head, self._rule)
+
+    def draft_head(self, vocabulary: DraftVocabulary) -> Head:
+        """See `FeatureSource.draft_head`."""
+        return head_rows(self._head, self._rule, vocabulary)
 
     def draft_batch(self, batch: TokenBatch) -> DraftBatch:
         """The batch as drafter slots. Raises ValueError when a row is missing or its file is damaged."""
@@ -59,6 +64,10 @@ class CachedFeatures:
     def logits(self, features: Tensor) -> Tensor:
         """float32 [..., V] of features [..., H], in the features' own precision."""
         return self._target.logits(features)
+
+    def draft_head(self, vocabulary: DraftVocabulary) -> Head:
+        """See `FeatureSource.draft_head`."""
+        return self._target.draft_head(vocabulary)
 
     def draft_batch(self, batch: TokenBatch) -> DraftBatch:
         """The batch as drafter slots."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..drafters import DraftVocabulary
 from ..drafters.growth import LogitRule
 from ..target.model import refuse_unlike_head
 from .dataset import TokenBatch
@@ -48,6 +50,10 @@ class FeatureSource(Protocol):
         """float32 [..., V] of features [..., H]; gradients flow to the features only."""
         ...
 
+    def draft_head(self, vocabulary: DraftVocabulary) -> Head:
+        """Return the part of `logits` that makes the logits [..., D] of a draft vocabulary."""
+        ...
+
     def draft_batch(self, batch: TokenBatch) -> DraftBatch:
         """The batch, moved to the device of the features, as drafter slots."""
         ...
@@ -79,6 +85,10 @@ class FrozenTarget:
     def logits(self, features: Tensor) -> Tensor:
         """float32 [..., V] of features [..., H], computed in the lm_head's precision."""
         return head_logits(features, self._head, self._rule)
+
+    def draft_head(self, vocabulary: DraftVocabulary) -> Head:
+        """See `FeatureSource.draft_head`."""
+        return head_rows(self._head, self._rule, vocabulary)
 
     @torch.no_grad()
     def _check_ends(self) -> None:
@@ -117,6 +127,11 @@ def head_logits(features: Tensor, head: Tensor, rule: LogitRule) -> Tensor:
     """
     with torch.autocast(head.device.type, enabled=False):
         return rule.apply(F.linear(features.to(head.dtype), head).float())
+
+
+def head_rows(head: Tensor, rule: LogitRule, vocabulary: DraftVocabulary) -> Head:
+    """Return `head_logits` with the rows of an lm_head [V, H] that a draft vocabulary has, copied once."""
+    return partial(head_logits, head=head[vocabulary.tokens.to(head.device)], rule=rule)
 
 
 @torch.no_grad()

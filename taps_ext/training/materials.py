@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from ..checkpoints.files import read_drafter_files
 from ..checkpoints.formats import check_fits
 from ..checkpoints.load import TargetIdentity, identify, load_network, load_target_ends, loading, open_target
+from ..drafters import DraftVocabulary
 from ..drafters.network import EagleConfig, EagleNetwork
 from ..tiny import resolve
-from .config import Recipe
+from .config import Recipe, VocabularyConfig
 from .data import PreparedData, prepare
 from .dataset import TokenDataset
 from .feature_sources import CachedFeatures, StoredFeatures
@@ -27,6 +28,7 @@ from .survey import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DEFAULT_COVERAGE = 0.99
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FSDP_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -48,6 +50,25 @@ class Materials:
     target: TargetPart
     network: EagleNetwork
     parent: dict[str, Any] | None  # what the drafter that the run starts from says about itself
+    vocabulary: DraftVocabulary | None  # what the drafter can propose; None: every token of the target
+
+    @property
+    def coverage(self) -> float:
+        """Share of the learned tokens that the drafter can propose."""
+        if self.vocabulary is None:
+            return 1.0
+        counts = self.data.training.learned_counts(self.vocabulary.vocab_size)
+        return float(counts[self.vocabulary.tokens].sum() / counts.sum())
+
+    def lines(self) -> list[str]:
+        """Return sentences for people: what became of the data, and what the drafter can propose of it."""
+        sentences = self.data.report.lines()
+        if (chosen := self.vocabulary) is not None:
+            sentences.append(
+                f"draft vocabulary: {len(chosen):,} of the target's {chosen.vocab_size:,} tokens, "
+                f"{self.coverage:.2%} of the learned ones"
+            )
+        return sentences
 
     @property
     def num_trained(self) -> int:
@@ -62,11 +83,38 @@ class Materials:
 
 def load_materials(recipe: Recipe, device: torch.device, report_progress: Progress | None = None) -> Materials:
     """What the recipe names, the cheap things first. ValueError or OSError, in a sentence, if something is missing."""
-    data = prepare(recipe.data, load_tokenizer(recipe), report_progress)
+    tokenizer = load_tokenizer(recipe)
+    data = prepare(recipe.data, tokenizer, report_progress)
     target = load_target_part(recipe, data, device)
     _check_lengths(data, target.config)
     network, parent = load_start(recipe, target)
-    return Materials(data, target, network, parent)
+    ends = {*ids_of(tokenizer.eos_token_id), *ids_of(getattr(target.config, "eos_token_id", None))}
+    vocabulary = choose_vocabulary(recipe.vocabulary, data.training, network.config.vocab_size, ends)
+    return Materials(data, target, network, parent, vocabulary)
+
+
+def choose_vocabulary(
+    config: VocabularyConfig, training: TokenDataset, vocab_size: int, ends: Iterable[int]
+) -> DraftVocabulary | None:
+    """Return the most frequent of the learned tokens, and those that end a text; None for all of the target's tokens.
+
+    The fewest tokens are taken that reach the coverage; equally frequent ones in the order of their ids.
+    """
+    size = config.max_size_of(vocab_size)
+    if size is None:
+        return None
+    counts = training.learned_counts(vocab_size)
+    ranks = counts.clone()
+    ranks[[end for end in ends if 0 <= end < vocab_size]] = counts.sum() + 1
+    order = ranks.sort(descending=True, stable=True).indices
+    missing = counts[order].cumsum(0) < (config.coverage or DEFAULT_COVERAGE) * counts.sum()
+    num_tokens = min(size, int(missing.sum()) + 1, int((ranks > 0).sum()))
+    return DraftVocabulary(order[:num_tokens].sort().values, vocab_size)
+
+
+def ids_of(value: int | Sequence[int] | None) -> list[int]:
+    """Return a config's token ids as a list: it may have one, several or none."""
+    return [] if value is None else [value] if isinstance(value, int) else [*value]
 
 
 def _check_lengths(data: PreparedData, target_config: Any) -> None:

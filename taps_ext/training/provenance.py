@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.load import TargetIdentity
+from ..drafters import DraftVocabulary
 from ..drafters.network import EagleConfig
 from ..native import code_version
 from .config import ObjectiveConfig, TrainingConfig
@@ -32,11 +33,13 @@ def identity(
     config: TrainingConfig,
     network: EagleConfig,
     target: str | None,
+    vocabulary: DraftVocabulary | None,
 ) -> dict[str, Any]:
     """What must be the same when a run goes on, by dotted name; `target` is a fingerprint of its weights."""
     parts = {"training": settings(config), "objective": asdict(objective), "network": asdict(network)}
     data = {"training": training.checksum, "validation": validation.checksum if validation else None}
-    return flat({**parts, "data": data, "target": {"fingerprint": target}})
+    chosen = {} if vocabulary is None else {"vocabulary": vocabulary.checksum}
+    return flat({**parts, "data": data, "target": {"fingerprint": target}, **chosen})
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -46,10 +46,11 @@ def train(recipe: Recipe, observer: Observer | None = None) -> TrainingResult:
         return _finished(output)
     materials = load_materials(recipe, accelerator.device, watching.preparing if watching else None)
     if watching:
-        for line in materials.data.report.lines():
+        for line in materials.lines():
             watching.note(line)
     check_disk(recipe, materials, output)
-    facts = DrafterFacts(materials.target.config, getattr(torch, recipe.drafter_dtype), _metadata(recipe, materials))
+    dtype, metadata = getattr(torch, recipe.drafter_dtype), _metadata(recipe, materials)
+    facts = DrafterFacts(materials.target.config, dtype, metadata, materials.vocabulary)
     trainer = Trainer(
         materials.target.source,
         materials.network,

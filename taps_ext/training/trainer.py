@@ -20,6 +20,7 @@ import torch
 
 from ..checkpoints.files import written
 from ..checkpoints.load import save_drafter
+from ..drafters import DraftVocabulary
 from ..drafters.network import EagleNetwork
 from ..native import code_version
 from .acceptance_estimate import estimate
@@ -64,6 +65,7 @@ class DrafterFacts:
     target_config: Any
     dtype: torch.dtype = torch.bfloat16
     metadata: Mapping[str, Any] | None = None  # JSON values: target, data, parent
+    vocabulary: DraftVocabulary | None = None  # what the drafter can propose; None: every token of the target
 
 
 class _Silent:
@@ -95,13 +97,15 @@ class Trainer:
     ) -> None:
         """`network`, float32, is trained in place. `accelerator` is by default what the launch asks for."""
         self.accelerator = accelerator or make_accelerator(config, output)
-        self.updater = Updater(self.accelerator, source, network, training, objective, config)
+        self.updater = Updater(self.accelerator, source, network, training, objective, config, facts.vocabulary)
         self.source, self.config, self.validation, self.output, self.facts = source, config, validation, output, facts
         self.observer: Observer = observer if observer and self.accelerator.is_main_process else _Silent()
         self.checkpoints = Checkpoints(output / CHECKPOINTS, config.keep_checkpoints)
         self._network_config = network.config
         target = (facts.metadata or {}).get("target", {})
-        self._identity = identity(training, validation, objective, config, network.config, target.get("fingerprint"))
+        self._identity = identity(
+            training, validation, objective, config, network.config, target.get("fingerprint"), facts.vocabulary
+        )
         self._journal: Journal | None = None  # of the main process, while it trains
         self._best: ValidationRecord | None = None
         self._last: ValidationRecord | None = None
@@ -215,6 +219,7 @@ class Trainer:
                     embedding=self.source.embedding,
                     target_config=self.facts.target_config,
                     metadata=metadata,
+                    vocabulary=self.facts.vocabulary,
                 )
         self.accelerator.wait_for_everyone()
 

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..drafters import DraftVocabulary
 from ..drafters.network import EagleNetwork
 from .config import ObjectiveConfig, TrainingConfig
 from .dataset import BatchOrder, TokenBatch, TokenDataset
-from .features import DraftBatch, FeatureSource
-from .objectives import ObjectivePass, PassOutput, first_stream, next_stream
+from .features import DraftBatch, FeatureSource, Head
+from .objectives import Judge, ObjectivePass, PassOutput, first_stream, next_stream
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,6 +45,7 @@ class Updater:
         dataset: TokenDataset,
         objective: ObjectiveConfig,
         config: TrainingConfig,
+        vocabulary: DraftVocabulary | None = None,
     ) -> None:
         """`network`, float32, is trained in place; ValueError if the batch cannot be split."""
         self.micro_batch_size = micro_batch_size(config, accelerator.num_processes)
@@ -56,7 +58,9 @@ class Updater:
         self.objective, self.config = objective, config
         self.order = BatchOrder(dataset, config.batch_size, config.seed)
         self.num_steps = config.steps or max(1, round((config.epochs or 0) * self.order.batches_per_epoch))
-        model = ObjectivePass(network.train(), source.logits, objective, config.gradient_checkpointing)
+        head: Head = source.logits if vocabulary is None else source.draft_head(vocabulary)
+        judge = None if vocabulary is None else judge_of(source, vocabulary)
+        model = ObjectivePass(network.train(), head, objective, config.gradient_checkpointing, judge)
         optimizer = torch.optim.AdamW(
             model.parameters(), config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
@@ -131,6 +135,12 @@ class Updater:
                 gradient.clamp_(-self.config.clip_value, self.config.clip_value)
         whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         return whole
+
+
+def judge_of(source: FeatureSource, vocabulary: DraftVocabulary) -> Judge:
+    """Return what finds the target's likeliest tokens in a draft vocabulary: -1 for those outside."""
+    draft_ids = vocabulary.draft_ids.to(source.embedding.device)
+    return lambda features: draft_ids[source.logits(features).max(-1).indices]
 
 
 def micro_batch_size(config: TrainingConfig, num_processes: int) -> int:

@@ -17,9 +17,9 @@ from ..config import ObjectiveConfig
 from ..features import DraftBatch, Head
 from .eagle2 import noisy
 from .hass import aligned_attention
-from .losses import slot_losses
+from .losses import Judge, slot_losses
 
-__all__ = ["ObjectivePass", "PassOutput", "first_stream", "next_stream"]
+__all__ = ["Judge", "ObjectivePass", "PassOutput", "first_stream", "next_stream"]
 
 
 class PassOutput(NamedTuple):
@@ -42,11 +42,17 @@ class ObjectivePass(nn.Module):
     """
 
     def __init__(
-        self, network: EagleNetwork, head: Head, config: ObjectiveConfig, gradient_checkpointing: bool = False
+        self,
+        network: EagleNetwork,
+        head: Head,
+        config: ObjectiveConfig,
+        gradient_checkpointing: bool = False,
+        judge: Judge | None = None,
     ) -> None:
+        """`head` makes the logits that are learned; `judge` is needed where these are a draft vocabulary's."""
         super().__init__()
         self.network = network
-        self._head = (head,)  # in a tuple: a head that is a module must not become a part of this one
+        self._head = head, judge  # in a tuple: a head that is a module must not become a part of this one
         self.config = config
         self.gradient_checkpointing = gradient_checkpointing
 
@@ -54,7 +60,7 @@ class ObjectivePass(nn.Module):
         """Pass n = len(streams), each [B, T, H] without gradient; the queries are the last stream's."""
         guesses = self._guesses(batch.next_embeddings, streams)
         learned = batch.loss_mask
-        loss, is_correct = slot_losses(guesses[learned], batch.next_features[learned], self._head[0], self.config)
+        loss, is_correct = slot_losses(guesses[learned], batch.next_features[learned], *self._head, self.config)
         is_correct = torch.zeros_like(learned).masked_scatter_(learned, is_correct)
         return PassOutput(loss, guesses.detach().to(batch.features.dtype), is_correct)
 
