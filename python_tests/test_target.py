@@ -253,7 +253,7 @@ def test_attention_that_was_changed_behind_the_decoders_back_is_noticed() -> Non
 
 def test_targets_that_cannot_be_verified_on_a_tree_are_refused_with_the_reason() -> None:
     mamba = MambaForCausalLM(MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(ValueError, match="recurrent state"):
+    with pytest.raises(ValueError, match="a running state"):
         taps.TargetModel(mamba)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="encoder-decoder"):
