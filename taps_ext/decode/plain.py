@@ -8,7 +8,7 @@ from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import PreTrainedModel, StoppingCriteriaList
 
 from ..sampling import SamplingRows
 from ..target.model import TargetModel
@@ -51,14 +51,15 @@ def plain_generate(
     device = model.get_input_embeddings().weight.device
     text, mask = request.input_ids.to(device), request.attention_mask.to(device)
     run = _PlainRun(request, request.rows(), request.sampling.rows(len(text), device), mask.sum(dim=1))
-    model.generate(
-        text,
-        attention_mask=mask,
-        custom_generate=run.decode,
-        max_new_tokens=max(request.rules.max_new_tokens),
-        pad_token_id=request.pad_token,
-        **NOT_SAMPLED,
-    )
+    with torch.inference_mode():  # cheaper than the loop's own no_grad
+        model.generate(
+            text,
+            attention_mask=mask,
+            custom_generate=run.decode,
+            max_new_tokens=max(request.rules.max_new_tokens),
+            pad_token_id=request.pad_token,
+            **NOT_SAMPLED,
+        )
     rows = run.rows
     reasons = [row.finish_reason or "" for row in rows]
     return PlainResult(request.sequences(rows), [row.new_tokens for row in rows], reasons, run.num_forwards)
@@ -91,7 +92,7 @@ class _PlainRun:
         generation_config.return_dict_in_generate = False
         tokens: Tensor = model._sample(
             input_ids,
-            logits_processor=LogitsProcessorList([cast(Any, self.draw)]),
+            logits_processor=self.draw,
             stopping_criteria=StoppingCriteriaList([cast(Any, self.are_finished)]),
             generation_config=generation_config,
             **model_kwargs,
@@ -99,17 +100,20 @@ class _PlainRun:
         return tokens
 
     def draw(self, text: Tensor, logits: Tensor) -> Tensor:
-        """Return scores [B, V] that are 0 at the drawn tokens and -inf elsewhere; extend the rows by these tokens."""
+        """Return scores [B, V]: 0 at the drawn tokens (padding for rows that had ended), else -inf; extend the rows."""
         if self.request.processors:
             logits = self.request.processors(cast(Any, text), cast(Any, logits))
-        drawn = _draw(logits[:, None], self.sampling, self.positions)
+        tokens = _draw(logits[:, None], self.sampling, self.positions)
         self.positions, self.num_forwards = self.positions + 1, self.num_forwards + 1
-        for b, (row, token) in enumerate(zip(self.rows, drawn.tolist(), strict=True)):
-            if token < 0 and row.finish_reason is None:
-                row.finish_reason = "invalid_logits"
+        drawn = tokens.tolist()
+        for b, (row, token) in enumerate(zip(self.rows, drawn, strict=True)):
+            if row.finish_reason is not None:
+                drawn[b] = self.request.pad_token  # as stock generation does; rows may share a layer's capacity
+            elif token < 0:
+                row.finish_reason, drawn[b] = "invalid_logits", 0
             row.extend([token], b, self.request.rules)
         scores = torch.full_like(logits, -torch.inf)
-        return scores.scatter(1, drawn.clamp_min(0)[:, None], 0.0)
+        return scores.scatter(1, torch.tensor(drawn, device=logits.device)[:, None], 0.0)
 
     def are_finished(self, text: Tensor, scores: Any, **more: Any) -> Tensor:
         """Return bool [B], whether each row has ended."""

@@ -46,7 +46,11 @@ def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
-    parameters = {"rope_theta": get("rope_theta"), **_one_rope(get("rope_scaling")), **_one_rope(get("rope_parameters"))}
+    parameters = {
+        "rope_theta": get("rope_theta"),
+        **_one_rope(get("rope_scaling")),
+        **_one_rope(get("rope_parameters")),
+    }
     theta = parameters.pop("rope_theta")
     rope_type = parameters.pop("type", None)
     rope_type = parameters.setdefault("rope_type", rope_type or "default")

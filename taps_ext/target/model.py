@@ -247,7 +247,9 @@ class TargetModel:
 
         def numbered() -> Tensor:
             positions = torch.arange(probe.longest, device=self.device)[None]
-            return _run(self.model, _Forward(self.decoder_stack), {**alone, "position_ids": positions})[1].to(self.device)
+            return _run(self.model, _Forward(self.decoder_stack), {**alone, "position_ids": positions})[1].to(
+                self.device
+            )
 
         refuse_other_logits(self.model, probe, given, stock.to(self.device), stock_alone.to(self.device), numbered)
 

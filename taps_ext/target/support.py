@@ -145,7 +145,8 @@ def refuse_training_mode(model: Any) -> None:
     if model.training or (part := next(parts, None)) is not None:
         what = f"target {name_of(model)}" if model.training else f"{part} of target {name_of(model)}"
         raise ValueError(
-            f"{what} is in training mode, in which dropout makes the target's text random; call model.eval() on all of it"
+            f"{what} is in training mode, in which dropout makes the target's text random; call model.eval() on all "
+            "of it"
         )
 
 
@@ -231,8 +232,8 @@ def refuse_long_text(model: PreTrainedModel, longest: int) -> None:
     scaled = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
     if scaled is not None and longest + LARGEST_TREE >= scaled:
         raise ValueError(
-            f"target {name} scales its queries from token {scaled} on and counts a tree's nodes as tokens, so that texts "
-            f"may have {max(scaled - LARGEST_TREE - 1, 0)} tokens, but prompt and new tokens can reach {longest}; "
+            f"target {name} scales its queries from token {scaled} on and counts a tree's nodes as tokens, so that "
+            f"texts may have {max(scaled - LARGEST_TREE - 1, 0)} tokens, but prompt and new tokens can reach {longest}; "
             "shorten the prompt or max_new_tokens"
         )
 
@@ -268,7 +269,7 @@ def _attention_window(config: Any) -> int | None:
 
 def _changing_rope_length(config: Any) -> int | None:
     """Return the length up to which the rotary frequencies stay the same in all layers; None if they never change."""
-    lengths = []
+    lengths: list[int] = []
     for rope in _ropes(getattr(config, "rope_parameters", None)) + _ropes(getattr(config, "rope_scaling", None)):
         kind = str(rope.get("rope_type") or rope.get("type"))
         if "dynamic" in kind or kind == "longrope":
