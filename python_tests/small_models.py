@@ -16,8 +16,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -71,6 +73,26 @@ def new_target(family: str = "llama", **overrides: Any) -> PreTrainedModel:
     }
     model: PreTrainedModel = model_class(config_class(**{**sizes, **extra, **overrides}))
     return model.eval()
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0, "eos_token_id": 1}
+MLP = {"intermediate_size": 48}
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "pad_token_id": 0}
+
+
+def new_model(family: str, model_class: str | None = None, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A small model of a transformers family with random weights, large enough that positions and caps show."""
+    config_class = getattr(transformers, f"{family}Config", None)
+    if config_class is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    torch.manual_seed(0)
+    made = config_class(**{"vocab_size": VOCAB, "max_position_embeddings": 128, **config})
+    model = getattr(transformers, model_class or f"{family}ForCausalLM")(made)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.3)
+    return model.to(dtype).eval()
 
 
 def sentences(domain: str, count: int, length: int, seed: int) -> Tensor:

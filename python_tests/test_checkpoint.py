@@ -7,7 +7,6 @@ import resource
 import warnings
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +36,7 @@ from transformers import LlamaForCausalLM
 from taps_ext.checkpoints import files as checkpoint_files
 from taps_ext.checkpoints import load_drafter, load_drafters, load_network, save_drafter, validate_drafter
 from taps_ext.drafters import EagleConfig, EagleNetwork
+from taps_ext.target.model import TargetModel
 
 
 @pytest.fixture(autouse=True)
@@ -85,8 +85,8 @@ def test_loading_shares_the_targets_embedding_and_lm_head(target: LlamaForCausal
 
 def test_a_target_model_is_as_good_as_its_transformers_model(target: LlamaForCausalLM, tmp_path: Path) -> None:
     folder = write(tmp_path / "d", published_tensors(target, make_network(target)))
-    assert load_drafter(folder, SimpleNamespace(model=target)).embedding is target.get_input_embeddings()
-    with pytest.raises(ValueError, match="must be a transformers model or a TargetModel, got str"):
+    assert load_drafter(folder, TargetModel(target)).embedding is target.get_input_embeddings()
+    with pytest.raises(ValueError, match="must be a transformers model with an LM head, got str"):
         load_drafter(folder, "name")
 
 

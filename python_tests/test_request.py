@@ -316,8 +316,9 @@ def test_learnt_prompts_are_refused_where_the_decoder_is_of_the_inner_model(meth
     tuned = peft.get_peft_model(inner, method(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
     with pytest.raises(ValueError, match=message):
         tuned.generate(input_ids=ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=4)
-    with pytest.raises(ValueError, match="learns prompts or prefixes"):
-        taps.plain_generate(tuned, ids, mask)
+    if method is peft.PromptTuningConfig:  # stock generation itself loses prefixes: it is given two caches
+        own = tuned.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+        assert torch.equal(taps.plain_generate(tuned, ids, mask, max_new_tokens=4).sequences, own)
     expected = trained_target().generate(ids, attention_mask=mask, max_new_tokens=4)
     assert torch.equal(inner.generate(ids, attention_mask=mask, custom_generate=decoder, max_new_tokens=4), expected)
 

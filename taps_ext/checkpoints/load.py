@@ -24,7 +24,8 @@ from ..drafters import Drafter, DraftVocabulary, LookupDrafter
 from ..drafters.eagle import EagleDrafter, LogitRule, compute_dtype_and_device
 from ..drafters.network import FEATURE_SIZES, EagleNetwork, rope_of, size_of
 from ..sampling import warn
-from ..target.model import refuse_unlike_head
+from ..target.model import TargetModel, refuse_unlike_head
+from ..target.support import unwrapped
 from .files import (
     DrafterFiles,
     PathOrId,
@@ -156,10 +157,7 @@ class _Ends:
 
 
 def _model_of(target: Any) -> Any:
-    model: Any = target if hasattr(target, "get_output_embeddings") else getattr(target, "model", None)
-    if not hasattr(model, "get_output_embeddings"):
-        raise ValueError(f"the target must be a transformers model or a TargetModel, got {type(target).__name__}")
-    return model
+    return target.model if isinstance(target, TargetModel) else unwrapped(target)
 
 
 def _ends_of(model: Any) -> _Ends:

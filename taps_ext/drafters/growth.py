@@ -86,7 +86,7 @@ class LogitRule:
 
         divisor, base = get("logits_scaling") or 1.0, get("dim_model_base")
         scale = divisor if get("model_type") == "hyperclovax" else 1 / divisor
-        if base:
+        if base and not get("logits_scaling"):  # MiniCPM3 names the same divisor both ways
             scale *= base / target_config.hidden_size
         for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
             scale *= get(name) or 1.0

@@ -46,13 +46,24 @@ def rope_of(config: Any) -> tuple[float | None, dict[str, Any] | None]:
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
-    parameters = get("rope_parameters") or {}
-    parameters = parameters.get("full_attention", parameters)
-    parameters = {"rope_theta": get("rope_theta"), **(get("rope_scaling") or {}), **parameters}
+    parameters = {
+        "rope_theta": get("rope_theta"),
+        **_one_rope(get("rope_scaling")),
+        **_one_rope(get("rope_parameters")),
+    }
     theta = parameters.pop("rope_theta")
     rope_type = parameters.pop("type", None)
     rope_type = parameters.setdefault("rope_type", rope_type or "default")
     return None if theta is None else float(theta), None if rope_type == "default" else parameters
+
+
+def _one_rope(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the rope of full attention, where ropes are named by layer type; else the first one.
+
+    A type without positions has None.
+    """
+    ropes = {kind: rope for kind, rope in (parameters or {}).items() if isinstance(rope, dict)}
+    return ropes.get("full_attention") or next(iter(ropes.values()), parameters or {})
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,7 @@ class EagleConfig:
             "num_key_value_heads": size_of(target_config, ("num_key_value_heads",), heads),
             "head_dim": size_of(target_config, ("head_dim",), hidden_size // heads),
             "vocab_size": target_config.vocab_size,
-            "rms_norm_eps": getattr(target_config, "rms_norm_eps", cls.rms_norm_eps),
+            "rms_norm_eps": getattr(target_config, "rms_norm_eps", None) or cls.rms_norm_eps,
             "rope_theta": cls.rope_theta if theta is None else theta,
             "rope_scaling": scaling,
             "max_position_embeddings": size_of(target_config, CONTEXT_LENGTHS, cls.max_position_embeddings),

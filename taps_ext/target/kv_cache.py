@@ -123,8 +123,10 @@ class _TreeKVLayer(CacheLayerMixin):
         # A tree stands behind a prefix: an overflow in one node must not reach other nodes through its masked column.
         # In a prefill, a row's overflow stays in that row.
         write = _write_finite if start > 0 else Tensor.copy_
-        write(keys[:, :, start:], key_states)
-        write(values[:, :, start:], value_states)
+        for buffer, states in ((keys, key_states), (values, value_states)):
+            if states.dtype != buffer.dtype or states.device != buffer.device:
+                _refuse_converted(buffer, states)
+            write(buffer[:, :, start:], states)
         return keys, values
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
@@ -147,6 +149,15 @@ def cache_keyword(module: torch.nn.Module) -> str:
     may still use the older name.
     """
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
+def _refuse_converted(buffer: Tensor, states: Tensor) -> None:
+    """Raise ValueError for states of a model that was converted; under autocast float32 holds either half precision."""
+    if states.device != buffer.device or not torch.is_autocast_enabled(states.device.type):
+        raise ValueError(
+            f"the target was in {buffer.dtype} on {buffer.device} when it was taken for speculation, but now computes "
+            f"in {states.dtype} on {states.device}; make a new TargetModel or SpeculativeDecoder"
+        )
 
 
 def _write_finite(columns: Tensor, states: Tensor) -> None:

@@ -28,10 +28,10 @@ from .. import ops
 from ..products import pack_products
 from ..tree import DraftTree, Lengths
 from .kv_cache import KVSpec, TreeKVCache, cache_keyword
+from .probe import Probe, refuse_other_logits
 from .prompts import PreparedPrompts
 from .support import (
     UNSUPPORTED_ATTENTION,
-    Probe,
     attention_settings,
     decoder_stack,
     name_of,
@@ -40,7 +40,6 @@ from .support import (
     refuse_long_text,
     refuse_other_head,
     refuse_other_length,
-    refuse_other_logits,
     refuse_training_mode,
     refuse_unsupported_model,
     refusing_failures,
@@ -75,10 +74,13 @@ _FORWARD: ContextVar[_Forward | None] = ContextVar("taps_ext_forward", default=N
 class TargetModel:
     """Score draft trees with a causal LM from transformers, unchanged but for the name of its attention function.
 
-    Of a PeftModel, the target is the model inside, whose layers carry the adapters. Refused, each with the reason:
-    encoder-decoders, recurrent layers, models in training mode, without SDPA support or whose weights are not in
-    memory, models that score a small branched tree otherwise than the same texts one by one, and devices for which the
-    ops were not built. A refused model keeps its own attention.
+    Of a PeftModel, the target is the model inside, whose layers carry the adapters; of a model behind `torch.compile`
+    it is the model itself, without compilation. Refused, each with the reason: encoder-decoders, layers with a running
+    state, decoders that take no position ids, models in training mode, in float64, without SDPA support or whose
+    weights are not in memory, models that score a small branched tree otherwise than the same texts one by one, and
+    devices for which the ops were not built. A refused model keeps its own attention.
+
+    A model that is moved or converted (`model.to(...)`, `model.half()`) needs a new TargetModel.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -222,7 +224,7 @@ class TargetModel:
         with refusing_failures(self.model, "a forward over token ids with a KV cache"):
             arguments = {"input_ids": probe.texts, self._cache_keyword: cache}
             features, stock = _run(self.model, _Forward(self.decoder_stack), arguments)
-            alone = {"input_ids": probe.texts[:1], "use_cache": False}
+            alone: dict[str, Any] = {"input_ids": probe.texts[:1], "use_cache": False}
             _, stock_alone = _run(self.model, _Forward(self.decoder_stack), alone)
             layers: list[Any] = list(cache.layers)
             self._kv_specs = [(KVSpec.of(layer.keys), KVSpec.of(layer.values)) for layer in layers]
@@ -242,7 +244,14 @@ class TargetModel:
                 f"{view.num_layers} use transformers' AttentionInterface; use a model whose layers all do"
             )
         given = prefill.logits, scored.logits
-        refuse_other_logits(self.model, probe, given, stock.to(self.device), stock_alone.to(self.device))
+
+        def numbered() -> Tensor:
+            positions = torch.arange(probe.longest, device=self.device)[None]
+            return _run(self.model, _Forward(self.decoder_stack), {**alone, "position_ids": positions})[1].to(
+                self.device
+            )
+
+        refuse_other_logits(self.model, probe, given, stock.to(self.device), stock_alone.to(self.device), numbered)
 
     def _use_tree_attention(self) -> None:
         AttentionInterface.register(ATTENTION, tree_attention)

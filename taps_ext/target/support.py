@@ -5,23 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..native import refuse_without_ops
-from ..tree import DraftTree
 
 ATTENDING_LAYERS = ("full_attention", "sliding_attention", "chunked_attention")
-SPECIAL_TOKENS = ("token_id", "token_ids", "token_index")  # ends of the names under which configs keep them
-# Allowed differences between logits of a tree and of a text, per standard deviation of the text's logits: the largest
-# one in float32 (wrong positions give 0.01 and more); the median in half precision (0.02 is usual), and where the shape
-# of a batch moves logits as much, as with quantised activations.
-EXACT_ERROR, ROUNDED_ERROR = 1e-3, 0.1
+LARGEST_TREE = 1024  # nodes: room behind a text where a model counts the nodes of a tree as positions
+LAYERS_WITHOUT_TIME = ("mlp", "moe")  # they see one token, and hold nothing of those before
+PLAINLY = "decode it with taps_ext.plain_generate"  # the way out: it runs transformers' own decoding loop
+# Parts of the names under which modules keep what is random in training mode, such as lora_dropout or jitter_noise.
+RANDOM_IN_TRAINING = ("drop", "jitter", "noise")
 # Arguments that some models give their attention function and that tree attention does not support.
 UNSUPPORTED_ATTENTION = {
     "softcap": "soft-capped scores",
@@ -44,25 +41,34 @@ def refuse_unsupported_model(model: PreTrainedModel) -> None:
     _refuse_layers(model)
     _refuse_devices(model)
     refuse_training_mode(model)
+    if model.dtype == torch.float64:
+        refuse_logits_dtype(model.dtype)
     if not getattr(model, "_supports_sdpa", False):
         raise ValueError(f"target {name} does not support SDPA attention, which tree scoring needs")
     if model.get_output_embeddings() is None:
-        raise ValueError(f"target {name} has no LM head; load it as AutoModelForCausalLM")
+        raise ValueError(f"target {name} has no LM head that can be found (get_output_embeddings() is None); {PLAINLY}")
+    stack = decoder_stack(model)
+    if "position_ids" not in inspect.signature(getattr(stack, "_orig_mod", stack).forward).parameters:
+        raise ValueError(
+            f"target {name} cannot be told the positions of a tree's nodes: its decoder takes no position_ids and "
+            f"counts positions from the cache; {PLAINLY}"
+        )
 
 
 def _refuse_layers(model: PreTrainedModel) -> None:
-    name, other = name_of(model), sorted(set(_layer_types(model.config.get_text_config())) - set(ATTENDING_LAYERS))
+    name, kinds = name_of(model), set(_layer_types(model.config.get_text_config()))
+    other = sorted(kinds.difference(ATTENDING_LAYERS, LAYERS_WITHOUT_TIME))
     sparse = [kind for kind in other if "attention" in kind and "linear" not in kind]
-    if getattr(model, "_is_stateful", False) or len(other) > len(sparse):
-        kinds = ", ".join(other) or "layers with a state"
+    running = [kind for kind in other if kind not in sparse]
+    if running or (getattr(model, "_is_stateful", False) and not sparse):
         raise ValueError(
-            f"target {name} has {kinds}: a recurrent state cannot go back to an accepted branch of a tree; "
-            "use a model with attention layers only"
+            f"target {name} has {', '.join(running) or 'layers'} with a running state (recurrent, or a convolution's), "
+            f"which cannot go back to an accepted branch of a tree; use a model with attention only, or {PLAINLY}"
         )
     if sparse:
         raise ValueError(
             f"target {name} has sparse attention ({', '.join(sparse)}): its layers select or compress the tokens that "
-            "they see, which tree attention does not support; use a model whose layers see every token"
+            f"they see, which tree attention does not support; use a model whose layers see every token, or {PLAINLY}"
         )
 
 
@@ -78,40 +84,79 @@ def _refuse_devices(model: PreTrainedModel) -> None:
         refuse_without_ops(f"target {name} on {next(model.parameters()).device}")
 
 
-def unwrapped(model: Any) -> Any:
-    """Return the transformers model inside a PeftModel; any other model as it is.
+def transformers_model(model: Any) -> Any:
+    """Return the transformers model inside the wrappers of `torch.compile` and PEFT; raise ValueError if there is none.
 
-    `peft_model.generate` hands the inner model to a custom generate function. Its layers carry the adapters, but not
-    the virtual tokens of prompt learning, which therefore is refused.
+    `generate` of a wrapper hands the inner model to a custom generate function.
     """
-    if not hasattr(model, "get_base_model"):
-        return model
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    inner = getattr(model, "_orig_mod", model)
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    inner = getattr(inner, "_orig_mod", inner)
+    if isinstance(inner, PreTrainedModel) and not inner.can_generate():
+        raise ValueError(f"target {name_of(inner)} has no LM head; load it as AutoModelForCausalLM")
+    if not isinstance(inner, PreTrainedModel):
+        inside = isinstance(getattr(model, "module", None), PreTrainedModel)
         raise ValueError(
-            f"target {name_of(model)} learns prompts or prefixes, which are no part of its layers; use adapters in the "
-            "layers (such as LoRA), or decode it with its own generate"
+            f"the target must be a transformers model with an LM head, got {type(model).__name__}; "
+            + ("give its .module" if inside else "load one with AutoModelForCausalLM.from_pretrained(...)")
         )
-    return model.get_base_model()
+    return inner
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model inside wrappers, whose layers carry the adapters of a PeftModel.
+
+    They do not carry the virtual tokens of prompt learning, which therefore is refused.
+    """
+    inner, wrapper = transformers_model(model), getattr(model, "_orig_mod", model)
+    if getattr(getattr(wrapper, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(
+            f"target {name_of(wrapper)} learns prompts or prefixes, which are no part of its layers; use adapters in "
+            f"the layers (such as LoRA), or {PLAINLY}"
+        )
+    return inner
 
 
 def decoder_stack(model: PreTrainedModel) -> Any:
     """Return the model without its LM head; of a model that takes pictures, its language model.
 
     Some families' `get_decoder` returns the whole model, or the last matrix of the LM head; in transformers 4 that of
-    Idefics3 returns the vision model, too.
+    Idefics3 returns the vision model, too. Llama4's `base_model` is the whole model as well, and its language model has
+    the LM head inside.
     """
     stack: Any = model.get_decoder()
     if not isinstance(stack, PreTrainedModel) or stack is model:
         stack = model.base_model
-    return getattr(stack, "text_model", stack)
+    stack = getattr(stack, "text_model", stack)
+    if stack is model or (isinstance(stack, PreTrainedModel) and stack.get_output_embeddings() is not None):
+        embedding = model.get_input_embeddings()
+        parts = [part for part in stack.children() if isinstance(part, PreTrainedModel)]
+        stack = next((part for part in parts if any(one is embedding for one in part.modules())), stack)
+    return stack
 
 
 def refuse_training_mode(model: Any) -> None:
-    """Raise ValueError for a model in training mode, whose dropout makes its text random."""
-    if model.training:
+    """Raise ValueError for a model in training mode, or with a part in it that has dropout: its text would be random.
+
+    A part without anything random may be in training mode, as new modules are until `model.eval()`.
+    """
+    parts = (name for name, part in model.named_modules() if part.training and _is_random_in_training(part))
+    if model.training or (part := next(parts, None)) is not None:
+        what = f"target {name_of(model)}" if model.training else f"{part} of target {name_of(model)}"
         raise ValueError(
-            f"target {name_of(model)} is in training mode, in which dropout makes its text random; call model.eval()"
+            f"{what} is in training mode, in which dropout makes the target's text random; call model.eval() on all "
+            "of it"
         )
+
+
+def _is_random_in_training(module: torch.nn.Module) -> bool:
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        return True
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, (int, float))}
+    return any(value > 0 for name, value in numbers.items() if any(word in name for word in RANDOM_IN_TRAINING))
 
 
 def attention_settings(model: Any) -> list[tuple[Any, Any]]:
@@ -136,104 +181,14 @@ def refusing_failures(model: PreTrainedModel, what: str) -> Iterator[None]:
     except Exception as error:
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(
-            f"target {name_of(model)} fails in {what} ({type(error).__name__}: {reason}); decode it plainly"
+            f"target {name_of(model)} fails in {what} ({type(error).__name__}: {reason}); {PLAINLY}"
         ) from error
 
 
 def refuse_logits_dtype(dtype: torch.dtype) -> None:
     """Raise ValueError for logits that verification does not take."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"target logits must be float32, bfloat16 or float16, got {dtype}; convert the model")
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Hold two prompts of different lengths, a branched tree behind each, and the texts of the trees' leaves.
-
-    A node's column in its tree is not its depth beside the first path: decoders that count positions from the cache,
-    or that let nodes see whatever comes before them, score those nodes otherwise.
-    """
-
-    prefixes: Tensor  # int64 [2, P]
-    tree: DraftTree  # [2, N]
-    texts: Tensor  # int64 [R, longest]: prefix and path of each leaf, repeating its last token behind the end
-    places: Tensor  # int64 [2, N, 2]: the row of `texts` with a node's path, and the node's column there
-
-    lengths = (3, 2)
-    parents = ((-1, 0, 1, 0, 3, 4, 3), (-1, 0, 0, 1, 2, 4, 1))
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, device: torch.device) -> Probe:
-        """Return the probe over tokens spread over the model's vocabulary."""
-        num_nodes, longest = len(cls.parents[0]), max(cls.lengths)
-        tokens = cls.tokens(model, 2 * (num_nodes + longest)).view(2, -1)
-        texts: list[list[int]] = []
-        places = torch.zeros(2, num_nodes, 2, dtype=torch.int64)
-        for row, parents in enumerate(cls.parents):
-            prefix, nodes = tokens[row, : cls.lengths[row]].tolist(), tokens[row, longest:].tolist()
-            for leaf in set(range(num_nodes)) - set(parents):
-                path = [leaf]
-                while parents[path[0]] >= 0:
-                    path.insert(0, parents[path[0]])
-                for depth, node in enumerate(path):
-                    places[row, node] = torch.tensor([len(texts), len(prefix) + depth])
-                texts.append(prefix + [nodes[node] for node in path])
-        width = max(len(text) for text in texts)
-        padded = torch.tensor([text + text[-1:] * (width - len(text)) for text in texts])
-        count = torch.full((2,), num_nodes, device=device)
-        drafted = tokens[:, longest:].to(device)
-        scores = torch.zeros(drafted.shape, device=device)
-        tree = DraftTree(drafted, torch.tensor(cls.parents, device=device), scores, count)
-        return cls(tokens[:, :longest].to(device), tree, padded.to(device), places.to(device))
-
-    @property
-    def longest(self) -> int:
-        """Number of tokens of the longest text."""
-        return self.texts.shape[1]
-
-    @staticmethod
-    def tokens(model: PreTrainedModel, count: int) -> Tensor:
-        """Return int64 [count], tokens spread over the vocabulary, none of which a config gives a meaning of its own.
-
-        One token would hide much: row 0 of the embedding is often zero.
-        """
-        config = model.config.get_text_config()
-        special, size = _special_tokens(model.config) | _special_tokens(config), int(config.vocab_size)
-        plain = [token for token in range(size) if token not in special] or list(range(size))
-        return torch.tensor([plain[(2 * i + 1) * len(plain) // (2 * count)] for i in range(count)])
-
-
-def refuse_other_logits(
-    model: PreTrainedModel, probe: Probe, given: tuple[Tensor, Tensor], stock: Tensor, alone: Tensor
-) -> None:
-    """Raise ValueError if trees are scored otherwise than the same texts, and name the difference.
-
-    Args:
-        given: the logits behind each prefix, [2, 1, V], and those of the tree's nodes, [2, N, V].
-        stock: [R, longest, V], the model's own logits of `probe.texts`.
-        alone: [1, longest, V], the model's own logits of the first of them: how much the shape of a batch moves them.
-    """
-    rows, columns = probe.places.unbind(-1)
-    expected = torch.cat([stock[rows[:, :1], columns[:, :1] - 1], stock[rows, columns]], dim=1)
-    is_exact = model.dtype == stock.dtype == torch.float32
-    is_exact = is_exact and float(_errors(alone, stock[:1], by_largest=True).max()) <= EXACT_ERROR
-    errors = _errors(torch.cat(given, dim=1), expected, is_exact)  # [2, 1 + N]
-    depths = columns - columns[:, :1]
-    is_plain = pad(depths == torch.arange(depths.shape[1], device=depths.device), (1, 0), value=True)
-    # Not the largest error of a node where numbers are rounded: near-ties may send a node to other experts.
-    plain, branched = (
-        float(part.max() if is_exact else part.median()) for part in (errors[is_plain], errors[~is_plain])
-    )
-    limit = EXACT_ERROR if is_exact else ROUNDED_ERROR
-    if max(plain, branched) <= limit:
-        return
-    what = "the branches of a tree" if plain <= limit else "a text in the decoder's own cache"
-    counts = "position_ids" not in inspect.signature(model.get_decoder().forward).parameters
-    reason = ": its decoder takes no position_ids and counts positions from the cache" if counts else ""
-    raise ValueError(
-        f"target {name_of(model)} gives {what} other logits than its own forward gives the same tokens (by "
-        f"{max(plain, branched):.2g} of their standard deviation, allowed {limit:g}){reason}; decode it plainly"
-    )
+        raise ValueError(f"target logits must be float32, bfloat16 or float16, got {dtype}; call model.float()")
 
 
 def refuse_other_length(model: PreTrainedModel, num_tokens: int, num_features: int) -> None:
@@ -256,30 +211,11 @@ def refuse_other_head(model: PreTrainedModel, head: Tensor, logits: Tensor) -> N
         )
 
 
-def _errors(given: Tensor, expected: Tensor, by_largest: bool) -> Tensor:
-    """Return the difference per row [..., V], in standard deviations of `expected`: the largest one or the median.
-
-    Rows that hold NaN in `expected` have no difference: nothing is drawn from them.
-    """
-    given, expected = given.float(), expected.float()
-    apart = torch.where(given == expected, 0, given - expected).abs().nan_to_num(nan=torch.inf)
-    finite = expected.nan_to_num(0, 0, 0)
-    error = apart.amax(-1) if by_largest else apart.median(-1).values
-    error = error / (finite.std(-1) + 1e-6 * finite.abs().amax(-1) + torch.finfo(torch.float32).tiny)
-    return torch.where(expected.isnan().any(-1), 0, error)
-
-
-def _special_tokens(config: Any) -> set[int]:
-    values = [value for name, value in vars(config).items() if name.endswith(SPECIAL_TOKENS)]
-    lists = [value if isinstance(value, (list, tuple)) else [value] for value in values]
-    return {value for part in lists for value in part if isinstance(value, int)}
-
-
 def refuse_long_text(model: PreTrainedModel, longest: int) -> None:
     """Raise ValueError if a text of `longest` tokens (prompt and new tokens) leaves the range where a tree is exact.
 
     A tree attends to everything, so a window must hold the whole text; and rotary frequencies that change with the
-    length (`dynamic`, `longrope`) would change too early for a tree.
+    length (`dynamic`, `longrope`) would change too early for a tree, as would the scale of Llama4's queries.
     """
     config, name = model.config.get_text_config(), name_of(model)
     window, rope_length = _attention_window(config), _changing_rope_length(config)
@@ -293,6 +229,13 @@ def refuse_long_text(model: PreTrainedModel, longest: int) -> None:
             f"target {name} changes its rotary frequencies beyond {rope_length} tokens, but prompt "
             f"and new tokens can reach {longest}; shorten the prompt or max_new_tokens"
         )
+    scaled = getattr(config, "floor_scale", None) if getattr(config, "attn_temperature_tuning", False) else None
+    if scaled is not None and longest + LARGEST_TREE >= scaled:
+        raise ValueError(
+            f"target {name} scales its queries from token {scaled} on and counts a tree's nodes as tokens: texts "
+            f"may have {max(scaled - LARGEST_TREE - 1, 0)} tokens, but prompt and new tokens can reach {longest}; "
+            "shorten the prompt or max_new_tokens"
+        )
 
 
 def refuse_attention_arguments(
@@ -305,7 +248,7 @@ def refuse_attention_arguments(
     if asked:
         raise ValueError(
             f"the target's {type(module).__name__} asks for {', '.join(sorted(asked))}, which tree attention does not "
-            "support; decode it plainly"
+            f"support; {PLAINLY}"
         )
 
 
@@ -325,9 +268,19 @@ def _attention_window(config: Any) -> int | None:
 
 
 def _changing_rope_length(config: Any) -> int | None:
-    """Return the length up to which the rotary frequencies stay the same; None if they never change."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("rope_type", rope.get("type")) not in ("dynamic", "longrope"):
-        return None
-    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return int(original or config.max_position_embeddings)
+    """Return the length up to which the rotary frequencies stay the same in all layers; None if they never change."""
+    lengths: list[int] = []
+    for rope in _ropes(getattr(config, "rope_parameters", None)) + _ropes(getattr(config, "rope_scaling", None)):
+        kind = str(rope.get("rope_type") or rope.get("type"))
+        if "dynamic" in kind or kind == "longrope":
+            name = "original_max_position_embeddings"
+            known = (rope.get(name), getattr(config, name, None), getattr(config, "max_position_embeddings", None))
+            lengths.extend(int(length) for length in known if length)
+    return min(lengths, default=None)
+
+
+def _ropes(parameters: Any) -> list[dict[str, Any]]:
+    """Return the settings of every rope in a config's dict: one, or several by layer type, of which some are None."""
+    if not isinstance(parameters, dict):
+        return []
+    return [parameters] + [rope for nested in parameters.values() for rope in _ropes(nested)]
