@@ -233,8 +233,8 @@ def refuse_long_text(model: PreTrainedModel, longest: int) -> None:
     if scaled is not None and longest + LARGEST_TREE >= scaled:
         raise ValueError(
             f"target {name} scales its queries from token {scaled} on and counts a tree's nodes as tokens, so that "
-            f"texts may have {max(scaled - LARGEST_TREE - 1, 0)} tokens, but prompt and new tokens can reach {longest}; "
-            "shorten the prompt or max_new_tokens"
+            f"texts may have {max(scaled - LARGEST_TREE - 1, 0)} tokens, but prompt and new tokens can reach {longest}"
+            "; shorten the prompt or max_new_tokens"
         )
 
 
