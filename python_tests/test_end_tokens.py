@@ -191,6 +191,13 @@ def test_regenerate_stops_where_the_template_ends_a_turn(run: Any, target: Path,
     told, said = run("regenerate", "--target", target, *arguments)
     check(told, said)
     assert (told["num_answers"], told["cut"]) == (1, {})
+    model, tokenizer = tiny.load_target()
+    prompt = tokenizer.apply_chat_template(
+        conversation["messages"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = plain.plain_generate(model, prompt["input_ids"], max_new_tokens=128).new_tokens[0]
+    [written] = (tmp_path / "own.jsonl").read_text().splitlines()
+    assert json.loads(written)["messages"][1]["content"] == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def test_check_lossless_stops_where_the_template_ends_a_turn(
