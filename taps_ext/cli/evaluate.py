@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..checkpoints import load_drafters
-from ..checkpoints.load import LOOKUP, open_target
+from ..checkpoints.load import is_lookup, open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
 from ..decode.request import end_tokens
@@ -96,7 +96,7 @@ def evaluate(
     """
     settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "")
     paths = drafter_folders(target, drafter)
-    lookups = [name for name, path in paths.items() if path == LOOKUP]
+    lookups = [name for name, path in paths.items() if is_lookup(path)]
     variants = parse_variants(variant or [], list(paths), temperature, max_nodes, lookups)
     place = choose_device(device or _own_gpu())
     asked, sources = _tasks(target, task or [], prompts, limit)
@@ -180,7 +180,7 @@ def check_lossless(
         for question, prompt in zip(questions, tokens, strict=True):
             refuse_long(question, len(prompt) + max(max_new_tokens, settings.num_first_tokens), taken)
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
-        drafters = load_drafters(paths, taken)
+        drafters = load_drafters(paths, taken, tokenizer)
         report = lossless.check_lossless(
             taken,
             drafters,

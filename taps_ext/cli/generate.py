@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import native
-from ..checkpoints import load_drafters
+from ..checkpoints import CorpusStore, load_drafters
+from ..checkpoints.corpus import tokenizer_fingerprint
 from ..checkpoints.files import first_line, json_text, write_text
 from ..composition import make_composition
 from ..decode.budget import CostTable
@@ -70,6 +71,9 @@ def generate(
     extend: Annotated[
         bool, typer.Option("--extend", help="Continue drafted paths with what followed them earlier in the text.")
     ] = False,
+    store: Annotated[
+        Path | None, typer.Option(help="With --extend: corpus store of 'taps-ext index' that continues each root, too.")
+    ] = None,
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
     as_json: terminal.AsJson = False,
@@ -88,6 +92,8 @@ def generate(
     costs = None if costs_file is None else _read_costs(costs_file)
     make_composition(composition, merged_nodes, evidence_decay)  # checks it before a large target is loaded
     check_drafting(drafting)
+    if store is not None and not extend:
+        raise ValueError(f"--store goes with --extend; to draft from the store, give --drafter NAME={store}")
     paths = terminal.drafter_folders(target, drafter)
     if composition == "single" and len(paths) > 1 and single_drafter not in paths:
         given = "" if single_drafter is None else f", got {single_drafter!r}"
@@ -95,7 +101,7 @@ def generate(
     model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
     decoder = SpeculativeDecoder(
         model,
-        load_drafters(paths, model),
+        load_drafters(paths, model, tokenizer),
         composition,
         drafter=single_drafter,
         shape=shape,
@@ -104,6 +110,7 @@ def generate(
         evidence_decay=evidence_decay,
         costs=costs,
         extend=extend,
+        store=_open_store(store, model, tokenizer),
     )
     messages = [{"role": "user", "content": text if raw else text.strip()}]
     inputs: dict[str, Any] = {**terminal.encode(tokenizer, messages, raw), "max_new_tokens": max_new_tokens}
@@ -146,8 +153,8 @@ def tune(
     paths, place = terminal.drafter_folders(target, drafter), choose_device(device)
     if batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {batch_size}")
-    model, _ = terminal.load_target_and_tokenizer(target, dtype, place)
-    table = SpeculativeDecoder(model, load_drafters(paths, model)).cost_table(batch_size, measure=True)
+    model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
+    table = SpeculativeDecoder(model, load_drafters(paths, model, tokenizer)).cost_table(batch_size, measure=True)
     if output is not None:
         write_text(output, json_text(table.to_dict()))
     show(as_json, table.to_dict(), *_cost_tables(table))
@@ -203,6 +210,12 @@ def _read_costs(path: Path) -> CostTable:
         return CostTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"--costs {path} is not a file of taps-ext tune -o ({first_line(error)})") from error
+
+
+def _open_store(path: Path | None, model: Any, tokenizer: Any) -> CorpusStore | None:
+    if path is None:
+        return None
+    return CorpusStore(path, model.config.get_text_config().vocab_size, tokenizer_fingerprint(tokenizer))
 
 
 def _sampling(filters: dict[str, Any], seed: int) -> SamplingParams | None:

@@ -103,7 +103,7 @@ def evaluate(
     configuration["settings"]["dtype"] = str(target.dtype).removeprefix("torch.")
     results.check_folder(folder, configuration)
     shape = TreeShape(settings.depth, settings.branching, settings.max_nodes)
-    contestants = make_contestants(model, drafter_folders, plan.variants, shape)
+    contestants = make_contestants(model, drafter_folders, plan.variants, shape, tokenizer)
     ends = end_tokens(target, tokenizer)
     with _folder(folder, configuration, _provenance(command, model, processes, ends), processes):
         answers = results.Answers(folder, processes.index, plan.variants[0].label)
