@@ -187,6 +187,10 @@ def test_bad_rows_get_one_sentence(backend: Any) -> None:
     for tokens in (torch.tensor([1.0]), torch.tensor([[1]])):
         with pytest.raises(ValueError, match=r"tokens must be int64 \[T\] on the CPU, got"):
             index.append(tokens, True)
+    with pytest.raises(ValueError, match="runs must follow a match of at least 1 token, got a length of 0"):
+        index.take_runs(0, [[1]])
+    with pytest.raises(ValueError, match="runs must not hold negative tokens, got 1 -1"):
+        index.take_runs(1, [[1, -1]])
     for length in (0, 33):
         with pytest.raises(ValueError, match=rf"max_context must lie in 1\.\.32, got {length}"):
             backend.LookupIndex(length)
