@@ -109,8 +109,8 @@ class LookupIndex {
   int max_context_;
   int64_t size_ = 0;
   ContextTrie trie_;
-  ContextTrie stored_;  // the store's runs: its root is their match
-  Contexts contexts_;   // of the text's end
+  ContextTrie stored_;                              // the store's runs: its root is their match
+  Contexts contexts_;                               // of the text's end
   std::array<float, 2 * kLengthGroups> offsets_{};  // of the row's own contexts, then of the store's
 };
 
