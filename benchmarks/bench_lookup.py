@@ -4,8 +4,9 @@
                                                                              also writes results.md beside it
 
 Each file holds questions, a JSON object a line with `turns`; the first turn of the first questions is asked through the
-target's chat template. All ways decode greedily on one thread, one after the other in one process, and are timed in
-processor time; a question's time is the median of its repeats. The texts of plain decoding and of ours must be equal.
+target's chat template. benchmarks/repeating.jsonl has ten prompts whose answers repeat them: code to edit, tables to
+extract from, texts to quote. All ways decode greedily on one thread, one after the other in one process, and are timed
+in processor time; a question's time is the median of its repeats. The texts of plain decoding and ours must be equal.
 The last line of the output is one line of JSON.
 """
 

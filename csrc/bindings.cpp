@@ -4,11 +4,13 @@
 #include <torch/csrc/jit/frontend/function_schema_parser.h>
 #include <torch/extension.h>
 
+#include <algorithm>
 #include <map>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "lookup/lookup_index.h"
 #include "ops.h"
@@ -114,6 +116,16 @@ at::Tensor append(taps::LookupIndex& index, const at::Tensor& tokens, bool is_pr
   return log_probs;
 }
 
+void take_runs(taps::LookupIndex& index, int64_t length, const std::vector<std::vector<int32_t>>& runs) {
+  TORCH_CHECK_VALUE(length >= (runs.empty() ? 0 : 1) && length <= INT32_MAX,
+                    "runs must follow a match of at least 1 token, got a length of ", length);
+  for (const std::vector<int32_t>& run : runs) {
+    TORCH_CHECK_VALUE(std::all_of(run.begin(), run.end(), [](int32_t token) { return token >= 0; }),
+                      "runs must not hold negative tokens, got ", run);
+  }
+  index.take_runs(static_cast<int>(length), runs);
+}
+
 // Writes into rows that the caller made, so that a batch is one tensor of each kind.
 int64_t propose(const taps::LookupIndex& index, int64_t depth, int64_t branching, double min_score,
                 const std::optional<std::tuple<int64_t, float, float>>& noise, const at::Tensor& tokens,
@@ -150,6 +162,7 @@ void bind_lookup_index(py::module_& module) {
       .def_property_readonly("size", &Index::size)
       .def_property_readonly("num_bytes", &Index::num_bytes)
       .def("append", &append, py::call_guard<py::gil_scoped_release>(), py::arg("tokens"), py::arg("is_prompt"))
+      .def("take_runs", &take_runs, py::call_guard<py::gil_scoped_release>(), py::arg("length"), py::arg("runs"))
       .def("propose", &propose, py::call_guard<py::gil_scoped_release>(), py::arg("depth"), py::arg("branching"),
            py::arg("min_score"), py::arg("noise"), py::arg("tokens"), py::arg("parents"), py::arg("scores"),
            py::arg("entropies"));

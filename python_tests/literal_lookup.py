@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from taps_ext.reference import gumbel_noise
@@ -24,7 +25,10 @@ def _table(name: str) -> list[float]:
 
 
 BY_LENGTH, BY_TOTAL, BY_CHILDREN, BY_MISSES = map(_table, ("kByLength", "kByTotal", "kByChildren", "kByMisses"))
-NEWEST = float(re.search(r"kNewest = ([\d.]+)f", (HEADERS / "hit_table.h").read_text())[1])  # type: ignore[index]
+NEWEST, STORE_OFFSET = (
+    float(re.search(rf"{name} = (-?[\d.]+)f", (HEADERS / "hit_table.h").read_text())[1])  # type: ignore[index]
+    for name in ("kNewest", "kStoreOffset")
+)
 
 
 def group(value: int, ends: tuple[int, ...]) -> int:
@@ -40,32 +44,57 @@ def continuations(text: list[int], context: list[int]) -> dict[int, int]:
     return counts
 
 
+def run_continuations(runs: list[list[int]], passed: list[int]) -> dict[int, int]:
+    """What follows in the runs that begin with the passed tokens, with counts, the last run first."""
+    counts: dict[int, int] = {}
+    for run in reversed(runs):
+        if run[: len(passed)] == passed and len(run) > len(passed):
+            token = run[len(passed)]
+            counts[token] = counts.get(token, 0) + 1
+    return counts
+
+
 class LiteralLookup:
-    """One row's text, and the offsets that it has taught."""
+    """One row's text, what a store says of its end, and the offsets that it has taught."""
 
     def __init__(self, max_context: int) -> None:
         self.max_context = max_context
         self.text: list[int] = []
-        self.offsets = [0.0] * len(BY_LENGTH)
+        self.offsets = [0.0] * len(BY_LENGTH) + [STORE_OFFSET] * len(BY_LENGTH)
+        self.runs: list[list[int]] = []
+        self.match_length, self.taken_at = 0, 0
+
+    def take_runs(self, match_length: int, runs: list[list[int]]) -> None:
+        """Take what followed a match of the text's end elsewhere."""
+        self.match_length, self.runs, self.taken_at = match_length, runs, len(self.text)
+
+    def contexts(self, path: list[int]) -> Iterator[tuple[int, int, dict[int, int], bool]]:
+        """Yield (group of offsets, length, what followed, whether in the store) of every context, in their order."""
+        passed = path[self.taken_at :]
+        stored = self.match_length + len(passed)
+        for length in range(self.max_context, 0, -1):
+            if length <= len(path):
+                yield group(length, LENGTHS), length, continuations(self.text, path[-length:]), False
+            if length == min(stored, self.max_context):
+                yield group(stored, LENGTHS) + len(BY_LENGTH), stored, run_continuations(self.runs, passed), True
 
     def outlook(self, drafted: list[int]) -> tuple[dict[int, float], float, list[tuple[int, float, list[int]]]]:
         """Behind the text and a drafted path: probabilities by token, the escape, and (group, hit, tokens) by level."""
         path = self.text + drafted
         found: dict[int, float] = {}
         escape, levels = 1.0, []
-        for length in range(min(self.max_context, len(path)), 0, -1):
+        for place, length, counts, is_stored in self.contexts(path):
             if escape <= LEAST_ESCAPE:
                 break
-            counts = continuations(self.text, path[-length:])
             tokens = [token for token in list(counts)[:NUM_CONTINUATIONS] if token not in found]
             tokens = tokens[: NUM_CANDIDATES - len(found)]
             if not tokens:
                 continue
-            place = group(length, LENGTHS)
-            logit = BY_LENGTH[place] + BY_TOTAL[group(sum(counts.values()), TOTALS)] + self.offsets[place]
-            logit += BY_CHILDREN[group(len(counts), CHILDREN)] + BY_MISSES[min(len(levels), 2)]
+            logit = BY_LENGTH[group(length, LENGTHS)] + BY_TOTAL[group(sum(counts.values()), TOTALS)]
+            logit += BY_CHILDREN[group(len(counts), CHILDREN)] + BY_MISSES[min(len(levels), 2)] + self.offsets[place]
             hit = 1 / (1 + math.exp(-logit))
-            weights = [math.sqrt(counts[token]) * (NEWEST if n == 0 else 1) for n, token in enumerate(tokens)]
+            bonus = 1 if is_stored else NEWEST
+            weights = [math.sqrt(counts[token]) * (bonus if n == 0 else 1) for n, token in enumerate(tokens)]
             shares = [escape * hit * weight / sum(weights) for weight in weights]
             found |= dict(zip(tokens, shares, strict=True))
             levels.append((place, hit, tokens))

@@ -31,6 +31,7 @@ from typer.testing import CliRunner
 import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.checkpoints import save_drafter
+from taps_ext.checkpoints.corpus import write_store
 from taps_ext.checkpoints.files import write_text
 from taps_ext.cli import app, main, terminal
 
@@ -225,6 +226,29 @@ def test_look_ups_need_no_files_with_any_target(run, model_folders) -> None:
     plain = taps.plain_generate(small_models.trained_target(), torch.tensor([[2, 10, 11, 12]]), max_new_tokens=30)
     assert json.loads(out)["new_tokens"] == plain.new_tokens[0]
     assert json.loads(out)["stats"]["drafters"] == ["mine"]
+
+
+def test_a_stores_directory_is_a_drafter_and_continues_extended_roots(tmp_path, run):
+    texts, folder = tmp_path / "texts.jsonl", str(tmp_path / "s")
+    texts.write_text('{"text": "The sum of two and three is five."}\n')
+    arguments = ("--target", "tiny", "--prompt", "The sum of", "--raw", "--max-new-tokens", "8", "--json")
+    code, out, _ = run("index", str(texts), "-o", folder)
+    assert code == 0
+    plain = run("generate", "--drafter", "tiny/math", *arguments)
+    drafted = run("generate", "--drafter", f"code={folder}", *arguments)
+    extended = run("generate", "--drafter", "tiny/math", "--extend", "--store", folder, *arguments)
+    lines = [out for code, out, _ in (plain, drafted, extended) if code == 0]
+    assert len({line.split('"new_tokens"')[1].split("]")[0] for line in lines}) == 1 and len(lines) == 3
+    code, out, err = run("generate", "--drafter", "lookup", "--store", folder, *arguments)
+    assert (code, out) == (
+        2,
+        "",
+    ) and f"--store goes with --extend; to draft from the store, give --drafter NAME={folder}" in err
+    target, _ = tiny.load_target()
+    write_store(folder, [[1, 2]], target.config.vocab_size, "of another tokenizer")
+    for options in (("--drafter", f"code={folder}"), ("--extend", "--store", folder)):
+        code, out, err = run("generate", *options, *arguments)
+        assert (code, out) == (2, "") and "was made with another tokenizer" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
@@ -68,23 +69,38 @@ def store(tmp_path: Path) -> Path:
     return folder
 
 
+def check_store(folder: Path, seed: int) -> set[int]:
+    """Write a store of random documents, compare it with a naive search, and return the lengths of its matches."""
+    random, lengths = Random(seed), set()
+    documents, vocabulary = random_documents(random)
+    write_store(folder, documents, vocabulary, "")
+    opened = CorpusStore(folder, vocabulary)
+    assert (opened.num_documents, opened.num_tokens) == (len(documents), sum(map(len, documents)))
+    for _ in range(60):
+        context = random_context(random, documents, vocabulary)
+        max_context, max_length = random.choice([1, 2, 5, 8, 40]), random.choice([1, 3, 8])
+        found = opened.continuations(context, max_context, 10_000, max_length)
+        length, followed = naive(documents, context, max_context, max_length)
+        assert (found.length, sorted(found.tokens)) == (length, followed), f"seed {seed}, {context}"
+        assert found.num_occurrences == len(followed)
+        lengths.add(length)
+    return lengths
+
+
 def test_a_store_finds_what_a_search_through_all_documents_finds(tmp_path: Path, num_cases: int) -> None:
-    lengths: set[int] = set()
-    for seed in range(num_cases // 3):
-        random = Random(seed)
-        documents, vocabulary = random_documents(random)
-        write_store(tmp_path / "store", documents, vocabulary, "")
-        opened = CorpusStore(tmp_path / "store", vocabulary)
-        assert (opened.num_documents, opened.num_tokens) == (len(documents), sum(map(len, documents)))
-        for _ in range(60):
-            context = random_context(random, documents, vocabulary)
-            max_context, max_length = random.choice([1, 2, 5, 8, 40]), random.choice([1, 3, 8])
-            found = opened.continuations(context, max_context, 10_000, max_length)
-            length, followed = naive(documents, context, max_context, max_length)
-            assert (found.length, sorted(found.tokens)) == (length, followed), f"seed {seed}, {context}"
-            assert found.num_occurrences == len(followed)
-            lengths.add(length)
+    lengths = set[int]().union(*(check_store(tmp_path / "store", seed) for seed in range(num_cases // 3)))
     assert lengths >= set(range(9)) | {MAX_CONTEXT}
+
+
+@pytest.mark.long
+def test_many_stores_find_what_a_naive_search_finds_and_none_is_read_once_corrupted(tmp_path: Path) -> None:
+    """102,000 look-ups in 1,700 stores, each of which is then corrupted ten times."""
+    store = tmp_path / "store"
+    for seed in range(10**6, 10**6 + 1_700):
+        check_store(store, seed)
+        for number in range(10):
+            with corrupted(store, Random(f"{seed} {number}")):
+                assert_refused(store, "damaged|not JSON|not of a corpus store|of version|is missing from|no corpus")
 
 
 def test_a_limit_takes_occurrences_evenly(tmp_path: Path) -> None:
@@ -146,6 +162,29 @@ def test_a_truncated_or_missing_file_is_refused_in_one_sentence(store: Path, nam
         assert_refused(store, "damaged|not JSON")
     path.unlink()
     assert_refused(store, "no corpus store at|is missing from its corpus store")
+
+
+@contextmanager
+def corrupted(store: Path, random: Random) -> Iterator[None]:
+    """Change, cut, lengthen, swap or remove a file for a while, other than by white space of its JSON."""
+    path = store / random.choice(FILES)
+    whole, place = path.read_bytes(), random.randrange(path.stat().st_size)
+    changes = {
+        "change": whole[:place] + bytes([whole[place] ^ random.randint(1, 255)]) + whole[place + 1 :],
+        "cut": whole[:place],
+        "lengthen": whole + bytes(random.choices(b"x\0", k=random.randint(1, 9))),
+        "swap": (store / random.choice([name for name in FILES if name != path.name])).read_bytes(),
+        "remove": None,
+    }
+    other = changes[random.choice(list(changes))]
+    if other is None:
+        path.unlink()
+    else:
+        path.write_bytes(other)
+        if path.suffix == ".json" and json_of(path) == json.loads(whole):
+            path.write_bytes(b"")
+    yield
+    path.write_bytes(whole)
 
 
 def json_of(path: Path) -> object:

@@ -70,8 +70,15 @@ def check_tree(tree: DraftTree, literal: LiteralLookup, shape: tuple[int, int, i
     assert all(score <= bar + TOLERANCE for score in left_out)
 
 
+def random_runs(rng: random.Random, text: list[int]) -> list[list[int]]:
+    """Passages of the text, and other ones."""
+    sources = [text, [rng.choice(text) for _ in range(20)], [rng.randrange(2**31) for _ in range(9)]]
+    starts = [(rng.choice(sources), rng.randrange(9)) for _ in range(rng.choice([0, 1, 3, 30]))]
+    return [run for source, start in starts if (run := source[start : start + rng.randint(1, 8)])]
+
+
 def check_text(backend: Any, seed: int) -> None:
-    """Every token's log-probability, and trees at random places."""
+    """Every token's log-probability, and trees at random places, where a store says something and where it does not."""
     rng = random.Random(seed)
     text, max_context = random_text(rng), rng.choice([1, 2, 3, 8])
     index, literal = backend.LookupIndex(max_context), LiteralLookup(max_context)
@@ -83,9 +90,14 @@ def check_text(backend: Any, seed: int) -> None:
         assert log_probs.tolist() == pytest.approx(expected, abs=TOLERANCE)
         place += len(block)
         assert index.size == place
+        if rng.random() < 0.5:
+            length, runs = rng.randint(1, 12), random_runs(rng, text)
+            index.take_runs(length, runs)
+            literal.take_runs(length, runs)
         shape: Any = rng.randint(1, 5), rng.randint(1, 4), rng.randint(1, 12), rng.choice([-math.inf, -2.0])
         noise = (rng.getrandbits(62), rng.choice([0.5, 1.0, 3.0]), rng.choice([0.0, 0.4, 0.9]))
-        is_coupled = rng.random() < 0.3 and max(literal.text, default=0) < 100  # the literal noise is the vocabulary's
+        largest = max([*literal.text, *(token for run in literal.runs for token in run)], default=0)
+        is_coupled = rng.random() < 0.3 and largest < 100  # the literal noise is the vocabulary's
         shape = (*shape, noise if is_coupled else None)
         check_tree(proposal(index, *shape, root=literal.text[-1] if place else 0), literal, shape)
 
@@ -175,6 +187,10 @@ def test_bad_rows_get_one_sentence(backend: Any) -> None:
     for tokens in (torch.tensor([1.0]), torch.tensor([[1]])):
         with pytest.raises(ValueError, match=r"tokens must be int64 \[T\] on the CPU, got"):
             index.append(tokens, True)
+    with pytest.raises(ValueError, match="runs must follow a match of at least 1 token, got a length of 0"):
+        index.take_runs(0, [[1]])
+    with pytest.raises(ValueError, match="runs must not hold negative tokens, got 1 -1"):
+        index.take_runs(1, [[1, -1]])
     for length in (0, 33):
         with pytest.raises(ValueError, match=rf"max_context must lie in 1\.\.32, got {length}"):
             backend.LookupIndex(length)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import taps_ext as taps
+from taps_ext.checkpoints.corpus import write_store
 from taps_ext.composition import COMPOSITIONS
 from taps_ext.decode import step as device_half
 from taps_ext.decode.state import Acceptance
@@ -63,10 +65,37 @@ WAYS: dict[str, dict[str, Any]] = {
     "confidence, look-ups": {"composition": "confidence", "lookup": True},
     "evidence, look-ups": {"composition": "evidence", "lookup": True},
     "merged by evidence, look-ups, 9 nodes": {**BY_EVIDENCE, "max_nodes": 9, "lookup": True},
+    "look-ups in a store": {"composition": "single", "lookup": True, "store": True},
+    "evidence, look-ups in a store": {"composition": "evidence", "lookup": True, "store": True},
+    "merged, look-ups in a store, 9 nodes": {"max_nodes": 9, "lookup": True, "store": True},
+    "merged, extended from a store": {"extend": True, "store": True},
+    "evidence, all limits, extended from a store": {
+        "composition": "evidence",
+        "joint_budget": 19,
+        "shape": replace(SHAPE, min_score=-3.5),
+        "extend": True,
+        "lookup": True,
+        "store": True,
+    },
 }
 # Every way under every filter, and once without a look at the noise.
 GRID = [(way, name, "coupled") for way in WAYS for name in SAMPLINGS]
 GRID += [(way, name, "topk") for way, name in zip(WAYS, itertools.cycle(SAMPLINGS), strict=False)]
+
+
+@cache
+def store_of_texts() -> taps.CorpusStore:
+    """Sampled texts of the target: a look-up finds right and wrong continuations in them."""
+    ids, _ = prompts(5)
+    texts = [
+        taps.plain_generate(
+            trained_target(), ids, sampling=taps.SamplingParams(t, seed=11), max_new_tokens=32
+        ).sequences
+        for t in (0.0, 0.7, 1.0)
+    ]
+    with TemporaryDirectory() as folder:  # what is open stays
+        write_store(folder, torch.cat(texts).tolist(), trained_target().config.vocab_size, "")
+        return taps.CorpusStore(folder)
 
 
 def make_decoder(
@@ -74,11 +103,16 @@ def make_decoder(
     composition: str = "merged",
     uncalibrated: str = "",
     lookup: bool = False,
+    store: bool = False,
     **kwargs: object,
 ) -> taps.SpeculativeDecoder:
+    """With `store`, look-ups and the extension read one."""
     drafters: dict[str, taps.Drafter] = dict(trained_drafters(family))
+    opened = store_of_texts() if store else None
     if lookup:
-        drafters["lookup"] = taps.LookupDrafter(trained_target(family).config.vocab_size)
+        drafters["lookup"] = taps.LookupDrafter(trained_target(family).config.vocab_size, store=opened)
+    if "extend" in kwargs:
+        kwargs["store"] = opened
     drafter = ("lookup" if lookup else "math") if composition == "single" else None
     if uncalibrated:
         one = drafters[uncalibrated]
@@ -100,10 +134,14 @@ def test_greedy_text_is_that_of_stock_generate(family: str, lookup: bool, compos
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("composition", COMPOSITIONS)
-def test_greedy_text_with_extended_trees_is_that_of_stock_generate(composition: str, batch_size: int) -> None:
+@pytest.mark.parametrize("store", [False, True])
+def test_greedy_text_with_extended_trees_is_that_of_stock_generate(
+    store: bool, composition: str, batch_size: int
+) -> None:
     ids, mask = prompts(batch_size)
     stock = trained_target().generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=80, eos_token_id=None)
-    result = make_decoder(composition=composition, extend=True).generate(ids, mask, max_new_tokens=80, eos_token_id=())
+    decoder = make_decoder(composition=composition, extend=True, lookup=store, store=store)
+    result = decoder.generate(ids, mask, max_new_tokens=80, eos_token_id=())
     assert torch.equal(result.sequences, stock)
 
 
@@ -144,6 +182,7 @@ def test_sampled_text_is_plain_samplings_whatever_the_tree(family: str, sampling
     [
         *((0.0, "merged"), (1.0, "merged"), (1.0, "evidence"), (1.0, "merged by evidence, 9 nodes")),
         *((0.0, "look-ups"), (1.0, "look-ups"), (1.0, "merged by evidence, look-ups, 9 nodes")),
+        *((0.0, "merged, extended from a store"), (1.0, "merged, look-ups in a store, 9 nodes")),
     ],
 )
 def test_a_rows_text_does_not_depend_on_its_neighbours(temperature: float, way: str) -> None:
@@ -233,6 +272,16 @@ def test_the_proofs_are_not_hollow() -> None:
             assert sum(count >= 2 for count in counts) >= len(counts) / 5
             assert min(counts) < SHAPE.depth
     assert gaps > 20
+
+
+def test_neither_are_those_with_a_store() -> None:
+    """What it holds is accepted, and rejected, and reaches deeper than drafters do."""
+    for way in ("look-ups in a store", "merged, extended from a store"):
+        stats = make_decoder(**WAYS[way]).generate(*prompts(5), sampling=SAMPLINGS["unfiltered"]).stats
+        counts = [count for row in stats.num_accepted for count in row]
+        assert sum(count >= 2 for count in counts) >= len(counts) / 5 and min(counts) == 0
+        least = stats.proposer_share["lookup" if "look-ups" in way else "extension"]
+        assert least > 0.3
 
 
 def acceptance_length(way: str, **kwargs: Any) -> float:

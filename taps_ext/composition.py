@@ -106,14 +106,10 @@ class Merging(Composition):
         self.decay = None if decay is None else check_decay(decay)
 
     def compose(self, trees: Sequence[DraftTree], evidence: Tensor | None = None) -> Composed:
-        def stack(name: str) -> Tensor:
-            return torch.stack([getattr(tree, name) for tree in trees], dim=1)
-
-        scores = stack("scores")
+        tokens, parents, scores, num_nodes = _stacked(trees)
         if evidence is not None:
             scores[:, :, 1:] += evidence.log_softmax(dim=0).T[:, :, None]
-        merged = ops.merge_trees(stack("tokens"), stack("parents"), scores, stack("num_nodes"), self.max_nodes)
-        return Composed(merged.tree, None)
+        return Composed(ops.merge_trees(tokens, parents, scores, num_nodes, self.max_nodes).tree, None)
 
 
 COMPOSITIONS: dict[str, Callable[[int | None, float | None], Composition]] = {
@@ -158,6 +154,21 @@ def select_trees(trees: Sequence[DraftTree], choice: Tensor) -> Composed:
     return Composed(replace(selected, proposers=proposers, entropies=entropies), choice)
 
 
+def add_tree(tree: DraftTree, other: DraftTree, proposer: int) -> DraftTree:
+    """Return the union of a composed tree and another one of the same root, in as many slots as it may need.
+
+    `proposer` is the bit mask of the other tree's nodes; those of the composed tree keep their own.
+    """
+    capacity = max(tree.capacity, other.capacity)
+    tree = tree.padded(capacity)
+    merged, node_map = ops.merge_trees(*_stacked([tree, other.padded(capacity)]))
+    assert merged.proposers is not None and tree.proposers is not None
+    places = node_map[:, 0]  # of the composed tree's nodes; -1: padding, which goes to a slot that is left out
+    known = torch.nn.functional.pad(torch.zeros_like(merged.tokens), (0, 1))
+    known.scatter_(1, torch.where(places < 0, merged.capacity, places), tree.proposers)
+    return replace(merged, proposers=known[:, :-1] | torch.where(merged.proposers >= 2, proposer, 0))
+
+
 def share_budget(tree: DraftTree, joint_budget: int) -> DraftTree:
     """Keep the best `joint_budget` nodes of all rows together, every root included; ties go to the first row and node.
 
@@ -188,6 +199,15 @@ def check_decay(decay: Any) -> float:
     if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay <= 1:
         raise ValueError(f"evidence_decay must be above 0 and at most 1, or 0 with merged, got {decay!r}")
     return float(decay)
+
+
+def _stacked(trees: Sequence[DraftTree]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tokens, parents, scores [B, D, N] and num_nodes [B, D] of trees that share their capacity."""
+
+    def stack(name: str) -> Tensor:
+        return torch.stack([getattr(tree, name) for tree in trees], dim=1)
+
+    return stack("tokens"), stack("parents"), stack("scores"), stack("num_nodes")
 
 
 def _merging(max_nodes: int | None, decay: float | None) -> Merging:

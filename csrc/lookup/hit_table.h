@@ -12,6 +12,7 @@ constexpr float kByLength[kLengthGroups] = {-1.16f, -0.28f, -0.07f, -0.01f, 0.51
 constexpr float kByTotal[] = {-1.42f, -0.80f, 0.00f, 0.66f, 1.66f};  // occurrences: 1, 2, 3 to 4, 5 to 8, more
 constexpr float kByChildren[] = {1.23f, 0.08f, -0.41f, -0.79f};      // different next tokens: 1, 2, 3 to 4, more
 constexpr float kByMisses[] = {0.78f, -0.09f, -0.59f};               // longer contexts that missed: 0, 1, more
+constexpr float kStoreOffset = -1.1f;                                // of contexts in other texts than the row's own
 
 inline int length_group(int length) {
   return length <= 4 ? length - 1 : length <= 6 ? 4 : 5;

@@ -17,8 +17,21 @@ constexpr float kMostOffset = 4.0f;
 }  // namespace
 
 LookupIndex::LookupIndex(int max_context) : max_context_(max_context) {
-  contexts_.fill(ContextTrie::kNone);
-  contexts_[0] = ContextTrie::kRoot;
+  contexts_.own.fill(ContextTrie::kNone);
+  contexts_.own[0] = ContextTrie::kRoot;
+  std::fill(offsets_.begin() + kLengthGroups, offsets_.end(), kStoreOffset);
+}
+
+void LookupIndex::take_runs(int length, const std::vector<std::vector<int32_t>>& runs) {
+  stored_ = ContextTrie();
+  for (const std::vector<int32_t>& run : runs) {
+    int32_t node = ContextTrie::kRoot;
+    for (const int32_t token : run) {
+      node = stored_.add(node, token);
+    }
+  }
+  contexts_.stored = ContextTrie::kRoot;
+  contexts_.stored_length = length;
 }
 
 int LookupIndex::Outlook::find(int32_t token) const {
@@ -65,33 +78,40 @@ void LookupIndex::Outlook::couple(const LookupNoise& noise, int64_t position) {
 
 LookupIndex::Outlook LookupIndex::look(const Contexts& contexts) const {
   Outlook outlook;
-  for (int length = max_context_; length >= 1 && outlook.escape > kLeastEscape; --length) {
-    if (contexts[length] != ContextTrie::kNone && trie_[contexts[length]].num_children > 0) {
-      add_level(length, trie_[contexts[length]], outlook);
+  for (int length = max_context_; length >= 1; --length) {
+    add_level(trie_, contexts.own[length], length, outlook);
+    if (length == std::min(contexts.stored_length, max_context_)) {
+      add_level(stored_, contexts.stored, contexts.stored_length, outlook);
     }
   }
   return outlook;
 }
 
-// Adds the newest tokens that followed a context and no longer one, with their share of what is left.
-void LookupIndex::add_level(int length, const ContextTrie::Node& context, Outlook& outlook) const {
+// Adds the newest tokens that followed a context, if it has a past, and no context before: with their share of what is
+// left.
+void LookupIndex::add_level(const ContextTrie& trie, int32_t node, int length, Outlook& outlook) const {
+  if (node == ContextTrie::kNone || outlook.escape <= kLeastEscape) {
+    return;
+  }
+  const ContextTrie::Node& context = trie[node];
+  const bool is_stored = &trie == &stored_;
   const int begin = outlook.num_candidates;
   int end = begin;
   float sum = 0;
   int32_t child = context.newest;
   for (int seen = 0; child != ContextTrie::kNone && seen < kMostContinuations && end < kMostCandidates; ++seen) {
-    const ContextTrie::Node& node = trie_[child];
-    if (outlook.find(node.token) < 0) {
-      const float weight = continuation_weight(node.count, end == begin);
-      outlook.candidates[end++] = {node.token, weight};
+    const ContextTrie::Node& next = trie[child];
+    if (outlook.find(next.token) < 0) {
+      const float weight = continuation_weight(next.count, !is_stored && end == begin);
+      outlook.candidates[end++] = {next.token, weight};
       sum += weight;
     }
-    child = node.older;
+    child = next.older;
   }
   if (end == begin) {
     return;
   }
-  const int group = length_group(length);
+  const int group = length_group(length) + (is_stored ? kLengthGroups : 0);
   const float logit = hit_logit(length, context.total, context.num_children, outlook.num_levels) + offsets_[group];
   const float hit = 1 / (1 + std::exp(-logit));
   for (int i = begin; i < end; ++i) {
@@ -129,26 +149,35 @@ void LookupIndex::append(const int64_t* tokens, int64_t count, bool is_prompt, f
 // The contexts that end with the new token are the old ones, each followed by it.
 void LookupIndex::extend(int32_t token) {
   for (int length = max_context_; length >= 0; --length) {
-    if (contexts_[length] != ContextTrie::kNone) {
-      const int32_t node = trie_.add(contexts_[length], token);
+    if (contexts_.own[length] != ContextTrie::kNone) {
+      const int32_t node = trie_.add(contexts_.own[length], token);
       if (length < max_context_) {
-        contexts_[length + 1] = node;
+        contexts_.own[length + 1] = node;
       }
     }
   }
+  follow_store(token, contexts_);
   ++size_;
 }
 
 LookupIndex::Contexts LookupIndex::behind(const Contexts& contexts, int32_t token) const {
-  Contexts next;
-  next.fill(ContextTrie::kNone);
-  next[0] = ContextTrie::kRoot;
+  Contexts next = contexts;
+  next.own.fill(ContextTrie::kNone);
+  next.own[0] = ContextTrie::kRoot;
   for (int length = 0; length < max_context_; ++length) {
-    if (contexts[length] != ContextTrie::kNone) {
-      next[length + 1] = trie_.find(contexts[length], token);
+    if (contexts.own[length] != ContextTrie::kNone) {
+      next.own[length + 1] = trie_.find(contexts.own[length], token);
     }
   }
+  follow_store(token, next);
   return next;
+}
+
+void LookupIndex::follow_store(int32_t token, Contexts& contexts) const {
+  if (contexts.stored != ContextTrie::kNone) {
+    contexts.stored = stored_.find(contexts.stored, token);
+    ++contexts.stored_length;
+  }
 }
 
 struct LookupIndex::Drafted {

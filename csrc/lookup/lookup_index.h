@@ -6,6 +6,9 @@
 // past gets the probability of a hit, shared by the tokens that followed it; what is left, the escape, goes to the next
 // shorter context and its further tokens, and so on. The probability of a hit comes from hit_table.h, with an offset
 // for each length that the row's own text corrects as it grows.
+//
+// A corpus store may say what followed its longest match of the text's end. These continuations are one more context,
+// behind the row's own one of the same length, with offsets of their own.
 #pragma once
 
 #include <array>
@@ -51,18 +54,26 @@ class LookupIndex {
 
   // Number of tokens appended so far.
   int64_t size() const { return size_; }
-  size_t num_bytes() const { return trie_.num_bytes(); }
+  size_t num_bytes() const { return trie_.num_bytes() + stored_.num_bytes(); }
 
   // Appends tokens; log_probs[i] is the log-probability that tokens[i] had just before. The hits and misses correct the
   // offsets, those of a prompt less.
   void append(const int64_t* tokens, int64_t count, bool is_prompt, float* log_probs);
+
+  // Takes what followed a corpus store's longest match, of `length` tokens, of the text's end. It holds until it is
+  // taken again, for texts that go on as one of `runs` does.
+  void take_runs(int length, const std::vector<std::vector<int32_t>>& runs);
 
   // Writes the best continuations, parents first, best first; returns the number of nodes, root included. With noise,
   // which may be null, they are the tokens that the target is about to draw.
   int64_t propose(const LookupShape& shape, const LookupNoise* noise, const LookupTree& tree) const;
 
  private:
-  using Contexts = std::array<int32_t, kMostContext + 1>;  // [n]: the node of the last n tokens, or kNone
+  struct Contexts {
+    std::array<int32_t, kMostContext + 1> own;  // [n]: the node of the last n tokens, or kNone
+    int32_t stored = ContextTrie::kNone;        // the node of stored_
+    int stored_length = 0;                      // tokens of the store's match, those since taking it included
+  };
 
   struct Candidate {
     int32_t token;
@@ -77,7 +88,7 @@ class LookupIndex {
 
   struct Outlook {
     std::array<Candidate, kMostCandidates> candidates;
-    std::array<Level, kMostContext> levels;
+    std::array<Level, kMostContext + 1> levels;
     int num_candidates = 0, num_levels = 0;
     float escape = 1;
 
@@ -89,16 +100,18 @@ class LookupIndex {
   struct Drafted;  // a node of a growing tree
 
   Outlook look(const Contexts& contexts) const;
-  void add_level(int length, const ContextTrie::Node& context, Outlook& outlook) const;
+  void add_level(const ContextTrie& trie, int32_t node, int length, Outlook& outlook) const;
   void correct(const Outlook& outlook, int candidate, float rate);
   void extend(int32_t token);
   Contexts behind(const Contexts& contexts, int32_t token) const;
+  void follow_store(int32_t token, Contexts& contexts) const;
 
   int max_context_;
   int64_t size_ = 0;
   ContextTrie trie_;
-  Contexts contexts_;  // of the text's end
-  std::array<float, kLengthGroups> offsets_{};
+  ContextTrie stored_;                              // the store's runs: its root is their match
+  Contexts contexts_;                               // of the text's end
+  std::array<float, 2 * kLengthGroups> offsets_{};  // of the row's own contexts, then of the store's
 };
 
 }  // namespace taps

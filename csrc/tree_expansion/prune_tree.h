@@ -4,25 +4,16 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/tree_fields.h"
 
 namespace taps {
 
 struct PruneTreeParams {
-  const int64_t* tokens;     // [B, N]
-  const int64_t* parents;    // [B, N]
-  const float* scores;       // [B, N]
-  const int64_t* num_nodes;  // [B]
-  const float* entropies;    // [B, N]
-  const int64_t* proposers;  // [B, N], or null: zeros
-  int64_t* kept_tokens;      // [B, C]
-  int64_t* kept_parents;     // [B, C]
-  float* kept_scores;        // [B, C]
-  int64_t* num_kept;         // [B]
-  float* kept_entropies;     // [B, C]
-  int64_t* kept_proposers;   // [B, C]
-  int64_t* workspace;        // [B, 2, N]
-  int64_t nodes;             // N
-  int64_t capacity;          // C, the budget too
+  TreesRead tree;      // [B, N]
+  TreesWritten kept;   // [B, C]
+  int64_t* workspace;  // [B, 2, N]
+  int64_t nodes;       // N
+  int64_t capacity;    // C, the budget too
 };
 
 namespace cpu {

@@ -62,22 +62,14 @@ __device__ void write_nodes(const PruneTreeParams& params, int64_t b, int count,
       continue;
     }
     const int64_t at = to + static_cast<int64_t>(numbers[node] / 2);
-    const int64_t parent = safe_parent(params.parents + from, count, node);
-    params.kept_tokens[at] = params.tokens[from + node];
-    params.kept_parents[at] = parent < 0 ? -1 : static_cast<int64_t>(numbers[parent] / 2);
-    params.kept_scores[at] = params.scores[from + node];
-    params.kept_entropies[at] = params.entropies[from + node];
-    params.kept_proposers[at] = params.proposers != nullptr ? params.proposers[from + node] : 0;
+    const int64_t parent = safe_parent(params.tree.parents + from, count, node);
+    params.kept.copy(at, params.tree, from + node, parent < 0 ? -1 : static_cast<int64_t>(numbers[parent] / 2));
   }
   for (int64_t place = kept + static_cast<int64_t>(threadIdx.x); place < params.capacity; place += kThreads) {
-    params.kept_tokens[to + place] = 0;
-    params.kept_parents[to + place] = 0;
-    params.kept_scores[to + place] = -__builtin_inff();
-    params.kept_entropies[to + place] = 0;
-    params.kept_proposers[to + place] = 0;
+    params.kept.pad(to + place);
   }
   if (threadIdx.x == 0) {
-    params.num_kept[b] = kept;
+    params.kept.num_nodes[b] = kept;
   }
 }
 
@@ -89,9 +81,9 @@ __global__ void __launch_bounds__(kThreads, 1) prune_tree_kernel(const PruneTree
   const int64_t b = blockIdx.x;
   const int nodes = static_cast<int>(params.nodes);
   const int capacity = static_cast<int>(params.capacity);
-  const int count = static_cast<int>(safe_count(params.num_nodes[b], nodes));
-  const int64_t* parents = params.parents + b * nodes;
-  const float* scores = params.scores + b * nodes;
+  const int count = static_cast<int>(safe_count(params.tree.num_nodes[b], nodes));
+  const int64_t* parents = params.tree.parents + b * nodes;
+  const float* scores = params.tree.scores + b * nodes;
   uint64_t* words = is_shared ? shared_words : reinterpret_cast<uint64_t*>(params.workspace) + b * 2 * nodes;
 
   const uint32_t root = standing_of(scores[0]);  // in every word: to reach the root is to be done

@@ -6,10 +6,9 @@
 #include <optional>
 #include <vector>
 
-#include "common/allocate.h"
-#include "common/check.h"
 #include "common/run.h"
 #include "common/text_match.h"
+#include "common/tree_tensors.h"
 #include "ops.h"
 
 namespace taps {
@@ -49,59 +48,28 @@ void check_log_probs(const std::vector<double>& log_probs) {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extend_tree(
-    const Tensor& tokens_in, const Tensor& parents_in, const Tensor& scores_in, const Tensor& num_nodes_in,
-    const Tensor& entropies_in, const std::optional<Tensor>& proposers_in, const Tensor& text_in,
-    const Tensor& lengths_in, const std::vector<double>& log_probs, int64_t max_extension, int64_t window,
-    int64_t proposer) {
-  check_device({{"parents", parents_in},
-                {"num_nodes", num_nodes_in},
-                {"tokens", tokens_in},
-                {"scores", scores_in},
-                {"entropies", entropies_in},
-                {"text", text_in},
-                {"lengths", lengths_in}});
-  const auto [parents, num_nodes] = checked_tree(parents_in, num_nodes_in);
-  const Tensor tokens = checked_like(tokens_in, "tokens", at::kLong, parents);
-  const Tensor scores = checked_like(scores_in, "scores", at::kFloat, parents);
-  const Tensor entropies = checked_like(entropies_in, "entropies", at::kFloat, parents);
-  Tensor proposers;
-  if (proposers_in) {
-    check_device({{"parents", parents}, {"proposers", *proposers_in}});
-    proposers = checked_like(*proposers_in, "proposers", at::kLong, parents);
-  }
-  const int64_t rows = parents.size(0);
-  const int64_t nodes = parents.size(1);
-  check_tokens(tokens, num_nodes);
+    const Tensor& tokens, const Tensor& parents, const Tensor& scores, const Tensor& num_nodes, const Tensor& entropies,
+    const std::optional<Tensor>& proposers, const Tensor& text_in, const Tensor& lengths_in,
+    const std::vector<double>& log_probs, int64_t max_extension, int64_t window, int64_t proposer) {
+  const TreeTensors tree = checked_trees(tokens, parents, scores, num_nodes, entropies, proposers);
+  check_device({{"parents", parents}, {"text", text_in}, {"lengths", lengths_in}});
+  const int64_t rows = tree.rows();
+  const int64_t nodes = tree.nodes();
   TORCH_CHECK_VALUE(max_extension >= 1, "max_extension must be at least 1, got ", max_extension);
   TORCH_CHECK_VALUE(window >= 1, "window must be at least 1, got ", window);
   TORCH_CHECK_VALUE(proposer >= 0, "proposer must be a bit mask of at least 0, got ", proposer);
   const Tensor lengths = checked_column(lengths_in, "lengths", at::kLong, rows);
-  const Tensor text = checked_text(text_in, lengths, tokens, window);
+  const Tensor text = checked_text(text_in, lengths, tree.tokens, window);
   check_log_probs(log_probs);
 
   const int64_t capacity = nodes * (1 + max_extension);
-  Tensor extended_tokens = empty({rows, capacity}, tokens);
-  Tensor extended_parents = empty({rows, capacity}, tokens);
-  Tensor extended_scores = empty({rows, capacity}, scores);
-  Tensor num_extended = empty({rows}, tokens);
-  Tensor extended_entropies = empty({rows, capacity}, scores);
-  Tensor extended_proposers = empty({rows, capacity}, tokens);
-  Tensor workspace = empty({rows, 3, nodes}, tokens);
+  const TreeTensors extended = empty_trees(tree, capacity);
+  Tensor workspace = empty({rows, 3, nodes}, tree.tokens);
   ExtendTreeParams params{
-      .tokens = tokens.const_data_ptr<int64_t>(),
-      .parents = parents.const_data_ptr<int64_t>(),
-      .scores = scores.const_data_ptr<float>(),
-      .num_nodes = num_nodes.const_data_ptr<int64_t>(),
-      .entropies = entropies.const_data_ptr<float>(),
-      .proposers = proposers.defined() ? proposers.const_data_ptr<int64_t>() : nullptr,
+      .tree = tree.read(),
       .text = text.const_data_ptr<int64_t>(),
       .lengths = lengths.const_data_ptr<int64_t>(),
-      .extended_tokens = extended_tokens.mutable_data_ptr<int64_t>(),
-      .extended_parents = extended_parents.mutable_data_ptr<int64_t>(),
-      .extended_scores = extended_scores.mutable_data_ptr<float>(),
-      .num_extended = num_extended.mutable_data_ptr<int64_t>(),
-      .extended_entropies = extended_entropies.mutable_data_ptr<float>(),
-      .extended_proposers = extended_proposers.mutable_data_ptr<int64_t>(),
+      .extended = extended.written(),
       .workspace = workspace.mutable_data_ptr<int64_t>(),
       .nodes = nodes,
       .capacity = capacity,
@@ -114,12 +82,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> extend_tree(
   };
   std::copy(log_probs.begin(), log_probs.end(), params.log_probs);
   run(
-      parents, [&](Stream stream) { cuda::extend_tree(params, rows, stream); },
+      tree.parents, [&](Stream stream) { cuda::extend_tree(params, rows, stream); },
       [&] {
         at::parallel_for(0, rows, rows_per_task(std::min(window, text.size(1)) + 10 * capacity),
                          [&](int64_t begin, int64_t end) { cpu::extend_tree(params, begin, end); });
       });
-  return {extended_tokens, extended_parents, extended_scores, num_extended, extended_entropies, extended_proposers};
+  return extended.fields();
 }
 
 }  // namespace taps

@@ -4,31 +4,22 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/tree_fields.h"
 
 namespace taps {
 
 constexpr int64_t kMostContext = 32;  // match lengths that the parameters of a launch have room for
 
 struct ExtendTreeParams {
-  const int64_t* tokens;        // [B, N]
-  const int64_t* parents;       // [B, N]
-  const float* scores;          // [B, N]
-  const int64_t* num_nodes;     // [B]
-  const float* entropies;       // [B, N]
-  const int64_t* proposers;     // [B, N], or null: zeros
-  const int64_t* text;          // [B, L]
-  const int64_t* lengths;       // [B], 0: the row stays as it is
-  int64_t* extended_tokens;     // [B, C]
-  int64_t* extended_parents;    // [B, C]
-  float* extended_scores;       // [B, C]
-  int64_t* num_extended;        // [B]
-  float* extended_entropies;    // [B, C]
-  int64_t* extended_proposers;  // [B, C]
-  int64_t* workspace;           // [B, 3, N]
-  int64_t nodes;                // N
-  int64_t capacity;             // C = N (1 + max_extension)
-  int64_t text_length;          // L
-  int64_t max_context;          // of log_probs
+  TreesRead tree;          // [B, N]
+  const int64_t* text;     // [B, L]
+  const int64_t* lengths;  // [B], 0: the row stays as it is
+  TreesWritten extended;   // [B, C]
+  int64_t* workspace;      // [B, 3, N]
+  int64_t nodes;           // N
+  int64_t capacity;        // C = N (1 + max_extension)
+  int64_t text_length;     // L
+  int64_t max_context;     // of log_probs
   int64_t max_extension;
   int64_t window;
   int64_t proposer;  // of every node that is added, a bit mask

@@ -2,7 +2,6 @@
 #include "tree_extension/extend_tree.h"
 
 #include <algorithm>
-#include <limits>
 
 #include "common/text_match.h"
 
@@ -51,26 +50,16 @@ int64_t list_leaves(const int64_t* parents, int64_t count, int64_t* has_child, i
 void copy_tree(const ExtendTreeParams& params, int64_t b, int64_t count) {
   const int64_t from = b * params.nodes;
   const int64_t to = b * params.capacity;
-  std::copy_n(params.tokens + from, count, params.extended_tokens + to);
-  std::copy_n(params.parents + from, count, params.extended_parents + to);
-  std::copy_n(params.scores + from, count, params.extended_scores + to);
-  std::copy_n(params.entropies + from, count, params.extended_entropies + to);
-  if (params.proposers != nullptr) {
-    std::copy_n(params.proposers + from, count, params.extended_proposers + to);
-  } else {
-    std::fill_n(params.extended_proposers + to, count, 0);
+  for (int64_t node = 0; node < count; ++node) {
+    params.extended.copy(to + node, params.tree, from + node, params.tree.parents[from + node]);
   }
 }
 
 void pad_tree(const ExtendTreeParams& params, int64_t b, int64_t count) {
-  const int64_t tail = b * params.capacity + count;
-  const int64_t padding = params.capacity - count;
-  std::fill_n(params.extended_tokens + tail, padding, 0);
-  std::fill_n(params.extended_parents + tail, padding, 0);
-  std::fill_n(params.extended_scores + tail, padding, -std::numeric_limits<float>::infinity());
-  std::fill_n(params.extended_entropies + tail, padding, 0.0f);
-  std::fill_n(params.extended_proposers + tail, padding, 0);
-  params.num_extended[b] = count;
+  for (int64_t place = count; place < params.capacity; ++place) {
+    params.extended.pad(b * params.capacity + place);
+  }
+  params.extended.num_nodes[b] = count;
 }
 
 }  // namespace
@@ -78,13 +67,13 @@ void pad_tree(const ExtendTreeParams& params, int64_t b, int64_t count) {
 void extend_tree(const ExtendTreeParams& params, int64_t begin, int64_t end) {
   for (int64_t b = begin; b < end; ++b) {
     const int64_t length = params.lengths[b];
-    const int64_t count = params.num_nodes[b];
+    const int64_t count = params.tree.num_nodes[b];
     const TextOfTree row{
         .text = params.text + b * params.text_length,
         .begin = first_counted(length, params.window),
         .length = length,
-        .tokens = params.tokens + b * params.nodes,
-        .parents = params.parents + b * params.nodes,
+        .tokens = params.tree.tokens + b * params.nodes,
+        .parents = params.tree.parents + b * params.nodes,
         .count = count,
     };
     int64_t* leaves = params.workspace + b * 3 * params.nodes;
@@ -96,14 +85,12 @@ void extend_tree(const ExtendTreeParams& params, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < num_leaves; ++i) {
       const int64_t first = size;
       const int64_t at = b * params.capacity + first;
-      size += continue_match(row, leaves[i], keys[i], params.scores[b * params.nodes + leaves[i]], params.log_probs,
-                             params.max_context, params.max_extension, [&](int64_t step, int64_t token, float score) {
-                               params.extended_tokens[at + step] = token;
-                               params.extended_parents[at + step] = step == 0 ? leaves[i] : first + step - 1;
-                               params.extended_scores[at + step] = score;
-                               params.extended_entropies[at + step] = 0.0f;
-                               params.extended_proposers[at + step] = params.proposer;
-                             });
+      size +=
+          continue_match(row, leaves[i], keys[i], params.tree.scores[b * params.nodes + leaves[i]], params.log_probs,
+                         params.max_context, params.max_extension, [&](int64_t step, int64_t token, float score) {
+                           const int64_t parent = step == 0 ? leaves[i] : first + step - 1;
+                           params.extended.put(at + step, token, parent, score, 0, params.proposer);
+                         });
     }
     pad_tree(params, b, size);
   }

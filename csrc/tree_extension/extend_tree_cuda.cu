@@ -65,11 +65,7 @@ __device__ void copy_tree(const ExtendTreeParams& params, int64_t b, int count) 
   const int64_t from = b * params.nodes;
   const int64_t to = b * params.capacity;
   for (int node = static_cast<int>(threadIdx.x); node < count; node += kThreads) {
-    params.extended_tokens[to + node] = params.tokens[from + node];
-    params.extended_parents[to + node] = safe_parent(params.parents + from, count, node);
-    params.extended_scores[to + node] = params.scores[from + node];
-    params.extended_entropies[to + node] = params.entropies[from + node];
-    params.extended_proposers[to + node] = params.proposers != nullptr ? params.proposers[from + node] : 0;
+    params.extended.copy(to + node, params.tree, from + node, safe_parent(params.tree.parents + from, count, node));
   }
 }
 
@@ -85,7 +81,7 @@ __device__ int append_chains(const ExtendTreeParams& params, int64_t b, const Te
         return 0;
       }
       const int64_t leaf = leaves.nodes[i];
-      const float score = params.scores[b * params.nodes + leaf];
+      const float score = params.tree.scores[b * params.nodes + leaf];
       return static_cast<int>(continue_match(row, leaf, leaves.keys[i], score, params.log_probs, params.max_context,
                                              params.max_extension, visit));
     };
@@ -93,11 +89,8 @@ __device__ int append_chains(const ExtendTreeParams& params, int64_t b, const Te
     const int64_t first = size + scanned.before;
     const int64_t at = b * params.capacity + first;
     for_each_token([&](int64_t step, int64_t token, float score) {
-      params.extended_tokens[at + step] = token;
-      params.extended_parents[at + step] = step == 0 ? leaves.nodes[i] : first + step - 1;
-      params.extended_scores[at + step] = score;
-      params.extended_entropies[at + step] = 0;
-      params.extended_proposers[at + step] = params.proposer;
+      const int64_t parent = step == 0 ? leaves.nodes[i] : first + step - 1;
+      params.extended.put(at + step, token, parent, score, 0, params.proposer);
     });
     size += scanned.total;
   }
@@ -107,14 +100,10 @@ __device__ int append_chains(const ExtendTreeParams& params, int64_t b, const Te
 __device__ void pad_tree(const ExtendTreeParams& params, int64_t b, int size) {
   const int64_t to = b * params.capacity;
   for (int64_t place = size + static_cast<int64_t>(threadIdx.x); place < params.capacity; place += kThreads) {
-    params.extended_tokens[to + place] = 0;
-    params.extended_parents[to + place] = 0;
-    params.extended_scores[to + place] = -__builtin_inff();
-    params.extended_entropies[to + place] = 0;
-    params.extended_proposers[to + place] = 0;
+    params.extended.pad(to + place);
   }
   if (threadIdx.x == 0) {
-    params.num_extended[b] = size;
+    params.extended.num_nodes[b] = size;
   }
 }
 
@@ -123,15 +112,11 @@ __global__ void __launch_bounds__(kThreads, 1) extend_tree_kernel(const ExtendTr
   TAPS_DYNAMIC_SHARED(int64_t, shared_words);
   const int64_t b = blockIdx.x;
   const int64_t nodes = params.nodes;
-  const int64_t count = safe_count(params.num_nodes[b], nodes);
+  const int64_t count = safe_count(params.tree.num_nodes[b], nodes);
   const int64_t given = params.lengths[b];
   const int64_t length = given < 0 ? 0 : given < params.text_length ? given : params.text_length;
-  const TextOfTree row{params.text + b * params.text_length,
-                       first_counted(length, params.window),
-                       length,
-                       params.tokens + b * nodes,
-                       params.parents + b * nodes,
-                       count};
+  const TextOfTree row{params.text + b * params.text_length, first_counted(length, params.window), length,
+                       params.tree.tokens + b * nodes,       params.tree.parents + b * nodes,      count};
   int64_t* words = is_shared ? shared_words : params.workspace + b * 3 * nodes;
   const Leaves leaves{words, words + nodes, reinterpret_cast<unsigned long long*>(words + 2 * nodes)};
 

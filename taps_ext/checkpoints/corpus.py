@@ -14,13 +14,13 @@ import json
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..drafters.lookup import Continuations
 from .files import PathOrId, check_output, json_text, read_json, replacing_directory, sha256
 
 FORMAT, VERSION = "taps_ext corpus store", 1
@@ -29,15 +29,6 @@ MAX_CONTEXT = 16  # tokens of the longest context that is found; each doubling t
 MOST_TOKENS = 2**31 - 1
 NUMBER, WIDTH = ">u4", 4  # of a token, in numpy's words, and its bytes
 REBUILD = "build it again with taps-ext index"
-
-
-@dataclass(frozen=True)
-class Continuations:
-    """Hold what followed a context in the documents."""
-
-    length: int  # of the longest match, in tokens; 0: the context's last token is nowhere followed by another one
-    num_occurrences: int  # of a match of this length
-    tokens: list[list[int]]  # that followed some of them, each at least one token and within its document
 
 
 class CorpusStore:

@@ -26,6 +26,7 @@ from ..drafters.network import FEATURE_SIZES, EagleNetwork, rope_of, size_of
 from ..sampling import warn
 from ..target.model import TargetModel, refuse_unlike_head
 from ..target.support import unwrapped
+from .corpus import HEADER_FILE, CorpusStore, tokenizer_fingerprint
 from .files import (
     DrafterFiles,
     PathOrId,
@@ -63,32 +64,43 @@ NUM_SAMPLES = 4096  # numbers of each tensor that go into a fingerprint
 # --- drafters --------------------------------------------------------------------------------------------------------
 
 
-def load_drafters(paths: Mapping[str, PathOrId], target: Any) -> dict[str, Drafter]:
+def load_drafters(paths: Mapping[str, PathOrId], target: Any, tokenizer: Any = None) -> dict[str, Drafter]:
     """Load a drafter for each name, in the order given (which breaks ties between drafters); see `load_drafter`."""
     model = _model_of(target)
-    ends = None if all(path == LOOKUP for path in paths.values()) else _ends_of(model)
     loaded: dict[str, Drafter] = {}
+    ends: _Ends | None = None
     for name, path in paths.items():
-        drafter = loaded[name] = _load(path, model, ends, name)
-        if isinstance(drafter, EagleDrafter):  # one copy of the lm_head's rows for all drafters of one draft vocabulary
-            eagles = [other for other in loaded.values() if isinstance(other, EagleDrafter)]
-            drafter.ends = next(other.ends for other in eagles if other.ends == drafter.ends)
+        if is_lookup(path):
+            loaded[name] = _lookup_drafter(path, model, tokenizer, name)
+            continue
+        ends = ends or _ends_of(model)
+        loaded[name] = drafter = _load(path, ends, name)
+        # One copy of the lm_head's rows for all drafters of one draft vocabulary.
+        eagles = [other for other in loaded.values() if isinstance(other, EagleDrafter)]
+        drafter.ends = next(other.ends for other in eagles if other.ends == drafter.ends)
     return loaded
 
 
-def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None) -> Drafter:
+def is_lookup(path_or_id: PathOrId) -> bool:
+    """Return whether it means a look-up drafter: "lookup", or the directory of a corpus store."""
+    return path_or_id == LOOKUP or (Path(path_or_id).expanduser() / HEADER_FILE).is_file()
+
+
+def load_drafter(path_or_id: PathOrId, target: Any, name: str | None = None, tokenizer: Any = None) -> Drafter:
     """Load the drafter in a directory or hub repository; it shares the target's embedding and lm_head.
 
     Args:
         path_or_id: a directory with config.json and model.safetensors or pytorch_model.bin (also sharded, also a state
             directory of accelerate), or a hub id. A calibration.json in it is loaded too. Code in it is never run.
-            "lookup" is a `LookupDrafter`, for any target; write a directory of that name as "./lookup".
+            "lookup" is a `LookupDrafter`, for any target; write a directory of that name as "./lookup". The directory
+            of a corpus store (`taps-ext index`) is a `LookupDrafter` that reads it, too.
         target: a transformers model with an lm_head, or a `TargetModel`.
         name: the drafter's name in stats and compositions; by default the last part of `path_or_id`.
+        tokenizer: the target's, to refuse a corpus store that was made with another one.
 
     Raise ValueError or FileNotFoundError in one sentence when the checkpoint does not fit the target.
     """
-    return load_drafters({name or Path(path_or_id).resolve().name: path_or_id}, target).popitem()[1]
+    return load_drafters({name or Path(path_or_id).resolve().name: path_or_id}, target, tokenizer).popitem()[1]
 
 
 def load_network(path_or_id: PathOrId) -> EagleNetwork:
@@ -172,9 +184,15 @@ def _ends_of(model: Any) -> _Ends:
     return _Ends(embedding, lm_head, config, rule)
 
 
-def _load(path_or_id: PathOrId, model: Any, ends: _Ends | None, name: str) -> Drafter:
-    if path_or_id == LOOKUP or ends is None:
-        return LookupDrafter(model.config.get_text_config().vocab_size, name)
+def _lookup_drafter(path: PathOrId, model: Any, tokenizer: Any, name: str) -> LookupDrafter:
+    vocab_size: int = model.config.get_text_config().vocab_size
+    if path == LOOKUP:
+        return LookupDrafter(vocab_size, name)
+    made_with = None if tokenizer is None else tokenizer_fingerprint(tokenizer)
+    return LookupDrafter(vocab_size, name, store=CorpusStore(path, vocab_size, made_with))
+
+
+def _load(path_or_id: PathOrId, ends: _Ends, name: str) -> EagleDrafter:
     files = read_drafter_files(path_or_id)
     network = network_of(files, ends.config)
     calibration = read_calibration(files.folder, files.digest)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..checkpoints import load_drafters
-from ..checkpoints.load import LOOKUP, open_target
+from ..checkpoints.load import is_lookup, open_target
 from ..composition import COMPOSITIONS
 from ..decode.decoder import check_drafting
 from ..evaluation import contestants, lossless, results, runner
@@ -98,7 +98,7 @@ def evaluate(
     """
     settings = Settings(max_new_tokens, batch_size, depth, branching, max_nodes, seed, system_prompt or "", extend)
     paths, place = drafter_folders(target, drafter), choose_device(device or _own_gpu())
-    lookups = [name for name, path in paths.items() if path == LOOKUP]
+    lookups = [name for name, path in paths.items() if is_lookup(path)]
     variants = parse_variants(variant or [], list(paths), temperature, max_nodes, lookups)
     asked, sources = _tasks(target, task or [], prompts, limit)
     facts = contestants.drafter_facts(contestants.check_drafters(paths, open_target(resolve(target)).config), paths)
@@ -174,7 +174,7 @@ def check_lossless(
         taken, ends = TargetModel(model), end_tokens(model, tokenizer)
         tokens = _encoded(tokenizer, questions, taken, max(max_new_tokens, settings.num_first_tokens))
         done, total = count(1), lossless.count_units(ways, len(questions), settings)
-        drafters = load_drafters(paths, taken)
+        drafters = load_drafters(paths, taken, tokenizer)
         given = (taken, drafters, ways, tokens, settings, lambda what: update(what, next(done), total))
         found = lossless.check_lossless(*given, list(ends.values()) or None)
     show(as_json, {**found.to_dict(), "end_tokens": ends}, *_page(found, tokenizer))

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import native
-from ..checkpoints import load_drafters
+from ..checkpoints import CorpusStore, load_drafters
+from ..checkpoints.corpus import tokenizer_fingerprint
 from ..checkpoints.files import check_writable, json_text, write_text
 from ..composition import make_composition
 from ..decode.budget import CostTable
@@ -67,6 +68,9 @@ def generate(
     ] = None,
     costs: terminal.Costs = None,
     extend: terminal.Extend = False,
+    store: Annotated[
+        Path | None, typer.Option(help="With --extend: corpus store of 'taps-ext index' that continues each root, too.")
+    ] = None,
     dtype: terminal.Dtype = "auto",
     device: terminal.Device = None,
     as_json: terminal.AsJson = False,
@@ -90,11 +94,14 @@ def generate(
         "extend": extend,
     }
     make_composition(composition, merged_nodes, evidence_decay)  # checks it before a large target is loaded
+    if store is not None and not extend:
+        raise ValueError(f"--store goes with --extend; to draft from the store, give --drafter NAME={store}")
     paths = terminal.drafter_folders(target, drafter)
     if composition == "single":
         _check_single(single_drafter, list(paths))
     model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
-    decoder = SpeculativeDecoder(model, load_drafters(paths, model), composition, **options)
+    options["store"] = _open_store(store, model, tokenizer)
+    decoder = SpeculativeDecoder(model, load_drafters(paths, model, tokenizer), composition, **options)
     inputs = _inputs(model, tokenizer, text, raw, max_new_tokens)
     ends = end_tokens(model, tokenizer)
     inputs |= {"sampling": sampling, "stop_strings": stop, "tokenizer": tokenizer, "eos_token_id": list(ends.values())}
@@ -136,8 +143,8 @@ def tune(
         check_writable(output.parent)
         if output.is_dir():
             raise ValueError(f"--output {output} is a directory; give the name of a file")
-    model, _ = terminal.load_target_and_tokenizer(target, dtype, place)
-    table = SpeculativeDecoder(model, load_drafters(paths, model)).cost_table(batch_size, measure=True)
+    model, tokenizer = terminal.load_target_and_tokenizer(target, dtype, place)
+    table = SpeculativeDecoder(model, load_drafters(paths, model, tokenizer)).cost_table(batch_size, measure=True)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, json_text(table.to_dict()))
@@ -187,6 +194,12 @@ def _shape(limits: dict[str, Any]) -> TreeShape:
     given = {name: value for name, value in limits.items() if value is not None}
     sizes = given.keys() - {"min_score"}
     return TreeShape(**given) if sizes else replace(TreeShape.auto(), **given)
+
+
+def _open_store(path: Path | None, model: Any, tokenizer: Any) -> CorpusStore | None:
+    if path is None:
+        return None
+    return CorpusStore(path, model.config.get_text_config().vocab_size, tokenizer_fingerprint(tokenizer))
 
 
 def _sampling(options: dict[str, Any], seed: int) -> SamplingParams | None:

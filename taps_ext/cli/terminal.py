@@ -39,8 +39,8 @@ Report = Callable[[str, int, int | None], None]  # of progress: what is done, ho
 
 Target = Annotated[T, Option(help="Target model: directory or hub id; 'tiny' is the embedded one.")]
 DRAFTER_HELP = (
-    "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; 'lookup' drafts what the text said before, for any target; embedded: "
-    "tiny/math, tiny/chat. Repeatable."
+    "Drafter as [NAME=]DIRECTORY-OR-HUB-ID; 'lookup' drafts what the text said before, for any target, and a directory "
+    "of 'taps-ext index' what its texts said, too; embedded: tiny/math, tiny/chat. Repeatable."
 )
 Drafters = Annotated[list[str] | None, Option(help=DRAFTER_HELP)]
 DrafterArgument = Annotated[T, Argument(metavar="DRAFTER", help="Directory or hub id; embedded: tiny/math, tiny/chat.")]

@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from ..composition import make_composition
 from ..drafters import Drafter
+from ..drafters.lookup import Store
 from ..sampling import SamplingParams, warn
 from ..target.model import TargetModel
 from ..tree import Lengths, TreeShape
@@ -69,6 +70,7 @@ class SpeculativeDecoder:
             measured at the first call with a batch size, in a few seconds, and kept in a file for later processes.
         extend: continue the leaves of each tree with what followed their paths earlier in the row's own text. The new
             nodes cost no drafting and compete for the slots of the tree; statistics name their proposer "extension".
+        store: with `extend`, a `CorpusStore` from which the root of each tree is continued too, whoever drafted.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class SpeculativeDecoder:
         joint_budget: int | None = None,
         costs: CostTable | None = None,
         extend: bool = False,
+        store: Store | None = None,
     ) -> None:
         self.composition = make_composition(composition, max_nodes, evidence_decay)
         self.drafting = check_drafting(drafting)
@@ -93,6 +96,11 @@ class SpeculativeDecoder:
         self.shape = shape or TreeShape.auto()
         self.costs = costs
         self.extend = extend
+        self.store = store
+        if store is not None and not extend:
+            raise ValueError(
+                "a store continues the roots of extended trees; give extend=True, or LookupDrafter(store=...)"
+            )
         self._composition_name = composition
         self._use(drafters, drafter)
 
@@ -124,7 +132,7 @@ class SpeculativeDecoder:
             raise ValueError(f"with extend=True give at most 62 drafters, none of them named {EXTENSION!r}")
         chosen = list(self.drafters.values())
         self._device_half = DecodeStep(
-            self.target, chosen, self.composition, self.shape, self.joint_budget, self.extend
+            self.target, chosen, self.composition, self.shape, self.joint_budget, self.extend, self.store
         )
         self._tables: dict[int, CostTable] = {}
 
@@ -238,12 +246,13 @@ class SpeculativeDecoder:
             raise ValueError(f"joint_budget {self.joint_budget} is less than a node for each of the {batch_size} rows")
         self._warn_of_uncalibrated(request)
         sampling = request.sampling.rows(batch_size, device)
+        seen, root_drafter = sampling if self._is_coupled(request) else None, self._device_half.root_drafter
         with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
             active = torch.ones(batch_size, dtype=torch.bool, device=device)
             text = torch.zeros(batch_size, max(longest) + 1, dtype=torch.int64, device=device) if self.extend else None
         return DecodeState(
             kv=self.target.new_cache(batch_size),
-            drafter_states=self._device_half.reset(batch_size, sampling if self._is_coupled(request) else None),
+            drafter_states=self._device_half.reset(batch_size, seen),
             sampling=sampling,
             rules=request.rules,
             rows=request.rows(),
@@ -254,6 +263,7 @@ class SpeculativeDecoder:
             text=text,
             pending=[[] for _ in self.drafters],
             budget=budget or self._budget(batch_size),
+            root_state=None if root_drafter is None else root_drafter.reset(batch_size, seen),
         )
 
     def _budget(self, batch_size: int) -> TreeBudget | None:
@@ -283,8 +293,9 @@ class SpeculativeDecoder:
 
     def _show_texts(self, texts: Sequence[list[int]], state: DecodeState) -> None:
         """Show the drafters that use no features what each row's text has grown by."""
-        pairs = zip(self.drafters.values(), state.drafter_states, strict=True)
-        reading = [(drafter, own_state) for drafter, own_state in pairs if not drafter.uses_features]
+        pairs: list[tuple[Any, Any]] = list(zip(self.drafters.values(), state.drafter_states, strict=True))
+        pairs.append((self._device_half.root_drafter, state.root_state))
+        reading = [(drafter, own) for drafter, own in pairs if drafter is not None and not drafter.uses_features]
         if not reading:
             return
         texts = [[] if row.finish_reason else text for row, text in zip(state.rows, texts, strict=True)]

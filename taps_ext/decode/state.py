@@ -199,6 +199,7 @@ class DecodeState:
     text: Tensor | None  # int64 [B, longest + 1], the committed tokens, root included; None: nothing looks at them
     pending: list[list[Observation]]  # per drafter, what it has not observed yet
     budget: TreeBudget | None = None  # where the trees adapt
+    root_state: DrafterState | None = None  # of what extends the roots from a store
 
     @property
     def is_finished(self) -> bool:

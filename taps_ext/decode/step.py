@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .. import ops
-from ..composition import Composed, Composition, share_budget
-from ..drafters import Drafter, DrafterState
+from ..composition import Composed, Composition, add_tree, share_budget
+from ..drafters import Drafter, DrafterState, LookupDrafter
+from ..drafters.lookup import Store
 from ..sampling import SamplingRows
 from ..target.model import TargetModel
 from ..tree import DraftTree, Lengths, TreeShape
@@ -45,6 +46,7 @@ class DecodeStep:
         shape: TreeShape,
         joint_budget: int | None,
         extend: bool,
+        store: Store | None,
     ) -> None:
         self.target = target
         self.drafters = tuple(drafters)
@@ -52,6 +54,7 @@ class DecodeStep:
         self.shape = shape
         self.joint_budget = joint_budget
         self.extend = extend
+        self.root_drafter = None if store is None else LookupDrafter(target.vocab_size, store=store)
         self.groups = group_drafters(self.drafters)
 
     def reset(self, batch_size: int, sampling: SamplingRows | None) -> list[DrafterState]:
@@ -191,17 +194,22 @@ class DecodeStep:
                 pending.append(Observation(features, next_tokens, num_tokens))
 
     def _extended(self, tree: DraftTree, text: Tensor, shape: TreeShape, state: DecodeState) -> DraftTree:
-        """Return the best nodes of the trees and of what their leaves continue in the rows' own texts.
+        """Return the best nodes of the trees, of what a store says of their roots, and of what their leaves continue in
+        the rows' own texts.
 
         The number of slots stays, and the new nodes have a proposer bit of their own, behind the drafters'.
         """
-        bit = 1 << len(self.drafters)
+        bit, capacity = 1 << len(self.drafters), tree.capacity
+        if self.root_drafter is not None and state.root_state is not None:
+            deep = replace(shape, depth=MAX_EXTENSION)
+            looked_up = self.root_drafter.propose(state.root_state, state.root_tokens, deep, state.active)
+            tree = add_tree(tree, looked_up, bit)
         lengths = torch.where(state.active, state.kv.lengths.tensor + 1, 0)
         longer = ops.extend_tree(tree, text, lengths, MATCH_LOG_PROBS, MAX_EXTENSION, MATCH_WINDOW, bit)
         if shape.min_score is not None:
             is_low = (longer.proposers == bit) & (longer.scores < shape.min_score)
             longer = replace(longer, scores=longer.scores.masked_fill(is_low, -torch.inf))
-        return ops.prune_tree(longer, tree.capacity)
+        return ops.prune_tree(longer, capacity)
 
     def _catch_up(self, index: int, state: DecodeState) -> None:
         """Show a drafter what it has not observed yet."""

@@ -2,7 +2,8 @@
 
 Each row has an index of its own text, in C++ on the host (`csrc/lookup`), that says which tokens followed the row's
 last 1 to `max_context` tokens before, and how probably they follow again. The row's own hits and misses correct these
-probabilities as the text grows, also while nothing is drafted.
+probabilities as the text grows, also while nothing is drafted. A corpus store adds what followed these tokens in other
+texts: it is asked once a step and row, for the end of the text.
 
 Dims: B rows, T slots, N nodes.
 """
@@ -10,8 +11,9 @@ Dims: B rows, T slots, N nodes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +27,27 @@ from .coupling import Calibration, CoupledRows
 
 MAX_CONTEXT = 8  # contexts of 12 and 16 tokens accept no more, and take half as much and twice as much memory again
 
+STORE_CONTEXT = 16  # tokens at the end of a text that a store is asked for
+
 Noise = tuple[int, float, float]  # seed, alpha / T and beta
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """Hold what followed a context in some documents."""
+
+    length: int  # of the longest match, in tokens; 0: the context's last token is nowhere followed by another one
+    num_occurrences: int  # of a match of this length
+    tokens: list[list[int]]  # that followed some of them, each at least one token and within its document
+
+
+class Store(Protocol):
+    """What a look-up drafter reads beside the row's own text: a `taps.CorpusStore`, or anything that does the same."""
+
+    vocab_size: int
+
+    def continuations(self, context: Sequence[int], max_context: int) -> Continuations:
+        """Return what followed the longest match, of at most `max_context` tokens, of the context's last tokens."""
 
 
 @dataclass(eq=False)
@@ -33,6 +55,7 @@ class LookupState(DrafterState):
     """Hold the index of each row's text."""
 
     indices: list[Any]  # native LookupIndex, one per row
+    tails: list[list[int]]  # the last `STORE_CONTEXT` tokens of each row, if there is a store
     noises: list[Noise | None]  # per row; None: drafts without the noise
     decay: float | None  # of the evidence; None: it is not kept
     evidence: Tensor | None = None
@@ -42,7 +65,7 @@ class LookupDrafter(Drafter):
     """Draft what followed the text's last tokens before: for any target, without training.
 
     `taps.load_drafters({"lookup": "lookup"}, target)` makes one, too. A step costs microseconds, whatever the length of
-    the text.
+    the text. With a `taps.CorpusStore`, it also drafts what followed in other texts.
 
     >>> drafter = LookupDrafter(vocab_size=10)
     >>> state = drafter.reset(1)
@@ -56,11 +79,24 @@ class LookupDrafter(Drafter):
     # well than a network does, so the noise counts less.
     calibration = Calibration(temperatures=(1.0,), alpha=((0.87,),), beta=((0.47,),))
 
-    def __init__(self, vocab_size: int, name: str = "lookup", max_context: int = MAX_CONTEXT) -> None:
-        """Take the target's vocabulary size, and the number of tokens of the longest context to look up."""
+    def __init__(
+        self, vocab_size: int, name: str = "lookup", max_context: int = MAX_CONTEXT, store: Store | None = None
+    ) -> None:
+        """Take the target's vocabulary size, and what to look up.
+
+        Args:
+            max_context: the number of tokens of the longest context to look up in the row's own text.
+            store: a `taps.CorpusStore` of this vocabulary to read, too; all rows and calls share it.
+        """
+        if store is not None and store.vocab_size != vocab_size:
+            raise ValueError(
+                f"the store has vocabulary {store.vocab_size}, the target {vocab_size}; build one with taps-ext index "
+                "--target"
+            )
         self.name = name
         self.vocab_size = vocab_size
         self.max_context = max_context
+        self.store = store
         native.load().LookupIndex(max_context)  # raises ValueError for a length that no index has
 
     def reset(self, batch_size: int, sampling: SamplingRows | None = None, decay: float | None = None) -> LookupState:
@@ -69,7 +105,8 @@ class LookupDrafter(Drafter):
         indices = [new_index(self.max_context) for _ in range(batch_size)]
         with torch.inference_mode(False):  # an ordinary tensor, so that every mode may write to it later
             kept = None if decay is None else torch.zeros(batch_size)
-        return LookupState(indices, _noises(self.calibration, sampling, batch_size), decay, kept)
+        tails: list[list[int]] = [[] for _ in range(batch_size)]
+        return LookupState(indices, tails, _noises(self.calibration, sampling, batch_size), decay, kept)
 
     def observe(self, state: DrafterState, features: Tensor | None, next_tokens: Tensor, num_tokens: Lengths) -> None:
         """See `Drafter.observe`: the rows' own texts, on the CPU."""
@@ -80,6 +117,12 @@ class LookupDrafter(Drafter):
             if state.evidence is not None and state.decay is not None:
                 gained = evidence.of_text(log_probs, is_prompt, state.decay)
                 state.evidence[row] = state.evidence[row] * state.decay**count + gained
+            if self.store is not None and count > 0:
+                first = max(0, count - STORE_CONTEXT)
+                tail = (state.tails[row] + next_tokens[row, first:count].tolist())[-STORE_CONTEXT:]
+                found = self.store.continuations(tail, STORE_CONTEXT)
+                index.take_runs(found.length, found.tokens)
+                state.tails[row] = tail
 
     def propose(self, state: DrafterState, root_tokens: Tensor, shape: TreeShape, active: Tensor) -> DraftTree:
         """See `Drafter.propose`. Rows that are not active are drafted too: the host does not wait to know them."""

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import average_drafters, load_drafter, load_drafters
+from ..checkpoints import CorpusStore, average_drafters, load_drafter, load_drafters
+from ..checkpoints.corpus import HEADER_FILE
 from ..checkpoints.files import DrafterFiles, read_drafter_files, sha256
 from ..checkpoints.formats import check_fits, network_config
-from ..checkpoints.load import LOOKUP, TargetIdentity
+from ..checkpoints.load import LOOKUP, TargetIdentity, is_lookup
 from ..decode.budget import CostTable
 from ..decode.decoder import SpeculativeDecoder
 from ..drafters import Drafter
@@ -29,9 +30,11 @@ def check_drafters(folders: Folders, target_config: Any) -> dict[str, DrafterFil
     """The files of the drafters that have some; ValueError or OSError, in a sentence, for one that does not fit."""
     found = {}
     for name, folder in folders.items():
-        if folder == LOOKUP:
-            continue
         try:
+            if is_lookup(folder):
+                if folder != LOOKUP:
+                    CorpusStore(folder, target_config.vocab_size)
+                continue
             found[name] = read_drafter_files(folder)
             check_fits(found[name], network_config(found[name], target_config), target_config)
         except (ValueError, OSError) as error:
@@ -52,8 +55,10 @@ def refuse_strangers(drafters: Mapping[str, DrafterFiles], target: TargetIdentit
 
 
 def drafter_facts(drafters: Mapping[str, DrafterFiles], folders: Folders) -> dict[str, Any]:
-    """Which weights they are, as JSON values; look-ups have none."""
+    """Which weights or stores they are, as JSON values; look-ups in the text alone have none."""
     digests = {name: files.digest or _digest(files.folder) for name, files in drafters.items()}
+    stores = {name: folder for name, folder in folders.items() if is_lookup(folder) and folder != LOOKUP}
+    digests |= {name: sha256(Path(folder).expanduser() / HEADER_FILE) for name, folder in stores.items()}
     return {name: {"name": short_name(folder), "sha256": digests.get(name, "")} for name, folder in folders.items()}
 
 
@@ -71,11 +76,14 @@ def _digest(folder: Path) -> str:
 
 
 def load_participants(
-    target: TargetModel, folders: Folders, variants: Sequence[Variant]
+    target: TargetModel, folders: Folders, variants: Sequence[Variant], tokenizer: Any = None
 ) -> dict[str, dict[str, Drafter]]:
-    """The drafters of each variant by its label; variants share those that they have in common."""
+    """The drafters of each variant by its label; variants share those that they have in common.
+
+    With a `tokenizer`, corpus stores that were made with another one are refused.
+    """
     used = {name: path for name, path in folders.items() if any(name in variant.drafters for variant in variants)}
-    loaded = load_drafters(used, target)
+    loaded = load_drafters(used, target, tokenizer)
     found = {}
     for variant in variants:
         found[variant.label] = {name: loaded[name] for name in variant.drafters}

@@ -93,7 +93,7 @@ def evaluate(
     name = target_name or Path(identity.name).name
     configuration = _configuration(plan, identity, name, target.dtype)
     results.check_folder(folder, configuration)
-    participants = load_participants(model, drafter_folders, plan.variants)
+    participants = load_participants(model, drafter_folders, plan.variants, tokenizer)
     if plan.adapts and processes.index == 0 and (plan.costs or results.read_costs(folder)) is None:
         configuration[results.COSTS] = measure_costs(
             model, plan.variants, participants, plan.settings.batch_size
