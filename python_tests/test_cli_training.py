@@ -24,7 +24,15 @@ from transformers import AutoConfig, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from taps_ext import cli
 from taps_ext.cli import WORKER_PATIENCE_S
 from taps_ext.tiny import resolve
-from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
+from taps_ext.training.config import (
+    DataConfig,
+    FeatureConfig,
+    ObjectiveConfig,
+    Recipe,
+    SourceConfig,
+    TrainingConfig,
+    VocabularyConfig,
+)
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "training.md"
 NUM_STEPS = 8
@@ -299,7 +307,7 @@ def test_of_the_processes_of_a_launch_only_one_is_refused_aloud(launched) -> Non
 def recipe_keys() -> Iterator[tuple[str, str]]:
     """Every key of a recipe and its default, as the document writes them."""
     sections = {"": Recipe, "data.": DataConfig, "data.sources[].": SourceConfig, "features.": FeatureConfig}
-    sections |= {"objective.": ObjectiveConfig, "training.": TrainingConfig}
+    sections |= {"vocabulary.": VocabularyConfig, "objective.": ObjectiveConfig, "training.": TrainingConfig}
     for prefix, section in sections.items():
         for field in dataclasses.fields(section):
             if f"{prefix}{field.name}." not in sections and f"{prefix}{field.name}[]." not in sections:
