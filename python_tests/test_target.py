@@ -92,13 +92,13 @@ def test_the_cache_grows_and_keeps_what_it_holds() -> None:
     kv = target.new_cache(1)
     tokens = torch.randint(4, VOCAB, (1, FIRST_CAPACITY - 3))
     target.prefill(tokens, Lengths.of([tokens.shape[1]]), kv)
-    before = [tuple(part[:, :, : kv.lengths.longest].clone() for part in kv.layer(index)) for index in range(2)]
+    before = [tuple(part[:, :, : kv.lengths.longest].clone() for part in kv.layers[index]) for index in range(2)]
     assert kv.capacity == FIRST_CAPACITY
     kv.reserve(8)
     assert kv.capacity == 2 * FIRST_CAPACITY
     for index, (keys, values) in enumerate(before):
-        assert torch.equal(kv.layer(index)[0][:, :, : kv.lengths.longest], keys)
-        assert torch.equal(kv.layer(index)[1][:, :, : kv.lengths.longest], values)
+        assert torch.equal(kv.layers[index][0][:, :, : kv.lengths.longest], keys)
+        assert torch.equal(kv.layers[index][1][:, :, : kv.lengths.longest], values)
 
 
 def test_nothing_is_allocated_between_growths() -> None:

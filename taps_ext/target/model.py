@@ -166,7 +166,9 @@ class TargetModel:
         `last_positions`, int64 [B]: nodes beyond keep this position. The text ends before they could be emitted, and
         the target may not have such a position.
         """
-        positions = kv.lengths.tensor[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
+        positions = kv.lengths.tensor[:, None]
+        if tree.capacity > 1:
+            positions = positions + ops.tree_depths(tree.parents, tree.num_nodes)
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
         if kv.position_offsets is not None:
