@@ -80,8 +80,7 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
                 expected = sequential_logits(model, prefixes[row], tree, row, node)
                 torch.testing.assert_close(scored.logits[row, node], expected, **tolerance)
         path = torch.tensor([[0, 1, 4, 6, -1, -1, -1, -1], [0] + [-1] * 7])
-        num_accepted = torch.tensor([3, 0])
-        target.commit(path, num_accepted, kv.lengths.plus(Lengths.of([4, 1])), kv)
+        target.commit(path, kv.lengths.plus(Lengths.of([4, 1])), kv)
         for row, count in enumerate((4, 1)):
             prefixes[row] = prefixes[row] + tree.tokens[row, path[row, :count]].tolist()
 
@@ -109,7 +108,7 @@ def test_nothing_is_allocated_between_growths() -> None:
     address = [buffer.data_ptr() for buffer in kv.buffers.values()]
     for length in range(3, 40):
         target.score(tree, kv)
-        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), Lengths.of([length + 1]), kv)
+        target.commit(torch.tensor([[0] + [-1] * 7]), Lengths.of([length + 1]), kv)
     assert [buffer.data_ptr() for buffer in kv.buffers.values()] == address
 
 

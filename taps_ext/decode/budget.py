@@ -75,7 +75,7 @@ HostOutlook = tuple[list[list[float]], list[int], list[list[float]]]  # an `Outl
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Say who drafts in a step, and up to which shape."""
 
     shape: TreeShape
@@ -119,15 +119,15 @@ class TreeBudget:
             if hope < 0:
                 self._pause(index, loss)
         self._size = limit
-        self._plan = Plan(self.shape, (True,) * len(drafters))
-        self._resting = Plan(self.shape, (False,) * len(drafters))
+        self._plan = StepPlan(self.shape, (True,) * len(drafters))
+        self._resting = StepPlan(self.shape, (False,) * len(drafters))
 
     @property
     def rate(self) -> float:
         """Tokens per millisecond that the call commits, all rows together."""
         return self.tokens / self.ms
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Return who drafts in the coming step: everyone but those that were left out as not worth their cost."""
         drafts = tuple(wait == 0 for wait in self.waits)
         self.waits = [max(0, wait - 1) for wait in self.waits]
@@ -140,7 +140,7 @@ class TreeBudget:
         min_score = math.log(max(self.rate * self._least_node_ms * LEAST_SHARE, SMALLEST))
         if self.shape.min_score is not None:
             min_score = max(min_score, self.shape.min_score)
-        self._plan = Plan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
+        self._plan = StepPlan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
         return self._plan
 
     def is_concerned(self, tree: DraftTree, is_costly: bool) -> bool:

@@ -21,7 +21,7 @@ from ..drafters import Drafter, DrafterState
 from ..sampling import SamplingRows
 from ..target.model import TargetModel
 from ..tree import DraftTree, Lengths, TreeShape
-from .budget import Plan
+from .budget import StepPlan
 from .request import Request, process_logits
 from .state import Acceptance, DecodeState, Observation, StepOutput
 
@@ -79,7 +79,7 @@ class DecodeStep:
 
     def run(self, request: Request, state: DecodeState) -> StepOutput:
         """Propose, score and verify one tree per row; finished rows take part as padding."""
-        plan = state.budget.plan() if state.budget is not None else Plan(self.shape, (True,) * len(self.drafters))
+        plan = state.budget.plan() if state.budget is not None else StepPlan(self.shape, (True,) * len(self.drafters))
         if not any(plan.drafts):
             return self._run_plain(request, state)
         composed, outlook = self.propose(plan, state), None
@@ -103,18 +103,18 @@ class DecodeStep:
     def _run_plain(self, request: Request, state: DecodeState) -> StepOutput:
         """Score and verify the roots alone; this costs what a step of plain decoding does, so each op counts."""
         roots = replace(state.roots, tokens=state.root_tokens[:, None])
-        scored = self.target.score(roots, state.kv, state.last_positions)
+        scored = self.target.score(roots, state.kv, state.last_positions if len(state.rows) > 1 else None)
         acceptance, log_probs = self.verify(request, state, roots, scored.logits, state.kv.lengths.tensor + 1)
         next_tokens = acceptance.tokens.clamp_min(0)
         return StepOutput(roots, acceptance, scored.features, next_tokens, state.active.long(), log_probs=log_probs)
 
-    def propose(self, plan: Plan, state: DecodeState) -> Composed:
+    def propose(self, plan: StepPlan, state: DecodeState) -> Composed:
         """Return the tree to verify, made by the planned drafters, or of those that the composition chooses."""
         with state.kv.products.running():
             composed = self._compose(plan, state)
         return replace(composed, tree=_trimmed(composed.tree))
 
-    def _compose(self, plan: Plan, state: DecodeState) -> Composed:
+    def _compose(self, plan: StepPlan, state: DecodeState) -> Composed:
         """Return one tree of the planned drafters' trees."""
         evidence = None
         if self.composition.decay is not None:
@@ -135,11 +135,11 @@ class DecodeStep:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
         return composed
 
-    def _is_costly(self, plan: Plan) -> bool:
+    def _is_costly(self, plan: StepPlan) -> bool:
         """Return whether a network drafts."""
         return any(drafts and drafter.uses_features for drafter, drafts in zip(self.drafters, plan.drafts, strict=True))
 
-    def _draft(self, plan: Plan, state: DecodeState) -> list[DraftTree]:
+    def _draft(self, plan: StepPlan, state: DecodeState) -> list[DraftTree]:
         """Return a tree per drafter, only roots for those that the plan leaves out."""
         groups = [part for group in self.groups if (part := [index for index in group if plan.drafts[index]])]
         for index in (index for group in groups for index in group):
@@ -176,8 +176,7 @@ class DecodeStep:
         """
         if state.text is not None:
             _append(state.text, state.kv.lengths.tensor + 1, output.acceptance.tokens, output.num_committed)
-        lengths = state.kv.lengths.plus(committed)
-        self.target.commit(output.acceptance.path, output.num_committed - 1, lengths, state.kv)
+        self.target.commit(output.acceptance.path, state.kv.lengths.plus(committed), state.kv)
         state.root_tokens = output.acceptance.bonus_tokens.clamp_min(0)
 
     def observe(self, output: StepOutput, num_tokens: Lengths, state: DecodeState) -> None:
@@ -228,7 +227,7 @@ class DecodeStep:
                     "shape.capacity(vocab_size)"
                 )
 
-    def _evidence(self, plan: Plan, state: DecodeState) -> Tensor:
+    def _evidence(self, plan: StepPlan, state: DecodeState) -> Tensor:
         """Return the evidence for every drafter, float32 [D, B]; -inf for those that are left out of this step."""
         parts = []
         for index, (drafter, own) in enumerate(zip(self.drafters, state.drafter_states, strict=True)):

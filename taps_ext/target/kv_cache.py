@@ -87,10 +87,11 @@ class TreeKVCache:
             for states in buffer:
                 states[:, :, : columns.shape[1]] = states.gather(2, order)
 
-    def compact(self, path: Tensor, num_accepted: Tensor) -> None:
-        """Move each row's accepted path (num_accepted -1: nothing) behind its prefix, in every layer."""
+    def compact(self, path: Tensor, lengths: Lengths) -> None:
+        """Move each row's accepted path behind its prefix, in every layer, up to the row's new length."""
         if path.shape[1] == 1 and not self.lengths.is_ragged:
             return  # the roots were written there
+        num_accepted = lengths.tensor - self.lengths.tensor - 1
         for spec, buffer in self.buffers.items():
             rows = (path.to(spec.device), num_accepted.to(spec.device), self.lengths.tensor.to(spec.device))
             ops.compact_kv(buffer, *rows, self.lengths.longest)
@@ -150,4 +151,4 @@ def _write_finite(columns: Tensor, states: Tensor) -> None:
     """Write 0 for NaN and infinities, which a mask does not stop: 0 times NaN is NaN."""
     if states.dtype != columns.dtype:  # under autocast
         states = states.to(columns.dtype)
-    torch.nan_to_num(states, nan=0.0, posinf=0.0, neginf=0.0, out=columns)
+    torch.nan_to_num(states, 0.0, 0.0, 0.0, out=columns)

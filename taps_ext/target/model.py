@@ -180,15 +180,14 @@ class TargetModel:
         with kv.products.running():
             return self._forward({"input_ids": tree.tokens, "position_ids": positions}, kv, view)
 
-    def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
+    def commit(self, path: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.
 
         Args:
             path: int64 [B, N], the accepted nodes, the root first.
-            num_accepted: int64 [B], nodes behind the root; -1: not even the root, for a finished row.
-            lengths: the rows' new lengths.
+            lengths: the rows' new lengths, the root included; a row that has ended keeps its length.
         """
-        kv.compact(path, num_accepted)
+        kv.compact(path, lengths)
         kv.lengths = lengths
 
     def _forward(
