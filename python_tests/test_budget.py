@@ -172,7 +172,7 @@ def test_a_table_is_measured_once_and_kept_in_a_file(monkeypatch: pytest.MonkeyP
     (path,) = tmp_path.rglob("*.json")
     assert CostTable.from_dict(json.loads(path.read_text())) == table
     with monkeypatch.context() as patch:
-        patch.setattr(costs, "measure", lambda *args: pytest.fail("measured again"))
+        patch.setattr(costs, "measure_costs", lambda *args: pytest.fail("measured again"))
         assert decoder_of("merged").cost_table(2) == table
     path.write_text(path.read_text()[:-20])  # torn: measured again
     decoder_of("merged").cost_table(2)

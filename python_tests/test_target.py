@@ -93,8 +93,7 @@ def test_every_node_is_scored_as_if_its_path_were_the_text(family: str, dtype: t
                 expected = sequential_logits(model, prefixes[row], tree, row, node)
                 torch.testing.assert_close(scored.logits[row, node], expected, **tolerance)
         path = torch.tensor([[0, 1, 4, 6, -1, -1, -1, -1], [0] + [-1] * 7])
-        num_accepted = torch.tensor([3, 0])
-        target.commit(path, num_accepted, kv.lengths.plus(Lengths.of([4, 1])), kv)
+        target.commit(path, kv.lengths.plus(Lengths.of([4, 1])), kv)
         for row, count in enumerate((4, 1)):
             prefixes[row] = prefixes[row] + tree.tokens[row, path[row, :count]].tolist()
 
@@ -105,13 +104,13 @@ def test_the_cache_grows_and_keeps_what_it_holds() -> None:
     kv = target.new_cache(1)
     tokens = torch.randint(4, VOCAB, (1, FIRST_CAPACITY - 3))
     target.prefill(tokens, Lengths.of([tokens.shape[1]]), kv)
-    before = [tuple(part[:, :, : kv.lengths.longest].clone() for part in kv.layer(index)) for index in range(2)]
+    before = [tuple(part[:, :, : kv.lengths.longest].clone() for part in kv.layers[index]) for index in range(2)]
     assert kv.capacity == FIRST_CAPACITY
     kv.reserve(8)
     assert kv.capacity == 2 * FIRST_CAPACITY
     for index, (keys, values) in enumerate(before):
-        assert torch.equal(kv.layer(index)[0][:, :, : kv.lengths.longest], keys)
-        assert torch.equal(kv.layer(index)[1][:, :, : kv.lengths.longest], values)
+        assert torch.equal(kv.layers[index][0][:, :, : kv.lengths.longest], keys)
+        assert torch.equal(kv.layers[index][1][:, :, : kv.lengths.longest], values)
 
 
 def test_nothing_is_allocated_between_growths() -> None:
@@ -122,7 +121,7 @@ def test_nothing_is_allocated_between_growths() -> None:
     address = [buffer.data_ptr() for buffer in kv.buffers.values()]
     for length in range(3, 40):
         target.score(tree, kv)
-        target.commit(torch.tensor([[0] + [-1] * 7]), torch.tensor([0]), Lengths.of([length + 1]), kv)
+        target.commit(torch.tensor([[0] + [-1] * 7]), Lengths.of([length + 1]), kv)
     assert [buffer.data_ptr() for buffer in kv.buffers.values()] == address
 
 

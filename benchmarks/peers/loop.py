@@ -110,7 +110,7 @@ def decode(
         counts = [len(one.path) if is_active else 0 for one, is_active in zip(verdicts, text.active, strict=True)]
         path = _padded([one.path for one in verdicts], proposal.tree.capacity).to(device)
         committed = Lengths.of(counts, device)
-        target.commit(path, committed.tensor - 1, kv.lengths.plus(committed), kv)
+        target.commit(path, kv.lengths.plus(committed), kv)
         kept = [_tokens(proposal.tree.tokens[row], one) for row, one in enumerate(verdicts)]
         text.record(proposal, verdicts, kept)
         roots = [tokens[-1] if count else root for tokens, count, root in zip(kept, counts, roots, strict=True)]

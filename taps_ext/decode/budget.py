@@ -12,6 +12,7 @@ Dims: B rows, N nodes, S sizes, L depths, D drafters.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,8 +28,9 @@ PRIOR_NODES = 2.0  # accepted and expected nodes that each depth begins with
 MEAN = 0.1  # weight of a step in the running means of tokens and milliseconds
 LEAST_SHARE = 0.5  # of what the cheapest node costs: less probable ones are not proposed
 SMALLEST = 1e-6  # probability that is proposed, where nodes cost nothing
-JUDGEMENT = 0.2  # weight of a step in what a drafter is worth
-MIN_PAUSE, MAX_PAUSE = 4, 32  # steps for which a drafter that does not pay is left out, doubling
+HOPE = 0.7  # probability of a drafted token that a drafter gets the benefit of, until it has drafted
+MOST_LOST, MOST_GAINED = 1.0, 2.0  # tokens per row: drafting that lost so much pauses; it has no more to lose than that
+LOSS_SHARE = 0.02  # of the tokens: pauses are so long that drafting in vain costs no more
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ HostOutlook = tuple[list[list[float]], list[int], list[list[float]]]  # an `Outl
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """Say who drafts in a step, and up to which shape."""
 
     shape: TreeShape
@@ -110,28 +112,35 @@ class TreeBudget:
         self.tokens, self.ms = float(batch_size), self.step_ms[0]  # of a step: running means
         self.accepted = torch.full((batch_size, shape.depth + 1), PRIOR_NODES)
         self.expected = self.accepted.clone()
-        self.worth = [0.0] * len(drafters)  # tokens that a drafter's own nodes bring in a step, its drafting paid
-        self.pauses = [0] * len(drafters)  # steps that a drafter is left out at a time; 0: it takes part
+        self.balance = [0.0] * len(drafters)  # tokens that each drafter's own nodes brought, its drafting paid
         self.waits = [0] * len(drafters)  # steps until it drafts again
+        for index in range(len(drafters)):
+            hope, loss = self._prospect(index)
+            if hope < 0:
+                self._pause(index, loss)
         self._size = limit
-        self._plan = Plan(self.shape, (True,) * len(drafters))
+        self._plan = StepPlan(self.shape, (True,) * len(drafters))
+        self._resting = StepPlan(self.shape, (False,) * len(drafters))
 
     @property
     def rate(self) -> float:
         """Tokens per millisecond that the call commits, all rows together."""
         return self.tokens / self.ms
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """Return who drafts in the coming step: everyone but those that were left out as not worth their cost."""
         drafts = tuple(wait == 0 for wait in self.waits)
         self.waits = [max(0, wait - 1) for wait in self.waits]
+        if not any(drafts):
+            self._plan = self._resting
+            return self._plan
         deeper = [more for (_, more), is_drafting in zip(self.draft_ms, drafts, strict=True) if is_drafting]
         # One more level adds at most the probability of the nodes that it expands.
         min_mass = self.rate * max(deeper, default=0.0) / self.batch_size
         min_score = math.log(max(self.rate * self._least_node_ms * LEAST_SHARE, SMALLEST))
         if self.shape.min_score is not None:
             min_score = max(min_score, self.shape.min_score)
-        self._plan = Plan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
+        self._plan = StepPlan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
         return self._plan
 
     def is_concerned(self, tree: DraftTree, is_costly: bool) -> bool:
@@ -197,20 +206,36 @@ class TreeBudget:
         return self.sizes[index], worth[index]
 
     def _judge(self, gains: list[list[float]], levels: list[int]) -> float:
-        """Compare the step with one without each drafter's nodes, leave out whom does not pay; return drafting's ms."""
+        """Compare the step with one without each drafter's nodes, leave out who does not pay; return drafting's ms."""
         _, worth = self._best_size(gains[0])
-        total = 0.0
-        for index, (first, more) in enumerate(self.draft_ms):
-            if not self._plan.drafts[index]:
-                continue
-            cost = first + more * max(0, levels[index] - 1)
-            total += cost
-            gained = worth - self._best_size(gains[1 + index])[1] - self.rate * cost
-            is_probe = self.pauses[index] > 0
-            self.worth[index] = gained if is_probe else self.worth[index] + JUDGEMENT * (gained - self.worth[index])
-            if self.worth[index] >= 0:
-                self.pauses[index] = 0
-            else:
-                self.pauses[index] = min(MAX_PAUSE, max(MIN_PAUSE, 2 * self.pauses[index]))
-                self.waits[index] = self.pauses[index]
-        return total
+        drafting = [index for index, is_drafting in enumerate(self._plan.drafts) if is_drafting]
+        ms = {index: self._drafting_ms(index, levels[index]) for index in drafting}
+        for index in drafting:
+            gained = worth - self._best_size(gains[1 + index])[1] - self.rate * ms[index]
+            self.balance[index] = min(self.balance[index] + gained, MOST_GAINED * self.batch_size)
+        lost = [index for index in drafting if self.balance[index] < -MOST_LOST * self.batch_size]
+        if worth - self.rate * sum(ms.values()) > -self.rate * self.step_ms[0]:
+            # Somebody pays. Two drafters that propose the same nodes both seem useless: only one of them is left out.
+            lost = sorted(lost, key=self.balance.__getitem__)[:1]
+        for index in lost:
+            self._pause(index, -self.balance[index])
+        return sum(ms.values())
+
+    def _drafting_ms(self, index: int, num_levels: int) -> float:
+        first, more = self.draft_ms[index]
+        return first + more * max(0, num_levels - 1)
+
+    def _prospect(self, index: int) -> tuple[float, float]:
+        """Return what the best chain that a drafter may draft is worth, in tokens, and what drafting it costs."""
+        chains = []
+        for depth in range(1, min(self.shape.depth, self.sizes[-1] - 1) + 1):
+            cost = self.rate * self._drafting_ms(index, depth)
+            verifying = self.step_ms[bisect_left(self.sizes, depth + 1)] - self.step_ms[0]
+            gain = self.batch_size * sum(HOPE**level for level in range(1, depth + 1))
+            chains.append((gain - self.rate * verifying - cost, cost))
+        return max(chains, default=(0.0, 0.0))
+
+    def _pause(self, index: int, loss: float) -> None:
+        """Leave a drafter out for so many steps that the loss, in tokens, is a small share of what they bring."""
+        self.balance[index] = 0.0
+        self.waits[index] = math.ceil(len(self.waits) * loss / (LOSS_SHARE * self.tokens))

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoints.files import json_text, replacing
 from ..tree import DraftTree, TreeShape
-from .budget import CostTable, HostOutlook, Outlook, Plan, TreeBudget
+from .budget import CostTable, HostOutlook, Outlook, StepPlan, TreeBudget
 from .step import DecodeStep
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # nodes per row
@@ -40,16 +40,16 @@ def load_or_measure(step: DecodeStep, names: Sequence[str], start: Start, batch_
     """Return the costs of a step of `batch_size` rows, from the file of an earlier measurement unless `anew`."""
     group = _processes_of(step)
     if group is not None:  # they must take the same trees: the table of the first one is that of all
-        tables = [measure(step, names, start, batch_size, is_timed=False)]
+        tables = [measure_costs(step, names, start, batch_size, is_timed=False)]
         torch.distributed.broadcast_object_list(tables, group=group, group_src=0)
         return tables[0]
-    path = cache_directory() / f"{fingerprint(step, names, batch_size)}.json"
+    path = cache_directory() / f"{_table_name(step, names, batch_size)}.json"
     if not anew:
         try:
             return CostTable.from_dict(json.loads(path.read_text()))
         except (OSError, ValueError):
             pass  # never measured, or not readable
-    table = measure(step, names, start, batch_size)
+    table = measure_costs(step, names, start, batch_size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -64,7 +64,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "taps_ext" / "costs"
 
 
-def fingerprint(step: DecodeStep, names: Sequence[str], batch_size: int) -> str:
+def _table_name(step: DecodeStep, names: Sequence[str], batch_size: int) -> str:
     """Return a name for everything that a table depends on."""
     model, device = step.target.model, step.target.device
     processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -92,14 +92,14 @@ class ForcedBudget(TreeBudget):
         free = CostTable((1,), (1.0,), dict.fromkeys(names, (0.0, 0.0)), 1)
         super().__init__(free, TreeShape.auto(), names, batch_size)
         self.vocab_size = step.target.vocab_size
-        self.size, self.forced = 1, Plan(self.shape, (False,) * len(names))
+        self.size, self.forced = 1, StepPlan(self.shape, (False,) * len(names))
 
     def force(self, size: int, drafter: int | None, depth: int, branching: int) -> None:
         """Let the coming steps verify `size` nodes, and let one drafter draft (None: nobody, and no tree is made)."""
         drafts = tuple(index == drafter for index in range(len(self.draft_ms)))
-        self.size, self.forced = size, Plan(TreeShape(depth, branching, SIZES[-1]), drafts)
+        self.size, self.forced = size, StepPlan(TreeShape(depth, branching, SIZES[-1]), drafts)
 
-    def plan(self) -> Plan:
+    def plan(self) -> StepPlan:
         """See `TreeBudget.plan`."""
         return self.forced
 
@@ -119,7 +119,9 @@ class ForcedBudget(TreeBudget):
 Start = Callable[[Tensor, int, ForcedBudget], Callable[[], object]]
 
 
-def measure(step: DecodeStep, names: Sequence[str], start: Start, batch_size: int, is_timed: bool = True) -> CostTable:
+def measure_costs(
+    step: DecodeStep, names: Sequence[str], start: Start, batch_size: int, is_timed: bool = True
+) -> CostTable:
     """Return the measured costs, in milliseconds.
 
     `start` begins a call on prompts int64 [B, P] for a number of new tokens, with a forced budget, and returns what

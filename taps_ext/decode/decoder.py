@@ -17,7 +17,7 @@ from ..drafters import Drafter
 from ..drafters.lookup import Store
 from ..sampling import SamplingParams, warn
 from ..target.model import TargetModel
-from ..tree import Lengths, TreeShape
+from ..tree import DraftTree, Lengths, TreeShape
 from .budget import CostTable, TreeBudget
 from .costs import ForcedBudget, load_or_measure
 from .request import GenerateOptions, Request
@@ -250,6 +250,8 @@ class SpeculativeDecoder:
         with torch.inference_mode(False):  # ordinary tensors, so that every mode may write to them later
             active = torch.ones(batch_size, dtype=torch.bool, device=device)
             text = torch.zeros(batch_size, max(longest) + 1, dtype=torch.int64, device=device) if self.extend else None
+            root_tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            roots = replace(DraftTree.of_roots(root_tokens), proposers=torch.zeros_like(root_tokens)[:, None])
         return DecodeState(
             kv=self.target.new_cache(batch_size),
             drafter_states=self._device_half.reset(batch_size, seen),
@@ -258,7 +260,8 @@ class SpeculativeDecoder:
             rows=request.rows(),
             stats=DecodeStats(self.proposers, batch_size),
             last_positions=torch.tensor(longest, device=device) - 2,
-            root_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
+            root_tokens=root_tokens,
+            roots=roots,
             active=active,
             text=text,
             pending=[[] for _ in self.drafters],
@@ -271,25 +274,27 @@ class SpeculativeDecoder:
             return None
         return TreeBudget(self.cost_table(batch_size), self.shape, tuple(self.drafters), batch_size)
 
+    @torch.inference_mode()
     def _prefill(self, request: Request, state: DecodeState) -> StepEvent:
         """Commit the prompts and draw each row's first token."""
         output = self._device_half.prefill(request, state)
         record = StepRecord.fetch(output)
-        event = state.advance(record)
+        event = state.advance(output, record)
         self._device_half.observe(output, state.running(state.kv.lengths), state)
         self._show_texts([a + b for a, b in zip(request.prompts(), record.tokens, strict=True)], state)
         return event
 
+    @torch.inference_mode()
     def _step(self, request: Request, state: DecodeState) -> StepEvent:
         """Run one decode step of every row that still decodes."""
         output = self._device_half.run(request, state)
         record = StepRecord.fetch(output)
         committed = state.committed(output, record)
+        event = state.advance(output, record)
         self._device_half.commit(output, committed, state)
-        event = state.advance(record)
         self._device_half.observe(output, state.running(committed), state)
         self._show_texts(record.tokens, state)
-        return replace(event, tree=output.tree, path=output.acceptance.path)
+        return event
 
     def _show_texts(self, texts: Sequence[list[int]], state: DecodeState) -> None:
         """Show the drafters that use no features what each row's text has grown by."""

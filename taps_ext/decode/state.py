@@ -100,7 +100,7 @@ class Acceptance:
 class StepOutput:
     """Hold a verified step on the device."""
 
-    tree: DraftTree  # with `proposers`, except the roots of a prefill
+    tree: DraftTree
     acceptance: Acceptance
     features: Tensor  # [B, N, H], the target's, of every node; in a prefill [B, P, H], of the prompts
     next_tokens: Tensor  # int64 [B, N], the token behind each node of the accepted path; in a prefill [B, P]
@@ -108,11 +108,7 @@ class StepOutput:
     choice: Tensor | None = None  # int64 [B], the drafter chosen; None: all took part
     log_probs: Tensor | None = None  # float32 [B, N], if asked for
     outlook: Outlook | None = None  # where the trees adapt
-
-    @property
-    def is_prefill(self) -> bool:
-        """Whether the step committed prompts; it is then no decode step."""
-        return self.tree.proposers is None
+    is_prefill: bool = False  # the step committed prompts: it is no decode step
 
 
 @dataclass(frozen=True)
@@ -123,7 +119,7 @@ class StepRecord:
     num_accepted: list[int]
     is_invalid: list[bool]
     num_nodes: list[int]
-    proposers: list[list[int]] | None  # the bit mask of each accepted node; None: a prefill
+    proposers: list[list[int]]  # the bit mask of each accepted node
     choice: list[int] | None  # the drafter chosen; None: all took part
     log_probs: list[list[float]] | None
     outlook: HostOutlook | None
@@ -132,14 +128,11 @@ class StepRecord:
     def fetch(cls, output: StepOutput) -> StepRecord:
         """Copy to the host what it needs: the one wait of a step."""
         acceptance, tree = output.acceptance, output.tree
-        wanted: dict[str, Tensor] = {
-            "num_accepted": acceptance.num_accepted,
-            "is_invalid": acceptance.is_invalid,
-            "num_nodes": tree.num_nodes,
-            "tokens": acceptance.tokens,
-        }
-        if tree.proposers is not None:
-            wanted["proposers"] = tree.proposers.gather(1, acceptance.path[:, 1:].clamp_min(0))
+        wanted: dict[str, Tensor] = {"is_invalid": acceptance.is_invalid, "tokens": acceptance.tokens}
+        if tree.capacity > 1:
+            assert tree.proposers is not None
+            proposers = tree.proposers.gather(1, acceptance.path[:, 1:].clamp_min(0))
+            wanted |= {"num_accepted": acceptance.num_accepted, "num_nodes": tree.num_nodes, "proposers": proposers}
         if output.choice is not None:
             wanted["choice"] = output.choice
         if output.log_probs is not None:
@@ -147,15 +140,15 @@ class StepRecord:
         if output.outlook is not None:
             wanted |= vars(output.outlook)
         host = to_host(wanted)
-        counts, invalid = host["num_accepted"], host["is_invalid"]
+        invalid, of_roots = host["is_invalid"], [0] * tree.batch_size
+        counts, masks = host.get("num_accepted", of_roots), host.get("proposers", [[]] * tree.batch_size)
         ends = [count + (not bad) for count, bad in zip(counts, invalid, strict=True)]
-        masks = host.get("proposers")
         return cls(
             tokens=[row[:end] for row, end in zip(host["tokens"], ends, strict=True)],
             num_accepted=counts,
             is_invalid=invalid,
-            num_nodes=host["num_nodes"],
-            proposers=None if masks is None else [row[:count] for row, count in zip(masks, counts, strict=True)],
+            num_nodes=host.get("num_nodes", [1] * tree.batch_size),
+            proposers=[row[:count] for row, count in zip(masks, counts, strict=True)],
             choice=host.get("choice"),
             log_probs=host.get("log_probs"),
             outlook=(host["gains"], host["levels"], host["promised"]) if output.outlook is not None else None,
@@ -164,8 +157,10 @@ class StepRecord:
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the tensors as lists: copies that do not block, then one wait for the device."""
-    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
     device = next(iter(tensors.values())).device
+    if device.type == "cpu":
+        return {name: tensor.tolist() for name, tensor in tensors.items()}
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
     return {name: copy.tolist() for name, copy in copies.items()}
@@ -195,6 +190,7 @@ class DecodeState:
     stats: DecodeStats
     last_positions: Tensor  # int64 [B], the last position whose logits can matter: behind it the text is full
     root_tokens: Tensor  # int64 [B], the last committed token, not yet in the cache
+    roots: DraftTree  # trees of a root alone, of any token
     active: Tensor  # bool [B], rows that still decode
     text: Tensor | None  # int64 [B, longest + 1], the committed tokens, root included; None: nothing looks at them
     pending: list[list[Observation]]  # per drafter, what it has not observed yet
@@ -208,6 +204,8 @@ class DecodeState:
 
     def running(self, lengths: Lengths) -> Lengths:
         """Return `lengths` with 0 for rows that have ended."""
+        if not any(row.finish_reason for row in self.rows):
+            return lengths
         host = tuple(0 if row.finish_reason else count for row, count in zip(self.rows, lengths.host, strict=True))
         return Lengths(torch.where(self.active, lengths.tensor, 0), host)
 
@@ -216,21 +214,22 @@ class DecodeState:
         pairs = zip(self.rows, record.num_accepted, strict=True)
         return Lengths(output.num_committed, tuple(0 if row.finish_reason else count + 1 for row, count in pairs))
 
-    def advance(self, record: StepRecord) -> StepEvent:
+    def advance(self, output: StepOutput, record: StepRecord) -> StepEvent:
         """Give a step's tokens to the rows that still decode, count the step, and end the rows that are done."""
         count = len(self.rows)
-        event = StepEvent([[] for _ in self.rows], [None] * count, [None] * count, [()] * count)
+        verified = () if output.is_prefill else (output.tree, output.acceptance.path)
+        event = StepEvent([[] for _ in self.rows], [None] * count, [None] * count, [()] * count, *verified)
         for b, row in enumerate(self.rows):
             if row.finish_reason is not None:
                 continue
             event.new_tokens[b] = self._extend(b, row, record)
-            if record.proposers is not None:
+            if not output.is_prefill:
                 choice = None if record.choice is None else record.choice[b]
                 self.stats.record(b, record.num_nodes[b], choice, record.proposers[b])
                 event.num_accepted[b] = self.stats.num_accepted[b][-1]
                 event.choices[b] = self.stats.choices[b][-1]
                 event.accepted_proposers[b] = self.stats.accepted_proposers[b][-1]
-        if self.budget is not None and record.proposers is not None:
+        if self.budget is not None and not output.is_prefill:
             self.budget.record(record.outlook, event.num_accepted)
         self.stats.num_target_forwards += 1
         return event

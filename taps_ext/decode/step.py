@@ -22,7 +22,7 @@ from ..drafters.lookup import Store
 from ..sampling import SamplingRows
 from ..target.model import TargetModel
 from ..tree import DraftTree, Lengths, TreeShape
-from .budget import Plan
+from .budget import StepPlan
 from .processors import process_logits
 from .request import Request
 from .state import Acceptance, DecodeState, Observation, StepOutput
@@ -61,7 +61,6 @@ class DecodeStep:
         """Return a fresh state per drafter; `sampling` is for coupled drafting, None for drafting without the noise."""
         return [drafter.reset(batch_size, sampling, self.composition.decay) for drafter in self.drafters]
 
-    @torch.inference_mode()
     def prefill(self, request: Request, state: DecodeState) -> StepOutput:
         """Commit the prompts and draw each row's first token."""
         columns, lengths = request.columns(), Lengths.of(request.prompt_lengths, self.target.device)
@@ -78,14 +77,16 @@ class DecodeStep:
         if state.text is not None:
             state.text[:, 0] = tokens[:, 0]
             state.text[:, 1 : 1 + tokens.shape[1]] = next_tokens
-        return StepOutput(roots, acceptance, scored.features, next_tokens, lengths.tensor, log_probs=log_probs)
+        return StepOutput(
+            roots, acceptance, scored.features, next_tokens, lengths.tensor, log_probs=log_probs, is_prefill=True
+        )
 
-    @torch.inference_mode()
     def run(self, request: Request, state: DecodeState) -> StepOutput:
         """Propose, score and verify one tree per row; finished rows take part as padding."""
-        plan = state.budget.plan() if state.budget is not None else Plan(self.shape, (True,) * len(self.drafters))
-        with state.kv.products.running():
-            composed, outlook = self.propose(plan, state), None
+        plan = state.budget.plan() if state.budget is not None else StepPlan(self.shape, (True,) * len(self.drafters))
+        if not any(plan.drafts):
+            return self._run_plain(request, state)
+        composed, outlook = self.propose(plan, state), None
         if state.budget is not None and state.budget.is_concerned(composed.tree, self._is_costly(plan)):
             tree, outlook = state.budget.cut(composed.tree, state.active)
             composed = replace(composed, tree=_trimmed(tree))
@@ -103,11 +104,22 @@ class DecodeStep:
             outlook=outlook,
         )
 
-    def propose(self, plan: Plan, state: DecodeState) -> Composed:
+    def _run_plain(self, request: Request, state: DecodeState) -> StepOutput:
+        """Score and verify the roots alone; this costs what a step of plain decoding does, so each op counts."""
+        roots = replace(state.roots, tokens=state.root_tokens[:, None])
+        scored = self.target.score(roots, state.kv, state.last_positions if len(state.rows) > 1 else None)
+        acceptance, log_probs = self.verify(request, state, roots, scored.logits, state.kv.lengths.tensor + 1)
+        next_tokens = acceptance.tokens.clamp_min(0)
+        return StepOutput(roots, acceptance, scored.features, next_tokens, state.active.long(), log_probs=log_probs)
+
+    def propose(self, plan: StepPlan, state: DecodeState) -> Composed:
         """Return the tree to verify, made by the planned drafters, or of those that the composition chooses."""
-        if not any(plan.drafts):
-            roots = DraftTree.of_roots(state.root_tokens)
-            return Composed(replace(roots, proposers=torch.zeros_like(roots.tokens)), None)
+        with state.kv.products.running():
+            composed = self._compose(plan, state)
+        return replace(composed, tree=_trimmed(composed.tree))
+
+    def _compose(self, plan: StepPlan, state: DecodeState) -> Composed:
+        """Return one tree of the planned drafters' trees."""
         evidence = None
         if self.composition.decay is not None:
             evidence = self._evidence(plan, state).to(state.root_tokens.device)
@@ -125,13 +137,13 @@ class DecodeStep:
             composed = replace(composed, tree=self._extended(composed.tree, state.text, plan.shape, state))
         if self.joint_budget is not None:
             composed = replace(composed, tree=share_budget(composed.tree, self.joint_budget))
-        return replace(composed, tree=_trimmed(composed.tree))
+        return composed
 
-    def _is_costly(self, plan: Plan) -> bool:
+    def _is_costly(self, plan: StepPlan) -> bool:
         """Return whether a network drafts."""
         return any(drafts and drafter.uses_features for drafter, drafts in zip(self.drafters, plan.drafts, strict=True))
 
-    def _draft(self, plan: Plan, state: DecodeState) -> list[DraftTree]:
+    def _draft(self, plan: StepPlan, state: DecodeState) -> list[DraftTree]:
         """Return a tree per drafter, only roots for those that the plan leaves out."""
         groups = [part for group in self.groups if (part := [index for index in group if plan.drafts[index]])]
         for index in (index for group in groups for index in group):
@@ -161,7 +173,6 @@ class DecodeStep:
         log_probs = logits[rows, acceptance.path.clamp_min(0)].float().log_softmax(dim=-1)
         return acceptance, log_probs.gather(2, acceptance.tokens.clamp_min(0)[:, :, None])[:, :, 0]
 
-    @torch.inference_mode()
     def commit(self, output: StepOutput, committed: Lengths, state: DecodeState) -> None:
         """Keep the accepted paths in the target's cache; the bonus tokens become the new roots.
 
@@ -169,12 +180,9 @@ class DecodeStep:
         """
         if state.text is not None:
             _append(state.text, state.kv.lengths.tensor + 1, output.acceptance.tokens, output.num_committed)
-        lengths = state.kv.lengths.plus(committed)
-        self.target.commit(output.acceptance.path, output.num_committed - 1, lengths, state.kv)
-        bonus_tokens = output.acceptance.bonus_tokens.clamp_min(0)
-        state.root_tokens = torch.where(state.active, bonus_tokens, state.root_tokens)
+        self.target.commit(output.acceptance.path, state.kv.lengths.plus(committed), state.kv)
+        state.root_tokens = output.acceptance.bonus_tokens.clamp_min(0)
 
-    @torch.inference_mode()
     def observe(self, output: StepOutput, num_tokens: Lengths, state: DecodeState) -> None:
         """Keep the committed tokens with the target's features, `num_tokens` of each row, for the drafters.
 
@@ -183,15 +191,15 @@ class DecodeStep:
         num_slots = num_tokens.longest
         if num_slots == 0:
             return
-        features, next_tokens = output.features, output.next_tokens[:, :num_slots]
-        if output.is_prefill:
-            features = features[:, :num_slots]
-        else:
+        features, next_tokens = output.features, output.next_tokens
+        if not output.is_prefill and output.tree.capacity > 1:
             path = output.acceptance.path[:, :num_slots].clamp_min(0)
             features = features.gather(1, path[:, :, None].expand(-1, -1, features.shape[-1]))
+            next_tokens = next_tokens[:, :num_slots]
+        observation = Observation(features, next_tokens, num_tokens)
         for drafter, pending in zip(self.drafters, state.pending, strict=True):
             if drafter.uses_features:
-                pending.append(Observation(features, next_tokens, num_tokens))
+                pending.append(observation)
 
     def _extended(self, tree: DraftTree, text: Tensor, shape: TreeShape, state: DecodeState) -> DraftTree:
         """Return the best nodes of the trees, of what a store says of their roots, and of what their leaves continue in
@@ -228,7 +236,7 @@ class DecodeStep:
                     "shape.capacity(vocab_size)"
                 )
 
-    def _evidence(self, plan: Plan, state: DecodeState) -> Tensor:
+    def _evidence(self, plan: StepPlan, state: DecodeState) -> Tensor:
         """Return the evidence for every drafter, float32 [D, B]; -inf for those that are left out of this step."""
         parts = []
         for index, (drafter, own) in enumerate(zip(self.drafters, state.drafter_states, strict=True)):

@@ -54,21 +54,23 @@ class TreeKVCache:
         for keys, values in specs:
             self._slots.append((self._slot(keys), self._slot(values)))
         self.buffers: dict[KVSpec, Tensor] = {}  # [keys and values of all layers, B, heads, capacity, head_dim]
+        self.layers: list[tuple[Tensor, Tensor]] = []  # each layer's keys and values [B, heads, capacity, head_dim]
         self.cache: Cache = Cache(layers=[_TreeKVLayer(self, layer) for layer in range(len(self._slots))])
 
     def _slot(self, spec: KVSpec) -> tuple[KVSpec, int]:
         self._counts[spec] = self._counts.get(spec, 0) + 1
         return spec, self._counts[spec] - 1
 
-    @torch.inference_mode(False)  # ordinary tensors, so that every mode may write to them later
-    @torch.no_grad()
     def reserve(self, num_tokens: int) -> None:
         """Make room for `num_tokens` columns behind the committed ones; the capacity at least doubles if it grows."""
+        needed = self.lengths.longest + num_tokens
+        if needed > self.capacity:
+            self._grow(max(needed, 2 * self.capacity, FIRST_CAPACITY))
+
+    @torch.inference_mode(False)  # ordinary tensors, so that every mode may write to them later
+    @torch.no_grad()
+    def _grow(self, capacity: int) -> None:
         committed = self.lengths.longest
-        needed = committed + num_tokens
-        if needed <= self.capacity:
-            return
-        capacity = max(needed, 2 * self.capacity, FIRST_CAPACITY)
         for spec, count in self._counts.items():
             shape = (count, len(self.lengths.host), spec.num_heads, capacity, spec.head_dim)
             grown = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
@@ -76,11 +78,7 @@ class TreeKVCache:
                 grown[:, :, :, :committed] = self.buffers[spec][:, :, :, :committed]
             self.buffers[spec] = grown
         self.capacity = capacity
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the layer's key and value buffers, [B, heads, capacity, head_dim], as views."""
-        (key_spec, key_slot), (value_spec, value_slot) = self._slots[index]
-        return self.buffers[key_spec][key_slot], self.buffers[value_spec][value_slot]
+        self.layers = [(self.buffers[keys][k], self.buffers[values][v]) for (keys, k), (values, v) in self._slots]
 
     def pack(self, columns: Tensor) -> None:
         """Move each row's columns int64 [B, longest] to the front, in every layer."""
@@ -89,10 +87,11 @@ class TreeKVCache:
             for states in buffer:
                 states[:, :, : columns.shape[1]] = states.gather(2, order)
 
-    def compact(self, path: Tensor, num_accepted: Tensor) -> None:
-        """Move each row's accepted path (num_accepted -1: nothing) behind its prefix, in every layer."""
+    def compact(self, path: Tensor, lengths: Lengths) -> None:
+        """Move each row's accepted path behind its prefix, in every layer, up to the row's new length."""
         if path.shape[1] == 1 and not self.lengths.is_ragged:
             return  # the roots were written there
+        num_accepted = lengths.tensor - self.lengths.tensor - 1
         for spec, buffer in self.buffers.items():
             rows = (path.to(spec.device), num_accepted.to(spec.device), self.lengths.tensor.to(spec.device))
             ops.compact_kv(buffer, *rows, self.lengths.longest)
@@ -117,17 +116,16 @@ class _TreeKVLayer(CacheLayerMixin):
         """Do nothing: the owner allocates."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        start = self._owner.lengths.longest
-        stop = start + key_states.shape[-2]
-        keys, values = (buffer[:, :, :stop] for buffer in self._owner.layer(self._index))
+        start, count = self._owner.lengths.longest, key_states.shape[-2]
+        keys, values = self._owner.layers[self._index]
         # A tree stands behind a prefix: an overflow in one node must not reach other nodes through its masked column.
         # In a prefill, a row's overflow stays in that row.
         write = _write_finite if start > 0 else Tensor.copy_
         for buffer, states in ((keys, key_states), (values, value_states)):
             if states.dtype != buffer.dtype or states.device != buffer.device:
                 _refuse_converted(buffer, states)
-            write(buffer[:, :, start:], states)
-        return keys, values
+            write(buffer.narrow(2, start, count), states)
+        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         query_length = query if isinstance(query, int) else query.shape[0]
@@ -164,4 +162,4 @@ def _write_finite(columns: Tensor, states: Tensor) -> None:
     """Write 0 for NaN and infinities, which a mask does not stop: 0 times NaN is NaN."""
     if states.dtype != columns.dtype:  # under autocast
         states = states.to(columns.dtype)
-    torch.nan_to_num(states, nan=0.0, posinf=0.0, neginf=0.0, out=columns)
+    torch.nan_to_num(states, 0.0, 0.0, 0.0, out=columns)

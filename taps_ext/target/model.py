@@ -168,7 +168,9 @@ class TargetModel:
         `last_positions`, int64 [B]: nodes beyond keep this position. The text ends before they could be emitted, and
         the target may not have such a position.
         """
-        positions = kv.lengths.tensor[:, None] + ops.tree_depths(tree.parents, tree.num_nodes)
+        positions = kv.lengths.tensor[:, None]
+        if tree.capacity > 1:
+            positions = positions + ops.tree_depths(tree.parents, tree.num_nodes)
         if last_positions is not None:
             positions = positions.minimum(last_positions[:, None])
         if kv.position_offsets is not None:
@@ -180,15 +182,14 @@ class TargetModel:
         with kv.products.running():
             return self._forward({"input_ids": tree.tokens, "position_ids": positions}, kv, view)
 
-    def commit(self, path: Tensor, num_accepted: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
+    def commit(self, path: Tensor, lengths: Lengths, kv: TreeKVCache) -> None:
         """Keep the KV rows of the accepted paths and drop the other nodes' rows.
 
         Args:
             path: int64 [B, N], the accepted nodes, the root first.
-            num_accepted: int64 [B], nodes behind the root; -1: not even the root, for a finished row.
-            lengths: the rows' new lengths.
+            lengths: the rows' new lengths, the root included; a row that has ended keeps its length.
         """
-        kv.compact(path, num_accepted)
+        kv.compact(path, lengths)
         kv.lengths = lengths
 
     def _forward(
