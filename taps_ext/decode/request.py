@@ -256,7 +256,7 @@ def _arguments(config: Any, options: GenerateOptions, lengths: Sequence[int] | N
     if (sampling := options.get("sampling")) is not None:
         arguments |= {**NOT_SAMPLED, "do_sample": _check_sampling(sampling).is_sampled}
     if lengths is not None:
-        arguments["max_new_tokens"] = max(lengths)
+        arguments |= {"max_new_tokens": max(lengths), "max_length": None}  # else transformers warns of two lengths
     copies: Any = options.get("num_return_sequences")
     if copies is not None:
         if not isinstance(copies, Integral) or copies < 1:
