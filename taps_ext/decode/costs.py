@@ -125,8 +125,7 @@ def measure_costs(
     """Return the measured costs, in milliseconds.
 
     `start` begins a call on prompts int64 [B, P] for a number of new tokens, with a forced budget, and returns what
-    runs one step of it. Without
-    `is_timed` the number of steps does not depend on a clock.
+    runs one step of it. Without `is_timed` the number of steps does not depend on a clock.
     """
     device, sizes = step.target.device, SIZES if step.target.device.type == "cpu" else SIZES_ON_DEVICE
     probe, (prompt_length, new_tokens) = ForcedBudget(step, batch_size), _text_lengths(step)
