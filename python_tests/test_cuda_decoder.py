@@ -12,7 +12,6 @@ from unittest import mock
 import fake_cuda
 import pytest
 import torch
-import transformers
 from small_models import CALIBRATIONS, new_target, prompts, trained_drafters, trained_target
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -160,13 +159,15 @@ def test_an_lm_head_on_another_device_than_the_embedding_drafts_there(compositio
         assert state.root_tokens.device == target.device == fake_cuda.DEVICE != there
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 looks at the attention mask on the host")
 @torch.inference_mode()
-def test_plain_decoding_takes_prompts_from_the_host() -> None:
+def test_plain_decoding_draws_on_the_device() -> None:
     with fake_cuda.fake_cuda():
-        model = fake_cuda.placed(new_target(), torch.float32)
-        draws = plain_generation._draws(model, fake_request([3], 1.0))
-        assert {next(draws).device for _ in range(3)} == {fake_cuda.DEVICE}
+        request, positions = fake_request([3], 1.0), torch.tensor([3], device=fake_cuda.DEVICE)
+        sampling = request.sampling.rows(1, fake_cuda.DEVICE)
+        run = plain_generation._PlainRun(request, request.rows(), sampling, positions)
+        logits = torch.zeros(1, 64, device=fake_cuda.DEVICE)
+        assert {run.draw(torch.zeros(1, 3), logits).device for _ in range(3)} == {fake_cuda.DEVICE}
+        assert run.positions.device == run.are_finished(run.positions, None).device == fake_cuda.DEVICE
 
 
 @torch.inference_mode()
