@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="as of taps-ext report")
     parser.add_argument("--output", "-o", type=Path, required=True)
     arguments = parser.parse_args()
-    report.check_output(arguments.output)
+    report.check_report_output(arguments.output)
     results, histograms = signals.add(counts.read(arguments.results))
     report.write(results, arguments.output, sections(results, histograms))
     (arguments.output / signals.FILE).write_text(signals.to_json(histograms), encoding="utf-8")

@@ -130,7 +130,7 @@ def report(
     """
     from ..evaluation import counts, report  # pandas and scipy: no other command waits for them
 
-    report.check_output(output)
+    report.check_report_output(output)
     with terminal.progress("answers"):
         read = counts.read(results)
         files = [str(path) for path in report.write(read, output, report.sections(read))]

@@ -95,16 +95,6 @@ def _drawn(view: View, table: Table, caption: str, label: str, reference: float 
 
 
 def _acceptance(view: View) -> Parts:
-    nodes = plain_value(view, lambda cell: (cell["nodes"], cell["steps"]))
-    extra: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "node budget": ("", lambda one: str(view.nodes(one) or "union")),
-        "nodes per step": (
-            ".1f",
-            lambda one: mean_over([nodes(one, task) for task in view.tasks if view.seeds(one, task)]),
-        ),
-        "drafter seeds": ("d", lambda one: max(len(view.seeds(one, task)) for task in view.tasks)),
-        "range over seeds": ("", lambda one: _seed_range(view, one)),
-    }
     singles = [one for one in view.usual() if view.specs[one].composition == SINGLE]
     best = {task: figures.best(view, singles, task) for task in view.tasks}
     named = ", ".join(f"{view.tasks[task]} {one}" for task, one in best.items() if one)
@@ -120,7 +110,7 @@ def _acceptance(view: View) -> Parts:
         return None if reference is None else figures.difference(view, variant, reference, task)
 
     title, against = "Acceptance length", "Against the best single drafter"
-    table = variant_table(view, "acceptance", title, _settings(view), micro, extra=extra)
+    table = variant_table(view, "acceptance", title, _settings(view), micro, extra=_about_trees(view))
     tables = [
         table,
         variant_table(view, "acceptance-macro", f"{title}, mean of the questions", "", macro),
@@ -128,6 +118,25 @@ def _acceptance(view: View) -> Parts:
     ]
     caption = "Trees of the usual size and the union, with 95% intervals."
     return tables, _drawn(view, table, caption, "tokens per step")
+
+
+def _about_trees(view: View) -> dict[str, tuple[str, Callable[[str], Any]]]:
+    """Return the columns of a variant's trees, and of its drafter seeds where there are several."""
+    nodes = plain_value(view, lambda cell: (cell["nodes"], cell["steps"]))
+
+    def mean_nodes(variant: str) -> Any:
+        return mean_over([nodes(variant, task) for task in view.tasks if view.seeds(variant, task)])
+
+    def num_seeds(variant: str) -> int:
+        return max(len(view.seeds(variant, task)) for task in view.tasks)
+
+    columns: dict[str, tuple[str, Callable[[str], Any]]] = {
+        "node budget": ("", lambda one: str(view.nodes(one) or "union")),
+        "nodes per step": (".1f", mean_nodes),
+    }
+    if any(num_seeds(one) > 1 for one in view.variants()):
+        columns |= {"drafter seeds": ("d", num_seeds), "range over seeds": ("", lambda one: _seed_range(view, one))}
+    return columns
 
 
 def _seed_range(view: View, variant: str) -> str | None:
@@ -299,7 +308,7 @@ def _facts(run: Mapping[str, Any]) -> dict[str, str]:
 # ---- the files
 
 
-def check_output(output: Path) -> None:
+def check_report_output(output: Path) -> None:
     """Raise ValueError or OSError, in one sentence, unless a report can be written to the directory."""
     check_writable(output)
     foreign = [name for name in PARTS if (output / name).exists()]
@@ -310,7 +319,7 @@ def check_output(output: Path) -> None:
 
 def write(results: Results, output: Path, parts: Sequence[Section]) -> list[Path]:
     """Write the report and return its files; a report that is there is replaced, and other files stay."""
-    check_output(output)
+    check_report_output(output)
     files = make(results, parts)
     output.parent.mkdir(parents=True, exist_ok=True)
     with written("the report", output.parent, "make room and report again"):
