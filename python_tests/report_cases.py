@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from taps_ext.evaluation.report import reading
-from taps_ext.evaluation.report.figures import views
-from taps_ext.evaluation.report.sections import sections
-from taps_ext.evaluation.report.tables import as_csv
+from taps_ext.evaluation import counts, report
+from taps_ext.evaluation.figures import Table
 
 DRAFTERS = ("math", "chat")
 TASKS = {"gsm8k": 12, "mt_bench": 10, "svamp": 9}  # questions
@@ -176,7 +174,17 @@ def histogram(values: np.ndarray, bins: np.ndarray) -> dict[str, Any]:
     return {"count": len(values), "sum": float(values.sum()), "bins": named}
 
 
+def as_read(tables: Sequence[Table]) -> dict[str, list[dict[str, str]]]:
+    """Tables by name, as their CSV files hold them."""
+    return {table.name: list(csv.DictReader(io.StringIO(table.csv))) for table in tables}
+
+
 def read_tables(folder: Path) -> dict[str, list[dict[str, str]]]:
-    """The tables of a folder's report, as their CSV files say them."""
-    found = [table for section in sections(views(reading.read([folder]))) for table in section.tables]
-    return {table.name: list(csv.DictReader(io.StringIO(as_csv(table)))) for table in found}
+    """The tables of a folder's report."""
+    return as_read([table for section in report.sections(counts.read([folder])) for table in section.tables])
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

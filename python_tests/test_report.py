@@ -8,26 +8,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import report_cases
-from report_cases import DRAFTERS, SETTINGS, TASKS, VARIANTS, answer, read_tables, variant, write_results
+from report_cases import DRAFTERS, SETTINGS, TASKS, VARIANTS, answer, read_tables, write_results
+from scipy.stats import bootstrap
 
 from taps_ext import cli
-from taps_ext.evaluation.report import files, reading, saved
-from taps_ext.evaluation.report.figures import View, tokens_per_second, views
-from taps_ext.evaluation.report.page import inline
-from taps_ext.evaluation.report.pictures import Line, Panel, Picture, Style, draw, spread
-from taps_ext.evaluation.report.sections import Section, paper, sections
-from taps_ext.evaluation.report.sections.base import style
-from taps_ext.evaluation.report.sections.depth import conditional
-from taps_ext.evaluation.report.sections.differences import comparisons
-from taps_ext.evaluation.report.statistics import Estimate
-from taps_ext.evaluation.report.tables import Column, Table, as_csv, as_html, markdown
+from taps_ext.evaluation import counts, figures, report
+from taps_ext.evaluation.counts import View
+from taps_ext.evaluation.figures import Table
 
 FEW = {name: VARIANTS[name] for name in ("plain", "single:math", "single:chat")}
 Tables = dict[str, list[dict[str, str]]]
@@ -46,15 +39,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(results: Path) -> Tables:
-    """The tables of `results`, as their CSV files say them."""
+    """The tables of `results`, as their CSV files hold them."""
     return read_tables(results)
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A report with every section but the published figures, on one task."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report with every section, on two tasks."""
     folder = tmp_path_factory.mktemp("report")
-    results = write_results(folder / "results", tasks={"gsm8k": 6}, temperatures=(0.0,))
+    results = write_results(folder / "results", tasks={"gsm8k": 6, "svamp": 5}, temperatures=(0.0,))
     _report(results, folder / "report")
     return folder / "report"
 
@@ -85,13 +78,30 @@ def _lines(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _view(folder: Path, temperature: float = 0.0, label: str = "EAGLE-2") -> View:
-    seen = views(reading.read([folder]))
+    seen = counts.views(counts.read([folder]))
     return next(view for view in seen if (view.label, view.temperature) == (label, temperature))
 
 
-def _section(folder: Path, name: str) -> Section | None:
-    found = [one for one in sections(views(reading.read([folder]))) if one.name == name]
-    return found[0] if found else None
+def _row(rows: list[dict[str, str]], variant: str, **more: str) -> dict[str, str]:
+    wanted = {"variant": variant, **more}
+    return next(row for row in rows if wanted.items() <= row.items())
+
+
+def _accepted(folder: Path, variant: str, task: str) -> dict[str, list[int]]:
+    """By question the accepted draft tokens of every step at temperature 0."""
+    found: dict[str, list[int]] = {}
+    for line in _lines(folder):
+        if (line["variant"], line["task"], line["temperature"]) == (variant, task, 0.0):
+            steps = [count for turn in line["turns"] for count in turn["num_accepted"]]
+            found.setdefault(line["question_id"], []).extend(steps)
+    return found
+
+
+def _steps(by_question: dict[str, list[int]]) -> list[int]:
+    return [count for steps in by_question.values() for count in steps]
+
+
+# ---- figures
 
 
 def test_the_script_of_the_docs_makes_the_main_table_from_the_lines(
@@ -123,14 +133,61 @@ def test_the_script_of_the_docs_makes_the_main_table_from_the_lines(
         assert len(printed) == 3 * len(speeds)
 
 
-def test_a_report_of_its_own_json_is_the_same_byte_for_byte(report: Path, tmp_path: Path) -> None:
-    _report(report / "report.json", tmp_path / "again")
-    names = sorted(str(path.relative_to(report)) for path in report.rglob("*") if path.is_file())
-    assert names == sorted(str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*.*"))
-    assert not [name for name in names if (report / name).read_bytes() != (tmp_path / "again" / name).read_bytes()]
-    tables = [table for one in sections(views(saved.load(report / "report.json"))) for table in one.tables]
-    assert len(tables) == len(list((report / "tables").iterdir()))
-    assert not [table.name for table in tables if as_csv(table) != (report / f"tables/{table.name}.csv").read_text()]
+def test_intervals_are_scipys_percentile_bootstrap_of_the_questions(results: Path, tables: Tables) -> None:
+    """Of the ratio of sums, and of the difference of two such ratios, paired by question."""
+    one, other = (_accepted(results / "seed0", name, "gsm8k") for name in ("merged@60", "merged"))
+    assert list(one) == list(other)
+    sums = [np.array([f(steps) for steps in part.values()], dtype=float) for part in (one, other) for f in (sum, len)]
+    settings: dict[str, Any] = {"paired": True, "method": "percentile", "n_resamples": 2000, "vectorized": True}
+
+    def length(accepted: Any, steps: Any, axis: int = -1) -> Any:
+        return 1 + accepted.sum(axis) / steps.sum(axis)
+
+    def gap(first: Any, second: Any, third: Any, fourth: Any, axis: int = -1) -> Any:
+        return length(first, second, axis) - length(third, fourth, axis)
+
+    row = _row(tables["acceptance-eagle-2-t0"], "merged@60")
+    found = figures.difference(_view(results), "merged@60", "merged", "gsm8k")
+    assert found is not None
+    ends = [(float(row["GSM8K low"]), float(row["GSM8K high"])), found.interval]
+    for statistic, parts, (low, high) in zip((length, gap), (sums[:2], sums), ends, strict=True):
+        expected = bootstrap(parts, statistic, rng=np.random.default_rng(1), **settings).confidence_interval
+        width = expected.high - expected.low
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.1 * width)  # other draws
+        assert 0.8 * width < high - low < 1.2 * width
+
+
+def test_a_paired_difference_knows_that_hard_questions_are_hard_for_both() -> None:
+    random = np.random.default_rng(2)
+    hardness, ones = random.normal(3.0, 1.0, size=50), np.ones(50)
+    one, other = (hardness + random.normal(shift, 0.05, size=50) for shift in (0.1, 0.0))
+    paired, alone = figures.ratio("gsm8k", one, ones, other, ones), figures.ratio("gsm8k", one, ones)
+    assert paired is not None and alone is not None
+    (low, high), (least, most) = paired.interval, alone.interval
+    assert 0.05 < low < high < 0.15 and most - least > 10 * (high - low)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    """95% asked; 200 trials of 60 questions deviate by 1.5%, and the bootstrap holds a little less."""
+    random = np.random.default_rng(1)
+    found = [figures.ratio("gsm8k", random.gamma(2.0, 1.0, size=60), np.ones(60)) for _ in range(200)]
+    held = np.mean([low <= 2.0 <= high for low, high in (one.interval for one in found if one is not None)])
+    assert 0.89 <= held <= 0.985
+
+
+def test_the_mean_over_tasks_counts_each_task_the_same_and_resamples_within_tasks() -> None:
+    small, large = figures.ratio("a", np.ones(4), np.ones(4)), figures.ratio("b", np.arange(1.0, 101), np.ones(100))
+    both = figures.mean_over([small, large])
+    assert small is not None and large is not None
+    assert both.value == pytest.approx((1 + 50.5) / 2)
+    assert both.samples == pytest.approx((small.samples + large.samples) / 2)
+    assert figures.mean_over([small, None]) is None and figures.mean_over([2.0, 4.0]) == 3.0
+
+
+def test_a_figure_without_a_value_is_none_and_one_question_has_no_interval() -> None:
+    assert figures.ratio("a", np.zeros(3), np.zeros(3)) is None and figures.ratio("a", [], []) is None
+    one = figures.ratio("a", np.array([3.0]), np.array([2.0]))
+    assert one is not None and one.value == 1.5 and np.isnan(one.interval).all()
 
 
 def test_macro_is_the_mean_of_the_questions_own_lengths(results: Path, tables: Tables) -> None:
@@ -171,41 +228,27 @@ def test_replicates_are_pooled_by_question_and_their_range_is_told(results: Path
     assert low < float(row["mean over tasks"]) < high
 
 
-def test_differences_are_over_the_same_questions_and_drafter_seeds(results: Path) -> None:
-    view = _view(results)
-    found = view.difference("merged", "single:math", "gsm8k")
-    cells = {
-        name: [
-            line
-            for line in _lines(results / "seed0")  # the only seed that merged was run with
-            if (line["variant"], line["task"], line["temperature"]) == (name, "gsm8k", 0.0)
-        ]
-        for name in ("merged", "single:math")
-    }
-    lengths = {
-        name: np.mean([count for line in lines for turn in line["turns"] for count in turn["num_accepted"]])
-        for name, lines in cells.items()
-    }
-    assert found is not None and found.value == pytest.approx(lengths["merged"] - lengths["single:math"])
-    same = view.difference("merged", "merged", "gsm8k")
-    assert same is not None and (same.samples == 0).all()
+def test_differences_are_over_the_same_questions_and_drafter_seeds(results: Path, tables: Tables) -> None:
+    """The second drafter seed has singles only; merged trees are compared with those of the first."""
+    singles = {name: _accepted(results / "seed0", name, "gsm8k") for name in ("single:math", "single:chat")}
+    merged = np.mean(_steps(_accepted(results / "seed0", "merged", "gsm8k")))
+    best = max(np.mean(_steps(steps)) for steps in singles.values())
+    row = _row(tables["against-best-single-eagle-2-t0"], "merged")
+    assert float(row["GSM8K"]) == pytest.approx(merged - best, abs=1e-5)
+    itself = figures.difference(_view(results), "merged", "merged", "gsm8k")
+    assert itself is not None and (itself.samples == 0).all()
 
 
-def test_a_variant_with_fewer_questions_is_compared_on_those_and_said_to_be_incomplete(tmp_path: Path) -> None:
+def test_a_variant_with_fewer_questions_is_compared_on_those_and_the_note_names_it(tmp_path: Path) -> None:
     folder = write_results(tmp_path / "results", variants=FEW, tasks={"gsm8k": 12}, temperatures=(0.0,))
     for path in folder.glob("answers-*.jsonl"):
-        kept = [
-            line
-            for line in path.read_text().splitlines(keepends=True)
-            if not ("single:chat" in line and '"gsm8k-11"' in line)
-        ]
-        path.write_text("".join(kept))
-    view = _view(folder, label="")
-    cells = view.aligned(["single:math", "single:chat"], "gsm8k")
-    assert cells is not None and all(len(cell.ids) == 11 and "gsm8k-11" not in cell.ids for cell in cells)
-    assert cells[0].ids == cells[1].ids
-    section = _section(folder, "acceptance")
-    assert section is not None and "GSM8K, fewest 11 of 12 (single:chat)." in section.tables[0].note
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if not ("single:chat" in line and '"gsm8k-11"' in line)))
+    cells = _view(folder, label="").aligned(["single:math", "single:chat"], "gsm8k")
+    assert cells is not None and all(len(cell) == 11 and "gsm8k-11" not in cell.index for cell in cells)
+    tables = [table for section in report.sections(counts.read([folder])) for table in section.tables]
+    note = next(table.note for table in tables if table.name == "acceptance-t0")
+    assert note.endswith("Incomplete: GSM8K, fewest 11 of 12 (single:chat).")
 
 
 def test_a_torn_line_is_left_out_and_the_order_of_lines_changes_no_figure(tmp_path: Path) -> None:
@@ -215,19 +258,24 @@ def test_a_torn_line_is_left_out_and_the_order_of_lines_changes_no_figure(tmp_pa
     for path in other.glob("*.jsonl"):
         path.unlink()
     (other / "answers-0.jsonl").write_text("".join(reversed(texts)) + texts[0][:-40])
-    figures = [_view(folder, label="").value("single:math", "gsm8k", _tau) for folder in (one, other)]
-    assert figures[0] is not None and figures[1] is not None and figures[0].value == figures[1].value
-
-
-def _tau(cell: Any) -> tuple[Any, Any]:
-    return cell.num_accepted + cell.num_steps, cell.num_steps
+    found = [_row(read_tables(folder)["acceptance-t0"], "single:math")["GSM8K"] for folder in (one, other)]
+    assert found[0] == found[1]
 
 
 def test_acceptance_by_depth_is_conditional() -> None:
-    steps = np.array([20.0, 30.0, 0.0, 50.0])  # 100 steps: 80 accept one node or more, 50 two, and these three
-    assert conditional(steps, 3) == pytest.approx([0.8, 50 / 80, 1.0])
-    assert conditional(np.array([90.0, 5.0, 5.0]), 2) == [0.1, None]  # 10 steps are too few to say
-    assert conditional(np.array([50.0, 30.0, 40.0]), 4) == pytest.approx([70 / 120, 40 / 70, 0.0, None])
+    steps = [20.0, 30.0, 0.0, 50.0]  # 100 steps: 80 accept one token or more, 50 two, and these three
+    assert report.conditional(steps) == pytest.approx([0.8, 50 / 80, 1.0])
+    assert report.conditional([90.0, 5.0, 5.0]) == [0.1, None]  # 10 steps are too few to say
+    assert report.conditional([50.0, 30.0, 40.0, 0, 0]) == pytest.approx([70 / 120, 40 / 70, 0.0, None])
+
+
+def test_acceptance_by_depth_is_counted_from_the_steps(results: Path, tables: Tables) -> None:
+    steps = _steps(_accepted(results / "hass", "single:chat", "mt_bench"))
+    reached = [sum(count >= depth for count in steps) for depth in range(7)]
+    row = _row(tables["depth-hass-t0"], "single:chat", task="MT_BENCH")
+    for depth in range(1, 7):
+        share = reached[depth] / reached[depth - 1] if reached[depth - 1] >= 20 else None
+        assert row[f"depth {depth}"] == "" if share is None else float(row[f"depth {depth}"]) == pytest.approx(share)
 
 
 def test_merging_counts_proposers_and_the_nodes_it_saved(results: Path, tables: Tables) -> None:
@@ -244,97 +292,176 @@ def test_merging_counts_proposers_and_the_nodes_it_saved(results: Path, tables: 
     for bit, name in enumerate(DRAFTERS):
         assert float(row[f"{name} alone"]) == pytest.approx(masks.count(1 << bit) / len(masks), abs=1e-5)
     assert float(row["several"]) == pytest.approx(masks.count(3) / len(masks), abs=1e-5)
-    assert float(row["nodes saved a step"]) == pytest.approx(15)  # 74 proposed, 59 kept beside the root
+    assert float(row["nodes saved per step"]) == pytest.approx(15)  # 74 proposed, 59 kept beside the root
     assert float(row["share saved"]) == pytest.approx(15 / 74, abs=1e-5)
 
 
-def test_routing_is_told_by_step_and_by_majority_and_right_is_the_better_single(results: Path, tables: Tables) -> None:
-    lines = [line for line in _lines(results / "seed0") if (line["task"], line["temperature"]) == ("gsm8k", 0.0)]
-    chosen = {line["question_id"]: line["turns"][0]["chosen"] for line in lines if line["variant"] == "entropy"}
-    lengths = {
-        name: {
-            line["question_id"]: np.mean(line["turns"][0]["num_accepted"]) for line in lines if line["variant"] == name
-        }
-        for name in ("single:math", "single:chat")
-    }
-    steps = [name for names in chosen.values() for name in names]
-    ties = {question: np.sign(names.count("math") - names.count("chat")) for question, names in chosen.items()}
-    truth = {one: np.sign(lengths["single:math"][one] - lengths["single:chat"][one]) for one in chosen}
-    row = next(row for row in tables["routing-eagle-2-t0"] if (row["variant"], row["task"]) == ("entropy", "GSM8K"))
-    assert float(row["steps: math"]) == pytest.approx(steps.count("math") / len(steps), abs=1e-5)
-    assert float(row["questions: math"]) == pytest.approx(np.mean([(1 + tie) / 2 for tie in ties.values()]), abs=1e-5)
-    right = [(1 + ties[one] * truth[one]) / 2 for one in chosen]
-    assert float(row["right"]) == pytest.approx(np.mean(right), abs=1e-5)
+def test_routing_counts_the_steps_of_each_drafter(results: Path, tables: Tables) -> None:
+    steps = [
+        name
+        for line in _lines(results / "seed0")
+        if (line["variant"], line["task"], line["temperature"]) == ("entropy", "gsm8k", 0.0)
+        for turn in line["turns"]
+        for name in turn["chosen"]
+    ]
+    row = _row(tables["routing-eagle-2-t0"], "entropy", task="GSM8K")
+    assert float(row["math"]) == pytest.approx(steps.count("math") / len(steps), abs=1e-5)
+    assert float(row["math"]) + float(row["chat"]) == pytest.approx(1)
+    assert {row["variant"] for row in tables["routing-eagle-2-t0"]} == {"confidence", "entropy", "evidence"}
 
 
-def test_signals_are_oriented_so_that_more_is_better(tables: Tables) -> None:
-    """Made-up accepted nodes have the higher confidence and the lower entropy, nearly always, of one seed or of two."""
-    for row in tables["signals-hass-t0"] + tables["signals-eagle-2-t0"]:
-        assert float(row["confidence: accepted"]) > float(row["confidence: rejected"])
-        assert float(row["entropy: accepted"]) < float(row["entropy: rejected"])
-        for name in ("confidence", "entropy"):
-            assert float(row[f"{name}: AUC"]) > 0.85
-            assert float(row[f"{name}: AUC within questions"]) == pytest.approx(float(row[f"{name}: AUC"]), abs=0.02)
+def test_texts_and_answers_are_counted_by_turn(results: Path, tables: Tables) -> None:
+    turns = [
+        turn
+        for folder in ("seed0", "seed1")
+        for line in _lines(results / folder)
+        if (line["variant"], line["task"], line["temperature"]) == ("single:math", "gsm8k", 0.0)
+        for turn in line["turns"]
+    ]
+    for name, field in (("equal-to-plain", "equals_plain"), ("accuracy", "is_right")):
+        row = _row(tables[f"{name}-eagle-2-t0"], "single:math")
+        assert float(row["GSM8K"]) == pytest.approx(np.mean([turn[field] for turn in turns]), abs=1e-5)
+    assert "MT_BENCH" not in tables["accuracy-eagle-2-t0"][0]  # has no references
 
 
-def test_a_section_is_there_only_where_the_results_have_what_it_needs(tmp_path: Path, results: Path) -> None:
-    folder = write_results(tmp_path / "few", variants=FEW, temperatures=(0.0,))
-    names = [section.name for section in sections(views(reading.read([folder])))]
-    assert names == ["acceptance", "differences", "plain", "depth", "signals", "provenance"]
-    every = [section.name for section in sections(views(reading.read([results])))]
-    assert {"averaging", "routing", "merging", "budget", "published"}.issubset(every)
+def test_speed_is_over_plain_decoding_of_the_same_runs(tmp_path: Path) -> None:
+    """More variants of the same drafters in another run, made when the machine was seven times slower."""
+    chosen = {name: {kept: VARIANTS[kept] for kept in ("plain", name)} for name in ("single:math", "single:chat")}
+    rates = {}
+    for name, variants in chosen.items():
+        folder = write_results(tmp_path / name, variants=variants, tasks={"gsm8k": 6}, temperatures=(0.0,))
+        for path in folder.glob("answers-*.jsonl"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines if name == "single:chat" else ():
+                line["choices"][0]["wall_time"] = [7 * seconds for seconds in line["choices"][0]["wall_time"]]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for variant in ("plain", name):
+            lines = [line for line in _lines(folder) if line["variant"] == variant]
+            tokens = sum(line["choices"][0]["new_tokens"][0] for line in lines)
+            rates[name, variant] = tokens / sum(line["choices"][0]["wall_time"][0] / line["rows"] for line in lines)
+    view, tables = _view(tmp_path, label=""), read_tables(tmp_path)
+    assert view.seeds("plain", "gsm8k") == [0] == view.seeds("single:chat", "gsm8k")
+    for name in chosen:
+        ratio = rates[name, name] / rates[name, "plain"]
+        assert float(_row(tables["speed-up-t0"], name)["GSM8K"]) == pytest.approx(ratio, rel=1e-5)
+    best = max(chosen, key=lambda name: rates[name, name] / rates[name, "plain"])
+    own, plain = rates[best, best], rates[best, "plain"]
+    said = f"T = 0: {best} is the fastest: {own / plain:.2f} times plain decoding's tokens per second"
+    first, last = report.answers(counts.read([tmp_path]))
+    assert first.startswith(f"{said} ({own:.1f} against {plain:.1f})") and "of 12 turns equal" in last
 
 
-def test_published_figures_stand_beside_the_row_that_does_the_same_and_are_marked(
-    results: Path, tables: Tables
+def test_figures_that_a_clock_made_have_no_interval(tables: Tables) -> None:
+    for name in ("speed-up", "tokens-per-second", "forwards"):
+        assert set(tables[f"{name}-eagle-2-t0"][0]) == {"variant", "GSM8K", "MT_BENCH", "SVAMP", "mean over tasks"}
+
+
+def test_the_same_drafters_are_one_seed_whatever_else_was_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = {row["published row"]: row for row in tables["published-eagle-2-t1"]}
-    assert rows["MathInstruct"]["row here"] == "single:math,topk"  # the paper drafts top-k
-    assert rows["Merged trees"]["row here"] == "merged (coupled)" and rows["Averaged"]["row here"] == "average"
-    assert float(rows["ShareGPT"]["MT_BENCH, published"]) == 3.38
-    hass = {row["published row"] for row in tables["published-hass-t0"]}
-    assert hass == {"MathInstruct", "ShareGPT"}
-    section = _section(results, "published")
-    assert section is not None and paper.SOURCE in section.text
+    """A run that adds the drafter `half` is of the seed of math and chat, and may not answer for them again."""
+    one = write_results(tmp_path / "one", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    more = {"plain": FEW["plain"], "single:half": report_cases.variant("single", ("half",))}
+    other = write_results(tmp_path / "other", variants=more, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    run = json.loads((other / "run.json").read_text())
+    run["drafters"]["half"] = {"name": "half", "sha256": "half"}
+    (other / "run.json").write_text(json.dumps(run))
+    view = _view(tmp_path, label="")
+    assert view.seeds("single:half", "gsm8k") == [0] == view.seeds("single:math", "gsm8k")
+    assert figures.difference(view, "single:half", "single:math", "gsm8k") is not None
+    third = Path(shutil.copytree(one, tmp_path / "third"))
+    run["variants"] = FEW
+    (third / "run.json").write_text(json.dumps(run))
+    assert "answer question 'gsm8k-" in _refusal(capsys, one, third, tmp_path / "report")
 
 
-def test_the_page_asks_the_network_for_nothing_and_its_ids_are_its_own(report: Path) -> None:
-    page = (report / "index.html").read_text()
+# ---- tables and the page
+
+
+def test_csv_json_and_markdown_hold_the_same_figures(written: Path) -> None:
+    """Markdown rounds what the CSV files and report.json hold to six digits."""
+    saved = {table["name"]: table for table in json.loads((written / "report.json").read_text())["tables"]}
+    page = (written / "report.md").read_text()
+    names = {path.stem for path in (written / "tables").iterdir()}
+    assert names == saved.keys() and len(names) == 13
+    for name in names:
+        rows = report_cases.read_csv(written / "tables" / f"{name}.csv")
+        texts = [["" if value is None else str(value) for value in row.values()] for row in saved[name]["rows"]]
+        assert [list(row.values()) for row in rows] == texts, name
+    for row in saved["acceptance-t0"]["rows"]:
+        low, high = row["GSM8K low"], row["GSM8K high"]
+        assert f"| {row['GSM8K']:.2f} ({low:.2f} to {high:.2f}) |" in page
+    heads, row = saved["depth-t0"]["rows"][0].keys(), saved["depth-t0"]["rows"][0]
+    cells = [f"{row[head]:.1%}" if isinstance(row[head], float) else row[head] or "\u2013" for head in heads]
+    assert f"| {' | '.join(cells)} |" in page
+
+
+def test_a_table_writes_signs_intervals_and_nothing() -> None:
+    rows = [{"a|b": "x<y", "length": 2.0, "length low": 1.5, "length high": 2.5,
+             "gap": -0.01, "gap low": -0.02, "gap high": 0.0001}, {"a|b": "z", "length": 3.0}]  # fmt: skip
+    table = Table.of("name", "Title", "Note.", rows, {"a|b": "", "length": ".2f", "gap": "+.1%"})
+    lines = table.markdown.splitlines()
+    assert lines[:5] == ["### Title", "", "Note.", "", "| a\\|b | length | gap |"]
+    assert lines[6:] == ["| x<y | 2.00 (1.50 to 2.50) | \u22121.0% (\u22122.0 to 0.0) |", "| z | 3.00 | \u2013 |"]
+    assert table.csv.splitlines() == ["a|b,length,length low,length high,gap,gap low,gap high",
+                                      "x<y,2.0,1.5,2.5,-0.01,-0.02,0.0001", "z,3.0,,,,,"]  # fmt: skip
+
+
+def test_an_interval_without_0_does_not_end_in_one() -> None:
+    ends = ((0.01, 0.001, 0.03), (-0.01, -0.03, -0.0004), (0.01, -0.001, 0.03))
+    rows = [{"gap": value, "gap low": low, "gap high": high} for value, low, high in ends]
+    text = Table.of("name", "", "", rows, {"gap": "+.2f"}).markdown
+    assert "+0.010 (+0.001 to +0.030)" in text and "+0.01 (0.00 to +0.03)" in text
+    assert "\u22120.0100 (\u22120.0300 to \u22120.0004)" in text
+
+
+def test_the_page_begins_with_seconds_and_asks_the_network_for_nothing(written: Path) -> None:
+    page = (written / "index.html").read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", page)
+    assert titles == ["Seconds", "Acceptance length", "Acceptance by depth", "Routing and proposers", "Losslessness",
+                      "Provenance"]  # fmt: skip
+    answer = re.search(r"<li>(.*?)</li>", page)
+    assert answer is not None and "times plain decoding&#39;s tokens per second" in answer[1]
+    assert page.index(answer[0]) < page.index("<h2>") < page.index("Speed-up over plain decoding: T = 0")
     asked = re.findall(r'(?:src|href|action|srcset)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert all(target.startswith(("#", "data:")) for pair in asked for target in pair if target)
     assert "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
     assert {target[1:] for pair in asked for target in pair if target.startswith("#")} <= set(ids)
-    assert page.count("<svg ") == len(list((report / "pictures").glob("*.svg"))) == 8
+    assert page.count("<img ") == len(list((written / "pictures").glob("*.png"))) == 5
+    assert page.count("<table>") == 13
 
 
-def test_an_inlined_picture_takes_the_pages_colours() -> None:
-    svg = (
-        '<?xml?><svg><metadata>x</metadata><g id="a" style="fill: #1b1f24"/><use href="#a" clip-path="url(#a)"/></svg>'
-    )
-    shown = inline(svg, "one", "title")
-    assert shown.startswith("<svg")
-    assert 'id="one-a"' in shown and 'href="#one-a"' in shown and "url(#one-a)" in shown
-    assert "fill: var(--ink)" in shown and "metadata" not in shown
+def test_what_stands_in_a_name_is_no_markup(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "results", "<b>&", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
+    results = counts.read([folder])
+    page = report.make(results, report.sections(results))["index.html"].decode()
+    assert "&lt;b&gt;&amp;" in page and "<b>" not in page
 
 
-def test_names_beside_lines_do_not_overlap() -> None:
-    for heights in ([0.1, 0.11, 0.12], [0.97, 0.98, 0.99, 1.0], [0.0, 0.5, 1.0]):
-        places = spread(heights, 0.07)
-        assert all(high - low >= 0.07 - 1e-9 for low, high in pairwise(places))
-        assert max(places) <= 1.0 + 1e-9
+def test_a_section_is_there_only_where_the_results_have_what_it_needs(tmp_path: Path) -> None:
+    folder = write_results(tmp_path / "few", variants=FEW, temperatures=(0.0,))
+    titles = [section.title for section in report.sections(counts.read([folder]))]
+    assert "Routing and proposers" not in titles and titles[0] == "Seconds"
 
 
-def test_a_table_says_the_same_in_markdown_csv_and_html() -> None:
-    columns = (Column("a|b"), Column("length", ".2f"), Column("gap", "+.1%"))
-    rows = (("x<y", Estimate(2.0, 1.5, 2.5), Estimate(-0.01, -0.02, 0.0001)), ("z", 3, None))
-    table = Table("name", "Title", "", columns, rows)
-    assert "| x<y | 2.00 (1.50 to 2.50) | \u22121.0% (\u22122.0 to 0.0) |" in markdown(table)
-    assert "| z | 3.00 | \u2013 |" in markdown(table) and "a\\|b" in markdown(table)
-    assert as_csv(table).splitlines() == ["a|b,length,length low,length high,gap,gap low,gap high",
-                                          "x<y,2,1.5,2.5,-0.01,-0.02,0.0001", "z,3,,,,,"]  # fmt: skip
-    assert "x&lt;y" in as_html(table) and "<td>3.00</td>" in as_html(table)
+# ---- files
+
+
+def test_a_report_of_its_own_json_is_the_same_byte_for_byte(written: Path, tmp_path: Path) -> None:
+    _report(written / "report.json", tmp_path / "again")
+    names = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
+    assert names == sorted(str(path.relative_to(tmp_path / "again")) for path in (tmp_path / "again").rglob("*.*"))
+    assert not [name for name in names if (written / name).read_bytes() != (tmp_path / "again" / name).read_bytes()]
+
+
+def test_report_json_keeps_every_count(results: Path, tmp_path: Path) -> None:
+    read = counts.read([results])
+    (tmp_path / "report.json").write_text(counts.to_json(read, []))
+    again = counts.read([tmp_path / "report.json"])
+    assert counts.to_json(again, []) == counts.to_json(read, [])
+    assert len(read.questions) == 3 * sum(TASKS.values()) * 2 + (2 * len(VARIANTS) - 1) * sum(TASKS.values())
 
 
 def test_results_that_cannot_be_reported_are_refused_in_a_sentence(
@@ -349,7 +476,10 @@ def test_results_that_cannot_be_reported_are_refused_in_a_sentence(
     lines = answers.read_text().splitlines(keepends=True)
     for broken, said in (
         ("not json\n", "answers-0.jsonl, line 3: no answer"),
-        (lines[0].replace('"turns"', '"turn"'), "'gsm8k-0' of gsm8k is none as taps-ext evaluate writes them: 'turns'"),
+        (
+            lines[0].replace('"turns"', '"turn"'),
+            "'gsm8k-0' of gsm8k was not written by taps-ext evaluate: 'turns' is missing",
+        ),
         (lines[0].replace('"single:math"', '"unknown"').replace('"plain"', '"unknown"'), "no variant 'unknown'"),
         ("[]\n", "line 3: no answer"),
     ):
@@ -363,19 +493,19 @@ def test_results_that_cannot_be_reported_are_refused_in_a_sentence(
     (folder / "run.json").write_text(json.dumps(run))
     assert "run.json lacks settings" in _refusal(capsys, folder, output)
     (folder / "run.json").write_text("{")
-    assert "run.json is no JSON object" in _refusal(capsys, folder, output)
+    assert "run.json is not the JSON object" in _refusal(capsys, folder, output)
 
 
 def test_a_report_json_of_another_kind_or_version_is_refused(
-    tmp_path: Path, report: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other, output = tmp_path / "report.json", tmp_path / "report"
-    text = (report / "report.json").read_text()
-    other.write_text(text.replace('"version": 1', '"version": 7'))
-    assert "has version 7 of its format, this taps_ext reads version 1" in _refusal(capsys, other, output)
+    text = (written / "report.json").read_text()
+    other.write_text(text.replace('"version": 2', '"version": 7'))
+    assert "has version 7 of its format, and this taps_ext reads version 2" in _refusal(capsys, other, output)
     other.write_text("{}")
-    assert "is no report.json of taps-ext" in _refusal(capsys, other, output)
-    other.write_text(text.replace('"turns":[1,', '"turns":[', 1))
+    assert "is not a report.json of taps-ext" in _refusal(capsys, other, output)
+    other.write_text(text.replace('"turns": [1, ', '"turns": [', 1))
     assert "is damaged" in _refusal(capsys, other, output)
 
 
@@ -384,16 +514,17 @@ def test_an_output_that_is_no_report_is_left_alone(tmp_path: Path, capsys: pytes
     (tmp_path / "file").write_text("mine")
     assert "is a file" in _refusal(capsys, folder, tmp_path / "file")
     (tmp_path / "own" / "tables").mkdir(parents=True)
-    assert "has a tables that is of no report" in _refusal(capsys, folder, tmp_path / "own")
+    refusal = f"{tmp_path / 'own' / 'tables'} was not written by `taps-ext report`; choose another --output directory"
+    assert refusal in _refusal(capsys, folder, tmp_path / "own")
 
 
-def test_a_report_replaces_a_report_and_nothing_else(report: Path, tmp_path: Path) -> None:
-    output = Path(shutil.copytree(report, tmp_path / "report"))
+def test_a_report_replaces_a_report_and_nothing_else(written: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(written, tmp_path / "report"))
     (output / "findings.md").write_text("mine")
     (output / "tables" / "old.csv").write_text("stale")
-    _report(report / "report.json", output)
+    _report(written / "report.json", output)
     assert (output / "findings.md").read_text() == "mine" and not (output / "tables" / "old.csv").exists()
-    assert sorted(path.name for path in output.iterdir()) == sorted([*files.PARTS, "findings.md"])
+    assert sorted(path.name for path in output.iterdir()) == sorted([*report.PARTS, "findings.md"])
 
 
 def test_runs_that_asked_something_else_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,57 +544,13 @@ def test_runs_that_asked_something_else_are_not_compared(tmp_path: Path, capsys:
         write_results(tmp_path / label, label, variants=FEW, tasks={"gsm8k": 3}) for label in ("a.b", "a-b")
     )
     assert "would have the same file names" in _refusal(capsys, dotted, dashed, tmp_path / "report")
-    assert "answer question 'gsm8k-0' of gsm8k" in _refusal(capsys, one, one, tmp_path / "report")
-
-
-def test_more_variants_of_the_same_drafters_are_of_one_replicate_and_sped_up_over_their_own_plain(
-    tmp_path: Path,
-) -> None:
-    chosen = {name: {kept: VARIANTS[kept] for kept in ("plain", name)} for name in ("single:math", "single:chat")}
-    for name, variants in chosen.items():
-        folder = write_results(tmp_path / name, variants=variants, tasks={"gsm8k": 6}, temperatures=(0.0,))
-        for path in folder.glob("answers-*.jsonl"):  # on the second day the machine was slower
-            lines = [json.loads(line) for line in path.read_text().splitlines()]
-            for line in lines if name == "single:chat" else ():
-                line["choices"][0]["wall_time"] = [7 * seconds for seconds in line["choices"][0]["wall_time"]]
-            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    view = _view(tmp_path, label="")
-    assert view.replicates("plain", "gsm8k") == [0] == view.replicates("single:chat", "gsm8k")
-    assert view.difference("single:math", "single:chat", "gsm8k") is not None
-    for name in chosen:
-        lines = list(_lines(tmp_path / name))
-        rate = {
-            variant: sum(line["choices"][0]["new_tokens"][0] for line in lines if line["variant"] == variant)
-            / sum(line["choices"][0]["wall_time"][0] / line["rows"] for line in lines if line["variant"] == variant)
-            for variant in ("plain", name)
-        }
-        found = view.quotient(name, "plain", "gsm8k", tokens_per_second)
-        assert found is not None and found.value == pytest.approx(rate[name] / rate["plain"])
-
-
-def test_the_same_drafters_are_one_seed_whatever_else_was_given(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run that adds the drafter `half` is of the seed of math and chat, and may not answer for them again."""
-    one = write_results(tmp_path / "one", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
-    more = {"plain": FEW["plain"], "single:half": report_cases.variant("single", ("half",))}
-    other = write_results(tmp_path / "other", variants=more, tasks={"gsm8k": 3}, temperatures=(0.0,))
-    run = json.loads((other / "run.json").read_text())
-    run["drafters"]["half"] = {"name": "half", "sha256": "half"}
-    (other / "run.json").write_text(json.dumps(run))
-    view = _view(tmp_path, label="")
-    assert view.replicates("single:half", "gsm8k") == [0] == view.replicates("single:math", "gsm8k")
-    assert view.difference("single:half", "single:math", "gsm8k") is not None
-    third = Path(shutil.copytree(one, tmp_path / "third"))
-    run["variants"] = FEW
-    (third / "run.json").write_text(json.dumps(run))
-    assert "answer question 'gsm8k-0' of gsm8k" in _refusal(capsys, one, third, tmp_path / "report")
+    assert "answer question 'gsm8k-" in _refusal(capsys, one, one, tmp_path / "report")
 
 
 def test_a_folder_of_results_may_hold_others(tmp_path: Path) -> None:
     write_results(tmp_path / "results", "one", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
     write_results(tmp_path / "results" / "seed0", "other", variants=FEW, tasks={"gsm8k": 3}, temperatures=(0.0,))
-    assert [run.label for run in reading.read([tmp_path / "results"])] == ["one", "other"]
+    assert [run["label"] for run in counts.read([tmp_path / "results"]).runs] == ["one", "other"]
 
 
 @pytest.mark.parametrize("case", ["one question", "plain alone", "plain so far at 1", "no decode step"])
@@ -481,63 +568,6 @@ def test_results_with_little_to_draw_make_a_report(tmp_path: Path, case: str) ->
     assert not re.search(r"\bnan\b", (tmp_path / "report" / "report.md").read_text())
 
 
-def test_signals_above_temperature_0_are_of_top_k_runs_and_others_are_marked(tables: Tables, results: Path) -> None:
-    assert {row["variant"] for row in tables["signals-eagle-2-t1"]} == {"single:math,topk", "single:chat (coupled)"}
-    assert {row["variant"] for row in tables["signals-eagle-2-t0"]} == {"single:math", "single:chat"}
-    section = _section(results, "signals")
-    assert section is not None
-    notes = {table.name: table.note for table in section.tables}
-    assert "of the noised distribution, not the paper's signal" in notes["signals-eagle-2-t1"]
-    assert notes["signals-eagle-2-t0"] == "" and "noised" in notes["signal-routing-math-chat-eagle-2-t1"]
-
-
-def test_the_union_and_the_equal_budget_are_told_apart(results: Path) -> None:
-    view = _view(results)
-    told = {name: view.told(name) for name in ("merged", "merged@60", "merged@20", "single:math")}
-    assert told == {"merged": "merged (union)", "merged@60": "merged@60 (equal budget)",
-                    "merged@20": "merged@20", "single:math": "single:math"}  # fmt: skip
-    assert style(view, "merged") != style(view, "merged@60") != style(view, "merged@60,evidence=0")
-
-
-def test_figures_that_a_clock_made_have_no_interval(tables: Tables) -> None:
-    for name in ("speed-up", "tokens-per-second"):
-        assert set(tables[f"{name}-eagle-2-t0"][0]) == {"variant", "GSM8K", "MT_BENCH", "SVAMP", "mean over tasks"}
-
-
-def test_an_interval_without_0_does_not_end_in_one() -> None:
-    columns = (Column("gap", "+.2f"),)
-    ends = ((0.01, 0.001, 0.03), (-0.01, -0.03, -0.0004), (0.01, -0.001, 0.03))
-    text = markdown(Table("name", "", "", columns, tuple((Estimate(*figures),) for figures in ends)))
-    assert "+0.010 (+0.001 to +0.030)" in text and "+0.01 (0.00 to +0.03)" in text
-    assert "\u22120.0100 (\u22120.0300 to \u22120.0004)" in text
-
-
-def test_a_line_that_the_last_panel_lacks_is_named_too() -> None:
-    panels = (Panel("", (Line("only here", [1], [0.5], Style()),)), Panel("", (Line("there", [1], [0.4], Style()),)))
-    _, svg = draw(Picture("name", "", "", (panels,)))
-    assert svg.count("<!-- only here -->") == 1 == svg.count("<!-- there -->")
-
-
-def test_variants_are_compared_with_drafters_that_draft_as_they_do(tmp_path: Path) -> None:
-    variants = {**VARIANTS, "single:chat,topk": variant("single", ("chat",), drafting="topk")}
-    view = _view(write_results(tmp_path / "results", variants=variants, temperatures=(1.0,)), 1.0, label="")
-    found = {one.words: {(one.one(task), one.other(task)) for task in view.tasks} for one in comparisons(view)}
-    assert {other for _, other in found["average vs worst specialist"]} == {"single:math,topk", "single:chat,topk"}
-    assert {other for _, other in found["evidence vs best specialist"]} == {"single:math", "single:chat"}
-    for pairs in found.values():
-        for one, other in pairs:
-            if view.specs[one].composition != view.specs[other].composition:
-                assert view.is_coupled(one) == view.is_coupled(other), (one, other)
-
-
-def test_report_json_keeps_every_count(results: Path, tmp_path: Path) -> None:
-    runs = reading.read([results])
-    (tmp_path / "report.json").write_text(saved.dump(runs))
-    assert saved.dump(saved.load(tmp_path / "report.json")) == saved.dump(runs)
-    assert [len(run.cells) for run in runs] == [9, len(VARIANTS) * 6 - 3, 9]  # no top-k row at temperature 0
-    assert sum(TASKS.values()) * 3 == sum(len(cell.ids) for cell in runs[0].cells.values())
-
-
 def test_made_up_lines_have_the_fields_of_real_ones() -> None:
     """So that the other tests are of the runner's format: `record.py` is what it writes."""
     from taps_ext.evaluation import record
@@ -548,30 +578,21 @@ def test_made_up_lines_have_the_fields_of_real_ones() -> None:
 
 
 def test_a_run_that_an_installed_package_resumed_is_reported(tmp_path: Path) -> None:
-    """Outside a checkout there is no commit to tell."""
+    """Outside a checkout there is no commit."""
     folder = write_results(tmp_path / "results", variants=FEW, temperatures=(0.0,))
     run = json.loads((folder / "run.json").read_text())
     run["provenance"]["resumed"] = [{"date": "2026-01-02", "taps_ext": "0.1.0"}]
     (folder / "run.json").write_text(json.dumps(run))
-    table = next(table for table in _section(folder, "provenance").tables if table.name == "provenance")
-    assert "resumed,2026-01-02 at 0.1.0" in as_csv(table)
+    facts = {row["fact"]: row["run 1"] for row in read_tables(folder)["provenance"]}
+    assert facts["resumed"] == "2026-01-02 at 0.1.0" and facts["target.fingerprint"] == "0" * 12
 
 
-PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "real_text"
-
-
-def test_the_published_tables_are_those_of_their_json() -> None:
-    """Whoever changes what a table says makes the published report again."""
-    parts = sections(views(saved.load(PUBLISHED / "report.json")))
-    made = {table.name: as_csv(table) for part in parts for table in part.tables}
-    published = {path.stem: path.read_text(encoding="utf-8") for path in (PUBLISHED / "tables").glob("*.csv")}
-    assert made == published
-
-
-def test_every_interval_of_the_findings_is_in_a_published_table() -> None:
-    interval = re.compile(r"(?<= )\S+ \(\S+ to \S+\)")
-    told, known = (
-        interval.findall(" ".join((PUBLISHED / name).read_text(encoding="utf-8").split()))
-        for name in ("findings.md", "report.md")
-    )
-    assert len(told) > 200 and not set(told) - set(known)
+def test_without_pandas_the_command_names_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("counts", "figures", "report"):
+        monkeypatch.delitem(sys.modules, f"taps_ext.evaluation.{name}")
+        monkeypatch.delattr(f"taps_ext.evaluation.{name}")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    said = _refusal(capsys, tmp_path, tmp_path / "report")
+    assert said == "taps-ext: the report needs pandas: pip install 'taps_ext[cli,eval]'\n"

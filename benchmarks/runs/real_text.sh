@@ -113,7 +113,7 @@ stage_evaluate() {
 }
 
 stage_report() {
-    "$python" -m taps_ext report "$folder/results" --output "$folder/report"
+    PYTHONPATH="$root/benchmarks:$PYTHONPATH" "$python" -m paper "$folder/results" --output "$folder/report"
 }
 
 [ $# -gt 0 ] || set -- target drafters evaluate report

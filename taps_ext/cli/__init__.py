@@ -39,6 +39,7 @@ COMMANDS = (
 RESUMABLE = (evaluate.evaluate, train.train, train.features, train.regenerate)
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
 TRAINING_PACKAGES = ("accelerate", "datasets", "pydantic", "yaml")
+REPORT_PACKAGES = ("pandas", "scipy", "matplotlib", "jinja2")
 WORKER_PATIENCE_S = 5.0  # far more than a launcher takes to end the workers of a main process that failed
 
 
@@ -123,6 +124,8 @@ def _missing_package(error: ImportError) -> str:
     if "pip install" in str(error):
         return str(error)
     package = (error.name or "").partition(".")[0]
+    if package in REPORT_PACKAGES:
+        return f"the report needs {package}: pip install 'taps_ext[cli,eval]'"
     if package not in TRAINING_PACKAGES:
         raise error
     return f"training needs {package}: pip install 'taps_ext[train]'"

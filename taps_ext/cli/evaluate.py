@@ -27,7 +27,6 @@ from ..evaluation.divergence import Divergence
 from ..evaluation.lossless_report import TEMPERATURES, FrequencyCheck, LosslessReport, LosslessSettings, TextCheck
 from ..evaluation.plan import Plan, Settings
 from ..evaluation.prompting import Prompter, refuse_long
-from ..evaluation.report import files, reading
 from ..evaluation.summary import Summary, summarise
 from ..evaluation.tasks import TASKS, Question, find_task, load_prompts
 from ..evaluation.variants import parse_variants
@@ -124,12 +123,14 @@ def report(
 
     Runs with the same label and different drafters count as seeds of one drafter. A report that is there is replaced.
     """
-    files.check_output(output)
-    with terminal.progress("answers") as update:
-        written = files.write(reading.read(results), output, lambda done, total: update("pictures", done, total))
-    num_tables, num_pictures = (sum(path.suffix == ending for path in written) for ending in (".csv", ".png"))
-    names = f"report.md, index.html, report.json, {num_tables} tables and {num_pictures} pictures"
-    show(as_json, {"output": str(output), "files": [str(path) for path in written]}, f"wrote {output}: {names}")
+    from ..evaluation import counts, report  # pandas and scipy: no other command waits for them
+
+    report.check_report_output(output)
+    with terminal.progress("answers"):
+        read = counts.read(results)
+        files = [str(path) for path in report.write(read, output, report.sections(read))]
+    shown = f"wrote {output}: index.html, report.md, report.json, {len(files) - 3} tables and pictures"
+    show(as_json, {"output": str(output), "files": files}, shown)
 
 
 def check_lossless(

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ...variants import AVERAGE, MERGED, SINGLE
-from ..figures import View, micro
-from ..tables import Column, Entry, Table
-from .base import Section
+from paper.drafting import base_nodes, is_coupled, marked, shared_seeds
+from taps_ext.evaluation.counts import View
+from taps_ext.evaluation.figures import Row, Table, acceptance_length, entry, value
+from taps_ext.evaluation.report import Section
+from taps_ext.evaluation.variants import AVERAGE, MERGED, SINGLE
 
-TITLE = "Beside the published figures"
 SOURCE = "arXiv 2603.27027"
 NODES = 60  # of its trees
 TASKS = ("mt_bench", "gsm8k", "math500", "svamp")
 
-Row = tuple[float, float, float, float]
+Figures = tuple[float, float, float, float]
 
-EAGLE_2: dict[float, dict[str, Row]] = {
+EAGLE_2: dict[float, dict[str, Figures]] = {
     0.0: {
         "MathInstruct": (2.54, 5.04, 5.28, 4.81),
         "ShareGPT": (3.57, 3.72, 3.81, 3.71),
@@ -37,7 +37,7 @@ EAGLE_2: dict[float, dict[str, Row]] = {
         "Merged trees": (3.55, 5.01, 4.79, 4.93),
     },
 }
-HASS: dict[float, dict[str, Row]] = {
+HASS: dict[float, dict[str, Figures]] = {
     0.0: {
         "MathInstruct": (2.90, 5.02, 5.35, 3.13),
         "ShareGPT": (3.98, 4.09, 3.98, 4.44),
@@ -72,42 +72,41 @@ TEXT = (
 
 
 def section(views: Sequence[View]) -> Section:
-    """A table a view whose label names a published method, over the tasks that both have."""
+    """A table per view whose label names a published method, over the tasks that both have."""
     tables = [_table(view) for view in views]
-    return Section("published", TITLE, TEXT, tuple(table for table in tables if table is not None))
+    return Section("Beside the published figures", TEXT, [table for table in tables if len(table.rows)])
 
 
-def _table(view: View) -> Table | None:
-    theirs = of_label(view.label, view.temperature) if view.base_nodes == NODES else {}
+def _table(view: View) -> Table:
+    theirs = of_label(view.label, view.temperature) if base_nodes(view) == NODES else {}
     tasks = [task for task in view.tasks if task in TASKS]
-    rows: list[tuple[Entry, ...]] = []
     ours = {name: variant for name in theirs if (variant := _variant(view, name)) is not None}
-    for name, variant in ours.items():
-        row: list[Entry] = [name, f"{variant} (coupled)" if view.is_coupled(variant) else variant]
+    rows: list[Row] = []
+    for name, variant in ours.items() if tasks else ():
+        row: Row = {"published row": name, "row here": marked(view, variant)}
         for task in tasks:
-            own = view.value(variant, task, micro, view.shared(ours.values(), task))
-            row += [theirs[name][TASKS.index(task)], None if own is None else own.estimate]
-        rows.append(tuple(row))
-    if not tasks:
-        return None
-    heads = [f"{view.title(task)}, {whose}" for task in tasks for whose in ("published", "here")]
-    columns = (Column("published row"), Column("row here"), *(Column(head, ".2f") for head in heads))
-    return Table(f"published-{view.slug}", f"{TITLE}: {view.name}", "", columns, tuple(rows))
+            own = value(view, variant, task, acceptance_length, shared_seeds(view, ours.values(), task))
+            row |= {f"{view.tasks[task]}, published": theirs[name][TASKS.index(task)]}
+            row |= entry(f"{view.tasks[task]}, here", own)
+        rows.append(row)
+    heads = [f"{view.tasks[task]}, {whose}" for task in tasks for whose in ("published", "here")]
+    forms = {"published row": "", "row here": "", **dict.fromkeys(heads, ".2f")}
+    return Table.of(f"published-{view.slug}", f"Beside the published figures: {view.name}", "", rows, forms)
 
 
 def _variant(view: View, row: str) -> str | None:
     """The variant that does what a published row did, top-k where there is a difference."""
-    found = [name for name in view.variants() if _published_row(view, name) == row]
-    return min(found, key=view.is_coupled, default=None)
+    names = [name for name in view.variants() if _published_row(view, name) == row]
+    return min(names, key=lambda name: is_coupled(view, name), default=None)
 
 
 def _published_row(view: View, variant: str) -> str | None:
     spec = view.specs[variant]
-    if view.nodes(variant) not in (view.base_nodes, None):
+    if view.nodes(variant) not in (base_nodes(view), None):
         return None
     if spec.composition == SINGLE:
         return SINGLES.get(spec.drafters[0])
-    if spec.drafters != ("math", "chat") and spec.drafters != ("chat", "math"):
+    if set(spec.drafters) != {"math", "chat"}:
         return None
     if spec.composition == AVERAGE:
         return "Averaged" if spec.weight is None else None
@@ -116,7 +115,7 @@ def _published_row(view: View, variant: str) -> str | None:
     return "Confidence routed" if spec.composition == "confidence" else None
 
 
-def of_label(label: str, temperature: float) -> dict[str, Row]:
+def of_label(label: str, temperature: float) -> dict[str, Figures]:
     """The rows of the method that a label begins with, at that temperature; empty if the paper has none."""
     tables = (table for beginning, table in METHODS.items() if re.match(beginning, label.lower()))
     return next(tables, {}).get(temperature, {})

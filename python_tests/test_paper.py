@@ -1,23 +1,35 @@
-"""The report's numbers, recomputed straight from the lines; and the paper's, by the averages that it prints of them."""
+"""The paper's sections of a report, recomputed from the lines; its own figures, by the averages that it prints."""
 
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from report_cases import DRAFTERS, VARIANTS, read_tables, write_results
+from report_cases import DRAFTERS, VARIANTS, as_read, variant, write_results
 
-from taps_ext.evaluation.report import files, reading
-from taps_ext.evaluation.report.figures import views
-from taps_ext.evaluation.report.sections import paper
+from taps_ext.evaluation import counts
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from paper import comparisons, drafting, published, signals
+from paper.__main__ import main, sections
+
+PUBLISHED = Path(__file__).parents[1] / "benchmarks" / "results" / "real_text"
 
 SEEDED = {name: VARIANTS[name] for name in ("plain", "single:math", "single:chat")}  # that both drafter seeds have
 SINGLES = [f"single:{name}" for name in DRAFTERS]
 BOTH = ("seed0", "seed1")
+
+
+def read_tables(path: Path) -> dict[str, list[dict[str, str]]]:
+    """The tables of a folder's or a report.json's report."""
+    return as_read([table for section in sections(*signals.add(counts.read([path]))) for table in section.tables])
 
 
 class Lines:
@@ -115,7 +127,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tables(results: Path) -> dict[str, list[dict[str, str]]]:
-    """As their CSV files say them."""
+    """As their CSV files hold them."""
     return read_tables(results)
 
 
@@ -135,18 +147,17 @@ CELLS: list[tuple[str, tuple[str, ...], str, Expected]] = [
     ("acceptance-t0", ("single:math",), "GSM8K", lambda all: all.tau("single:math", seeds=BOTH)),
     ("acceptance-t1", ("merged",), "SVAMP", lambda all: all.tau("merged", "svamp", 1.0)),
     # a sweep is of the seeds that all its points have, an end of the drafter that it names
-    ("averaging-math-chat-t0", ("single:math", "1"), "GSM8K", lambda all: all.tau("single:math")),
-    ("averaging-math-chat-t0", ("single:chat", "0"), "GSM8K", lambda all: all.tau("single:chat")),
+    ("averaging-math-chat-t0", ("single:math", "1.0"), "GSM8K", lambda all: all.tau("single:math")),
+    ("averaging-math-chat-t0", ("single:chat", "0.0"), "GSM8K", lambda all: all.tau("single:chat")),
     ("averaging-math-chat-t0", ("average:math+chat,weight=0.25", "0.25"), "SVAMP",
      lambda all: all.tau("average:math+chat,weight=0.25", "svamp")),
-    ("averaging-math-chat-t1", ("single:math,topk", "1"), "GSM8K",
+    ("averaging-math-chat-t1", ("single:math,topk", "1.0"), "GSM8K",
      lambda all: all.tau("single:math,topk", "gsm8k", 1.0)),
     ("budget-t0", ("single:math", "GSM8K"), "acceptance length", lambda all: all.tau("single:math")),
     ("budget-t0", ("single:math@20", "GSM8K"), "acceptance length", lambda all: all.tau("single:math@20")),
     ("signal-routing-math-chat-t0", ("lower mean entropy",), "GSM8K", lambda all: all.hits("entropy", -1)),
     ("signal-routing-math-chat-t0", ("higher mean confidence",), "GSM8K", lambda all: all.hits("confidence", 1)),
     ("signal-routing-math-chat-t0", ("one fixed drafter",), "GSM8K", lambda all: all.fixed()),
-    ("routing-t0", ("entropy", "GSM8K"), "one fixed drafter", lambda all: all.fixed()),
     ("comparisons-t0", ("single:math vs single:chat",), "GSM8K",
      lambda all: all.tau("single:math", seeds=BOTH) - all.tau("single:chat", seeds=BOTH)),
     ("comparisons-t0", ("average vs best specialist",), "GSM8K",
@@ -159,9 +170,9 @@ CELLS: list[tuple[str, tuple[str, ...], str, Expected]] = [
      lambda all: all.tau("merged@60") - max(map(all.tau, SINGLES))),
     ("comparisons-t0", ("merged@20 vs best specialist (20 nodes)",), "GSM8K",
      lambda all: all.tau("merged@20") - max(all.tau(f"{one}@20") for one in SINGLES)),
-    # the best single drafts coupled where there are both
     ("against-best-single-t1", ("single:math,topk",), "GSM8K",
-     lambda all: all.tau("single:math,topk", "gsm8k", 1.0) - max(all.tau(one, "gsm8k", 1.0) for one in SINGLES)),
+     lambda all: all.tau("single:math,topk", "gsm8k", 1.0)
+     - max(all.tau(one, "gsm8k", 1.0) for one in (*SINGLES, "single:math,topk"))),
     ("equal-to-plain-t0", ("single:math",), "MT_BENCH",
      lambda all: float(np.mean([turn["equals_plain"] for turn in all.turns("single:math", "mt_bench", seeds=BOTH)]))),
     ("accuracy-t0", ("merged",), "GSM8K",
@@ -192,36 +203,7 @@ def test_a_cell_is_what_the_lines_say(
     assert float(found[0][column]) == pytest.approx(expected(lines), abs=1e-5)
 
 
-def test_the_range_over_seeds_is_of_each_seeds_mean_over_tasks(
-    tables: dict[str, list[dict[str, str]]], lines: Lines
-) -> None:
-    row = next(row for row in tables["acceptance-eagle-2-t0"] if row["variant"] == "single:chat")
-    means = [
-        np.mean([lines.tau("single:chat", task, seeds=(seed,)) for task in ("gsm8k", "mt_bench", "svamp")])
-        for seed in BOTH
-    ]
-    assert row["range over seeds"] == f"{min(means):.2f} to {max(means):.2f}"
-
-
-def test_tiles_are_of_the_best_of_several_drafters_of_one_and_of_every_turn(results: Path, lines: Lines) -> None:
-    seen = views(reading.read([results]))
-    (several, named), (single, _), (forwards, _), (equal, _) = files._tiles(seen)
-    usual = [name for name in VARIANTS if name != "plain" and not name.endswith(("20", "0.25", "topk"))]
-    composed = max(set(usual) - {*SINGLES, "average"}, key=lines.mean_tau)
-    best = max([*SINGLES, composed], key=lambda one: lines.mean_tau(one, BOTH))
-    assert several == f"{lines.mean_tau(composed):.2f}" and composed in named
-    assert single == f"{max(lines.mean_tau(one, BOTH) for one in SINGLES):.2f}"
-    turns = {task: lines.turns(best, task) for task in ("gsm8k", "mt_bench", "svamp")}
-    means = [
-        sum(1 + len(one["num_accepted"]) for one in some) / sum(len(one["tokens"]) for one in some)
-        for some in turns.values()
-    ]
-    assert forwards == f"{np.mean(means):.2f}"
-    told = [turn["equals_plain"] for _, line in lines._lines if line["variant"] != "plain" for turn in line["turns"]]
-    assert 0 < sum(told) < len(told) and equal == f"{sum(told):,} of {len(told):,}"
-
-
-def test_routing_is_told_seed_by_seed(tmp_path: Path) -> None:
+def test_routing_is_counted_seed_by_seed(tmp_path: Path) -> None:
     """Of both drafter seeds, where everything was run with both: with these a majority over the two is another one."""
     variants = {name: VARIANTS[name] for name in ("plain", *SINGLES, "entropy")}
     for seed, label in zip((0, 4), BOTH, strict=True):
@@ -233,8 +215,6 @@ def test_routing_is_told_seed_by_seed(tmp_path: Path) -> None:
     assert by_signal["one fixed drafter"] == pytest.approx(lines.fixed(BOTH), abs=1e-5)
     right = lines.majority_is_right("entropy", BOTH)
     assert by_signal["majority of entropy, routed"] == pytest.approx(right, abs=1e-5)
-    row = next(row for row in tables["routing-eagle-2-t0"] if row["task"] == "GSM8K")
-    assert float(row["right"]) == pytest.approx(right, abs=1e-5)
 
 
 AVERAGES = {  # that the paper prints behind each row
@@ -245,7 +225,7 @@ AVERAGES = {  # that the paper prints behind each row
 
 @pytest.mark.parametrize("temperature", AVERAGES)
 def test_published_rows_have_the_averages_that_the_paper_prints(temperature: float) -> None:
-    for name, rows in (("eagle", paper.EAGLE_2), ("hass", paper.HASS)):
+    for name, rows in (("eagle", published.EAGLE_2), ("hass", published.HASS)):
         means = [np.mean(row) for row in rows[temperature].values()]
         assert means == pytest.approx(
             AVERAGES[temperature][name], abs=0.013
@@ -254,8 +234,98 @@ def test_published_rows_have_the_averages_that_the_paper_prints(temperature: flo
 
 @pytest.mark.parametrize(
     ("label", "rows"),
-    [("EAGLE-2", paper.EAGLE_2), ("eagle2, again", paper.EAGLE_2), ("HASS", paper.HASS), ("hass-1", paper.HASS),
-     ("EAGLE-3", {}), ("EAGLE", {}), ("EAGLE-20", {}), ("mine", {})],
+    [("EAGLE-2", published.EAGLE_2), ("eagle2, again", published.EAGLE_2), ("HASS", published.HASS),
+     ("hass-1", published.HASS), ("EAGLE-3", {}), ("EAGLE", {}), ("EAGLE-20", {}), ("mine", {})],
 )  # fmt: skip
 def test_published_rows_are_of_the_method_that_a_label_names(label: str, rows: Any) -> None:
-    assert paper.of_label(label, 0.0) == rows.get(0.0, {})
+    assert published.of_label(label, 0.0) == rows.get(0.0, {})
+
+
+def test_signals_are_oriented_so_that_more_is_better(tables: dict[str, list[dict[str, str]]]) -> None:
+    """Made-up accepted nodes have the higher confidence and the lower entropy, nearly always, of one seed or of two."""
+    for row in tables["signals-eagle-2-t0"]:
+        assert float(row["confidence: accepted"]) > float(row["confidence: rejected"])
+        assert float(row["entropy: accepted"]) < float(row["entropy: rejected"])
+        for name in ("confidence", "entropy"):
+            assert float(row[f"{name}: AUC"]) > 0.85
+            assert float(row[f"{name}: AUC within questions"]) == pytest.approx(float(row[f"{name}: AUC"]), abs=0.02)
+
+
+def test_signals_above_temperature_0_are_of_top_k_runs_and_others_are_marked(
+    tables: dict[str, list[dict[str, str]]], results: Path
+) -> None:
+    assert {row["variant"] for row in tables["signals-eagle-2-t1"]} == {"single:math,topk", "single:chat (coupled)"}
+    assert {row["variant"] for row in tables["signals-eagle-2-t0"]} == {"single:math", "single:chat"}
+    found = [table for section in sections(*signals.add(counts.read([results]))) for table in section.tables]
+    notes = {table.name: table.note for table in found}
+    assert "of the noised distribution, not the paper's signal" in notes["signals-eagle-2-t1"]
+    assert notes["signals-eagle-2-t0"] == "" and "noised" in notes["signal-routing-math-chat-eagle-2-t1"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auc_is_the_share_of_pairs_in_order_with_ties_half(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    high, low = random.integers(0, 20, size=12), random.integers(0, 50, size=12)
+    first, second = (np.repeat(np.arange(12), part) for part in (high, low))
+    order = np.sign(first[:, None] - second[None, :])
+    assert signals.auc(high, low) == pytest.approx(((order + 1) / 2).mean(), abs=1e-12)
+    assert signals.auc(high, low) + signals.auc(low, high) == pytest.approx(1.0, abs=1e-12)
+    assert np.isnan(signals.auc(high, np.zeros(12)))
+
+
+def test_variants_are_compared_with_drafters_that_draft_as_they_do(tmp_path: Path) -> None:
+    variants = {**VARIANTS, "single:chat,topk": variant("single", ("chat",), drafting="topk")}
+    folder = write_results(tmp_path / "results", variants=variants, temperatures=(1.0,))
+    (view,) = counts.views(counts.read([folder]))
+    found = {one.words: {(one.one, one.other(task)) for task in view.tasks} for one in comparisons.comparisons(view)}
+    assert {other for _, other in found["average vs worst specialist"]} == {"single:math,topk", "single:chat,topk"}
+    assert {other for _, other in found["evidence vs best specialist"]} == {"single:math", "single:chat"}
+    for one, other in (pair for pairs in found.values() for pair in pairs):
+        if view.specs[one].composition != view.specs[other].composition:
+            assert drafting.is_coupled(view, one) == drafting.is_coupled(view, other), (one, other)
+
+
+def test_published_figures_stand_beside_the_row_that_does_the_same(tables: dict[str, list[dict[str, str]]]) -> None:
+    rows = {row["published row"]: row for row in tables["published-eagle-2-t1"]}
+    assert rows["MathInstruct"]["row here"] == "single:math,topk"  # the paper drafts top-k
+    assert rows["Merged trees"]["row here"] == "merged (coupled)" and rows["Averaged"]["row here"] == "average"
+    assert float(rows["ShareGPT"]["MT_BENCH, published"]) == 3.38
+    assert published.SOURCE in published.TEXT
+
+
+def test_a_report_of_its_own_json_is_the_same_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The histograms of signals come from signals.json beside it; a second run joins them from its lines."""
+    write_results(tmp_path / "one", "one", tasks={"gsm8k": 4}, temperatures=(0.0,))
+    again, first = tmp_path / "again", tmp_path / "first"
+    other = write_results(tmp_path / "other", "two", tasks={"gsm8k": 4}, temperatures=(0.0,))
+    for given, output in (([tmp_path / "one"], first), ([first / "report.json"], again)):
+        monkeypatch.setattr(sys, "argv", ["paper", *map(str, given), "-o", str(output)])
+        main()
+    names = sorted(str(path.relative_to(first)) for path in first.rglob("*") if path.is_file())
+    assert "signals.json" in names and "tables/signals-one-t0.csv" in names
+    assert not [name for name in names if (first / name).read_bytes() != (again / name).read_bytes()]
+    results, histograms = signals.add(counts.read([first / "report.json", other]))
+    alone = signals.add(counts.read([other]))[1]
+    assert {key[0] for key in histograms} == {0, 1}
+    assert all((histograms[1, *key[1:]][name] == bins[name]).all() for key, bins in alone.items() for name in bins)
+    sections(results, histograms)
+
+
+@pytest.mark.parametrize("label", ["HASS", pytest.param("EAGLE-2", marks=pytest.mark.long)])
+def test_the_published_tables_are_those_of_their_json(label: str) -> None:
+    """Whoever changes what a table holds makes the published report again."""
+    results, histograms = signals.add(counts.read([PUBLISHED / "report.json"]))
+    results = replace(results, questions=results.questions[results.questions["label"] == label])
+    found = [table for section in sections(results, histograms) for table in section.tables]
+    kept = {path.stem: path.read_text(encoding="utf-8") for path in (PUBLISHED / "tables").glob("*.csv")}
+    names = {name for name in kept if f"-{label.lower()}-t" in name} | {"provenance", "variants"}
+    assert {table.name: table.csv for table in found} == {name: kept[name] for name in names}
+
+
+def test_every_interval_of_the_findings_is_in_a_published_table() -> None:
+    interval = re.compile(r"(?<= )\S+ \(\S+ to \S+\)")
+    told, known = (
+        interval.findall(" ".join((PUBLISHED / name).read_text(encoding="utf-8").split()))
+        for name in ("findings.md", "report.md")
+    )
+    assert len(told) > 200 and not set(told) - set(known)
