@@ -251,10 +251,13 @@ def test_a_killed_build_leaves_the_old_store_or_the_new_one(tmp_path: Path) -> N
     random, folder = Random(3), tmp_path / "store"
     write_store(folder, [[1, 1, 3]] * 2000, 10, "")
     num_leftovers = 0
-    for _ in range(12):
+    for number in range(12):
+        before = set(tmp_path.iterdir())
         writer = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(folder,))
         writer.start()
-        time.sleep(random.uniform(0.02, 0.1))
+        while set(tmp_path.iterdir()) <= before:  # until a store is being written beside the old one
+            assert writer.is_alive()
+        time.sleep(random.uniform(0, 0.05) * (number % 2))
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()
