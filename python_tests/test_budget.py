@@ -179,6 +179,29 @@ def test_a_table_is_measured_once_and_kept_in_a_file(monkeypatch: pytest.MonkeyP
     assert CostTable.from_dict(json.loads(path.read_text()))
 
 
+@pytest.mark.parametrize("late", costs.SIZES[1:-1])
+def test_a_size_that_was_measured_while_something_else_ran_costs_no_more_than_the_next(
+    monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    now = 0.0
+
+    def start(prompts: object, num_tokens: object, forced: costs.ForcedBudget) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += 1e-3 * (50 + forced.size + 20 * (forced.size == late) + any(forced.forced.drafts))
+
+        return run
+
+    monkeypatch.setattr(costs.time, "process_time", lambda: now)
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: now)
+    decoder = taps.SpeculativeDecoder(trained_target(), {"lookup": all_drafters()["lookup"]}, "single")
+    table = costs.measure_costs(decoder._device_half, ["lookup"], start, 1)
+    next_size = costs.SIZES[costs.SIZES.index(late) + 1]
+    assert table.sizes == costs.SIZES
+    assert table.step_ms == pytest.approx([50 + (next_size if size == late else size) for size in costs.SIZES])
+    assert table.draft_ms["lookup"] == pytest.approx((1, 0), abs=1e-6)
+
+
 def test_a_home_that_cannot_be_written_costs_a_measurement_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
