@@ -212,8 +212,14 @@ def test_calibration_counts_the_draws_that_can_be_proposed() -> None:
     settings = CalibrationSettings(temperatures=(0.5, 1.0), depth=2, positions=400)
     plain, whole, half = (
         calibrate.calibrate(network, source, dataset, settings, None, chosen)
-        for chosen in (None, DraftVocabulary(torch.arange(VOCAB), VOCAB), DraftVocabulary(torch.arange(11), VOCAB))
+        for chosen in (
+            None,
+            DraftVocabulary(torch.arange(VOCAB), VOCAB),
+            DraftVocabulary(torch.arange(11, VOCAB), VOCAB),
+        )
     )
     assert plain.calibration == whole.calibration
     share = [few.num_draws / all_.num_draws for few, all_ in zip(half.cells, plain.cells, strict=True)]
     assert all(0.2 < part < 0.8 for part in share)
+    weights = torch.tensor(half.calibration.beta) / torch.tensor(plain.calibration.beta)
+    assert weights.min() > 0.5, "the noise is that of the draft vocabulary's own tokens"
