@@ -210,13 +210,9 @@ def test_calibration_counts_the_draws_that_can_be_proposed() -> None:
     source, dataset = FrozenTarget(small_target()), small_dataset(60)
     network = new_network(EagleConfig.for_target(small_target().config), 0).eval()
     settings = CalibrationSettings(temperatures=(0.5, 1.0), depth=2, positions=400)
+    every, last = (DraftVocabulary(torch.arange(first, VOCAB), VOCAB) for first in (0, 11))
     plain, whole, half = (
-        calibrate.calibrate(network, source, dataset, settings, None, chosen)
-        for chosen in (
-            None,
-            DraftVocabulary(torch.arange(VOCAB), VOCAB),
-            DraftVocabulary(torch.arange(11, VOCAB), VOCAB),
-        )
+        calibrate.calibrate(network, source, dataset, settings, None, chosen) for chosen in (None, every, last)
     )
     assert plain.calibration == whole.calibration
     share = [few.num_draws / all_.num_draws for few, all_ in zip(half.cells, plain.cells, strict=True)]
