@@ -28,7 +28,7 @@ QKV_BIASES = tuple(f"layers.0.self_attn.{part}_proj.bias" for part in "qkv")
 LM_HEADS = ("lm_head.weight", "head.weight")  # some trainers save the target's frozen lm_head with the drafter
 OFFSETS, MASK = VOCABULARY = ("d2t", "t2d")  # a draft vocabulary, under EAGLE-3's names
 OPTIONAL = {EMBEDDING, *LM_HEADS, *VOCABULARY}
-EAGLE3_NAMES = ("midlayer.", "layers.0.hidden_norm.", "norm.")  # what names of its tensors begin with, and ours do not
+EAGLE3_NAMES = ("midlayer.", "layers.0.hidden_norm.")  # what names of its tensors begin with, and ours do not
 ARCHITECTURE = "LlamaForCausalLM"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -141,7 +141,7 @@ def read_vocabulary(files: DrafterFiles) -> DraftVocabulary | None:
 
     Raise ValueError in one sentence for maps that are damaged, or of other sizes than config.json says.
     """
-    if OFFSETS not in files.tensors:
+    if not {OFFSETS, MASK} <= files.tensors.keys():  # one alone: see `check_names`
         return None
     try:
         vocabulary = DraftVocabulary.of_maps(files.tensors[OFFSETS], files.tensors[MASK])
