@@ -6,7 +6,7 @@ Drafters that accept make them worth something: `test_the_proofs_are_not_hollow`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,8 +24,10 @@ import taps_ext as taps
 from taps_ext.checkpoints.corpus import write_store
 from taps_ext.composition import COMPOSITIONS
 from taps_ext.decode import step as device_half
+from taps_ext.decode.budget import CostTable
 from taps_ext.decode.state import Acceptance
 from taps_ext.decode.step import verify
+from taps_ext.drafters import DraftVocabulary
 from taps_ext.drafters.eagle import EagleConfig, EagleDrafter, EagleNetwork
 from taps_ext.target.kv_cache import FIRST_CAPACITY
 
@@ -308,17 +310,19 @@ SMALL_VOCAB = 5
 BATCH = 1_000  # the draws of one call
 UNFILTERED, FILTERED = taps.SamplingParams(1.0), taps.SamplingParams(0.7, top_k=3, top_p=0.9)
 SMALL_CASES: dict[str, tuple[dict[str, Any], taps.SamplingParams]] = {
-    "merged": ({}, UNFILTERED),
-    "evidence": ({"composition": "evidence"}, UNFILTERED),
+    "merged, draft vocabularies": ({"draft_tokens": [0, 2, 3]}, UNFILTERED),
+    "evidence, adapting": ({"composition": "evidence", "shape": taps.TreeShape.auto(max_nodes=4)}, UNFILTERED),
     "merged by evidence, 4 nodes": ({**BY_EVIDENCE, "max_nodes": 4}, UNFILTERED),
-    "merged, extended": ({"extend": True}, UNFILTERED),
+    "merged, extended from a store": ({"extend": True, "lookup": True, "store": True}, UNFILTERED),
     "joint budget, filtered": ({"joint_budget": 3 * BATCH}, FILTERED),
-    "look-ups": ({"composition": "single", "lookup": True}, UNFILTERED),
+    "look-ups in a store": ({"composition": "single", "lookup": True, "store": True}, UNFILTERED),
 }
 Rule = Callable[[Tensor, taps.DraftTree, Any, Tensor], Acceptance]
 
 
-def small_vocabulary_decoder(lookup: bool = False, **kwargs: Any) -> taps.SpeculativeDecoder:
+def small_vocabulary_decoder(
+    lookup: bool = False, store: bool = False, draft_tokens: Sequence[int] = (), **kwargs: Any
+) -> taps.SpeculativeDecoder:
     """Two random drafters that look at the noise, over a target of five tokens."""
     torch.manual_seed(2)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -328,15 +332,30 @@ def small_vocabulary_decoder(lookup: bool = False, **kwargs: Any) -> taps.Specul
     target.get_output_embeddings().weight.mul_(4.0)
     config = EagleConfig.for_target(target.config)
     networks = [EagleNetwork(config).eval().requires_grad_(False) for _ in range(2)]
+    vocabulary = DraftVocabulary(torch.tensor(draft_tokens), SMALL_VOCAB) if draft_tokens else None
     embedding, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
     drafters: dict[str, taps.Drafter] = {
-        name: EagleDrafter(network, embedding, lm_head, name, CALIBRATIONS[name])
+        name: EagleDrafter(network, embedding, lm_head, name, CALIBRATIONS[name], vocabulary=vocabulary)
         for name, network in zip(CALIBRATIONS, networks, strict=True)
     }
     if lookup:
-        drafters["lookup"] = taps.LookupDrafter(SMALL_VOCAB)
+        drafters["lookup"] = taps.LookupDrafter(SMALL_VOCAB, store=small_store() if store else None)
+    if "extend" in kwargs:
+        kwargs["store"] = small_store()
+    if "shape" in kwargs:  # a step of four nodes costs twice as much as one of a single node
+        kwargs["costs"] = CostTable((1, 2, 4), (1.0, 1.3, 2.0), dict.fromkeys(drafters, (0.1, 0.1)), 2)
     drafter = "lookup" if kwargs.get("composition") == "single" else None
     return taps.SpeculativeDecoder(target, drafters, drafter=drafter, **{"shape": taps.TreeShape(2, 2, 4), **kwargs})
+
+
+@cache
+def small_store() -> taps.CorpusStore:
+    """Every pair of tokens, each followed by several others."""
+    with TemporaryDirectory() as folder:  # what is open stays
+        triples = itertools.product(range(SMALL_VOCAB), repeat=3)
+        texts = [[first, second, (first * second + last // 2) % SMALL_VOCAB] for first, second, last in triples]
+        write_store(folder, texts, SMALL_VOCAB, "")
+        return taps.CorpusStore(folder)
 
 
 def expected_joint(decoder: taps.SpeculativeDecoder, prompt: Tensor, sampling: taps.SamplingParams) -> Tensor:
