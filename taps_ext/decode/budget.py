@@ -2,11 +2,13 @@
 
 A step is worth `E[tokens it commits] - rate * milliseconds`, where `rate` is the number of tokens per millisecond that
 the call commits. Maximising that in each step maximises tokens per second (Dinkelbach's method for ratios). A node's
-expected tokens are the probability that the target accepts it: exp(score), corrected for each depth by how often the
-drafts of that depth were accepted in this call. Costs come from a `CostTable`, never from a clock in mid-call, so that
-the same table, prompt and seed give the same trees. The text does not depend on any of it.
+expected tokens are the probability that the target accepts it: exp(score), corrected by how often nodes of its depth
+and kind were accepted in this call. Nodes that several proposed are one kind, those of each proposer alone another:
+what drafters agree on is better than their scores say, and what only one proposes is worse. Costs come from a
+`CostTable`, never from a clock in mid-call, so that the same table, prompt and seed give the same trees. The text does
+not depend on any of it.
 
-Dims: B rows, N nodes, S sizes, L depths, D drafters.
+Dims: B rows, N nodes, S sizes, L depths, D drafters, K kinds (of each drafter alone, of the extension, of several).
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ class Outlook:
 
     gains: Tensor  # float32 [1 + D, S], of the best nodes of each size: of the whole tree, then without each drafter's
     levels: Tensor  # int64 [D], the levels that each drafter drafted
-    promised: Tensor  # float32 [B, L], exp(score) summed over each row's verified nodes, by depth; 0 at depth 0
+    promised: Tensor  # float32 [B, K * L], exp(score) summed over each row's verified nodes, by kind and depth
 
 
 class TreeBudget:
@@ -110,7 +112,8 @@ class TreeBudget:
         self.draft_ms = [costs.draft_ms[name] for name in drafters]
         self.batch_size = batch_size
         self.tokens, self.ms = float(batch_size), self.step_ms[0]  # of a step: running means
-        self.accepted = torch.full((batch_size, shape.depth + 1), PRIOR_NODES)
+        self.num_depths = shape.depth + 1  # deeper nodes count as the deepest that drafters draft
+        self.accepted = torch.full((batch_size, (len(drafters) + 2) * self.num_depths), PRIOR_NODES)
         self.expected = self.accepted.clone()
         self.balance = [0.0] * len(drafters)  # tokens that each drafter's own nodes brought, its drafting paid
         self.waits = [0] * len(drafters)  # steps until it drafts again
@@ -149,54 +152,76 @@ class TreeBudget:
 
     def cut(self, tree: DraftTree, active: Tensor) -> tuple[DraftTree, Outlook]:
         """Return the trees with as many nodes per row as pay, and the outlook of the trees given."""
-        depths = self._depths(tree)
-        gains, levels = self._outlook(tree, depths, active)
+        gains, levels = self._outlook(tree, active)
         if tree.tokens.is_cpu:
             self._size, _ = self._best_size(gains[0].tolist())
         kept = ops.prune_tree(tree, self._size)
-        depths = self._depths(kept)
-        chances = torch.where(kept.is_node() & (depths > 0) & active[:, None], kept.scores.exp(), 0)
-        promised = chances.new_zeros(self.expected.shape).scatter_add_(1, depths, chances)
+        places = self._places(kept)
+        is_drafted = kept.is_node() & (kept.parents >= 0) & active[:, None]
+        chances = torch.where(is_drafted, kept.scores.exp(), 0)
+        promised = chances.new_zeros(self.expected.shape).scatter_add_(1, places, chances)
         return kept, Outlook(gains, levels, promised)
 
-    def record(self, outlook: HostOutlook | None, num_accepted: Sequence[int | None]) -> None:
-        """Learn from a step: its outlook (None: nobody drafted) and what was accepted (None: the row had ended)."""
+    def record(
+        self, outlook: HostOutlook | None, num_accepted: Sequence[int | None], proposers: Sequence[Sequence[int]]
+    ) -> None:
+        """Learn from a step: its outlook (None: nobody drafted) and how much was accepted (None: the row had ended).
+
+        `proposers` are those of each row's accepted nodes, as bits.
+        """
         ms = self.step_ms[0]
         if outlook is not None:
             gains, levels, promised = outlook
             ms = self.step_ms[self.sizes.index(self._size)] + self._judge(gains, levels)
             self._size, _ = self._best_size(gains[0])
-            self._correct(promised, num_accepted)
+            self._correct(
+                promised, [[] if count is None else row for count, row in zip(num_accepted, proposers, strict=True)]
+            )
         self.ms += MEAN * (ms - self.ms)
         self.tokens += MEAN * (sum(count + 1 for count in num_accepted if count is not None) - self.tokens)
 
-    def _correct(self, promised: list[list[float]], num_accepted: Sequence[int | None]) -> None:
-        """Compare how deep each row's path went with what its tree promised."""
-        sums = torch.tensor(promised)
-        reached = torch.tensor([-1 if count is None else count for count in num_accepted])[:, None]
-        is_reached = (reached >= torch.arange(sums.shape[1])) & (sums > 0)
-        self.accepted = PRIOR_NODES + DECAY * (self.accepted - PRIOR_NODES) + is_reached
-        self.expected = PRIOR_NODES + DECAY * (self.expected - PRIOR_NODES) + sums
+    def _correct(self, promised: list[list[float]], accepted: Sequence[Sequence[int]]) -> None:
+        """Compare each row's accepted nodes, as bits of their proposers, with what its tree promised."""
+        expected = torch.tensor(promised)
+        found = torch.zeros_like(expected)
+        several = found.shape[1] // self.num_depths - 1
+        for row, nodes in enumerate(accepted):
+            for depth, bits in enumerate(nodes, start=1):
+                kind = several if bits & (bits - 1) else bits.bit_length() - 1
+                found[row, kind * self.num_depths + min(depth, self.num_depths - 1)] += 1
+        self.accepted = PRIOR_NODES + DECAY * (self.accepted - PRIOR_NODES) + found
+        self.expected = PRIOR_NODES + DECAY * (self.expected - PRIOR_NODES) + expected
+
+    def _proposed(self, tree: DraftTree) -> Tensor:
+        """Return which nodes each drafter, and the extension, has proposed, bool [D + 1, B, N]."""
+        assert tree.proposers is not None
+        bits = 1 << torch.arange(len(self.draft_ms) + 1, device=tree.proposers.device)
+        return (tree.proposers & bits[:, None, None]) != 0
+
+    def _places(self, tree: DraftTree) -> Tensor:
+        """Return each node's kind and depth as one index, int64 [B, N]."""
+        proposed = self._proposed(tree)
+        index = torch.arange(len(proposed), device=proposed.device)[:, None, None]
+        kind = torch.where(proposed.sum(dim=0) == 1, (proposed * index).sum(dim=0), len(proposed))
+        return kind * self.num_depths + self._depths(tree)
 
     def _depths(self, tree: DraftTree) -> Tensor:
-        """Return the depth of each node, int64 [B, N]; deeper ones than drafters draft count as that."""
-        return ops.tree_depths(tree.parents, tree.num_nodes).clamp(max=self.expected.shape[1] - 1)
+        return ops.tree_depths(tree.parents, tree.num_nodes).clamp(max=self.num_depths - 1)
 
-    def _outlook(self, tree: DraftTree, depths: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    def _outlook(self, tree: DraftTree, active: Tensor) -> tuple[Tensor, Tensor]:
         """Return `gains` and `levels` of the trees."""
-        assert tree.proposers is not None
-        correction = (self.accepted / self.expected).to(depths.device).gather(1, depths)
-        chances = (tree.scores.exp() * correction).clamp(max=1)
-        is_drafted = tree.is_node() & (depths > 0) & active[:, None]
-        chances = torch.where(is_drafted, chances, 0)
-        bits = 1 << torch.arange(len(self.draft_ms), device=depths.device)[:, None, None]
-        own = tree.proposers == bits  # [D, B, N], of one drafter alone
+        proposed = self._proposed(tree)
+        correction = (self.accepted / self.expected).to(tree.tokens.device).gather(1, self._places(tree))
+        is_drafted = tree.is_node() & (tree.parents >= 0) & active[:, None]
+        chances = torch.where(is_drafted, (tree.scores.exp() * correction).clamp(max=1), 0)
+        drafters = proposed[: len(self.draft_ms)]
+        own = drafters & (proposed.sum(dim=0) == 1)
         parts = torch.cat([chances[None], chances.masked_fill(own, 0)])
         best = parts.sort(dim=2, descending=True).values.cumsum(dim=2).sum(dim=1)  # [1 + D, N]
         places = [min(size - 1, best.shape[1]) for size in self.sizes]
         sums = torch.nn.functional.pad(best, (1, 0))
         gains = torch.stack([sums[:, place] for place in places], dim=1)
-        levels = torch.where((tree.proposers & bits) != 0, depths, 0).amax(dim=(1, 2))
+        levels = torch.where(drafters, self._depths(tree), 0).amax(dim=(1, 2))
         return gains, levels
 
     def _best_size(self, gains: list[float]) -> tuple[int, float]:

@@ -112,7 +112,9 @@ class ForcedBudget(TreeBudget):
         kept, outlook = super().cut(tree, active)
         return random_tree(kept.tokens[:, 0], self.size, self.vocab_size), outlook
 
-    def record(self, outlook: HostOutlook | None, num_accepted: Sequence[int | None]) -> None:
+    def record(
+        self, outlook: HostOutlook | None, num_accepted: Sequence[int | None], proposers: Sequence[Sequence[int]]
+    ) -> None:
         """See `TreeBudget.record`."""
 
 

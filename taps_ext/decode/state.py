@@ -230,7 +230,7 @@ class DecodeState:
                 event.choices[b] = self.stats.choices[b][-1]
                 event.accepted_proposers[b] = self.stats.accepted_proposers[b][-1]
         if self.budget is not None and not output.is_prefill:
-            self.budget.record(record.outlook, event.num_accepted)
+            self.budget.record(record.outlook, event.num_accepted, record.proposers)
         self.stats.num_target_forwards += 1
         return event
 
