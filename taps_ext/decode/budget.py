@@ -32,6 +32,7 @@ LEAST_SHARE = 0.5  # of what the cheapest node costs: less probable ones are not
 SMALLEST = 1e-6  # probability that is proposed, where nodes cost nothing
 HOPE = 0.7  # probability of a drafted token that a drafter gets the benefit of, until it has drafted
 MOST_LOST, MOST_GAINED = 1.0, 2.0  # tokens per row: drafting that lost so much pauses; it has no more to lose than that
+SURPRISE = 0.5  # weight of what was accepted against what was expected, in a drafter's balance
 LOSS_SHARE = 0.02  # of the tokens: pauses are so long that drafting in vain costs no more
 
 
@@ -172,11 +173,10 @@ class TreeBudget:
         ms = self.step_ms[0]
         if outlook is not None:
             gains, levels, promised = outlook
-            ms = self.step_ms[self.sizes.index(self._size)] + self._judge(gains, levels)
+            accepted = [[] if count is None else row for count, row in zip(num_accepted, proposers, strict=True)]
+            ms = self.step_ms[self.sizes.index(self._size)] + self._judge(gains, levels, accepted)
             self._size, _ = self._best_size(gains[0])
-            self._correct(
-                promised, [[] if count is None else row for count, row in zip(num_accepted, proposers, strict=True)]
-            )
+            self._correct(promised, accepted)
         self.ms += MEAN * (ms - self.ms)
         self.tokens += MEAN * (sum(count + 1 for count in num_accepted if count is not None) - self.tokens)
 
@@ -230,13 +230,19 @@ class TreeBudget:
         index = max(range(len(worth)), key=worth.__getitem__)
         return self.sizes[index], worth[index]
 
-    def _judge(self, gains: list[list[float]], levels: list[int]) -> float:
-        """Compare the step with one without each drafter's nodes, leave out who does not pay; return drafting's ms."""
+    def _judge(self, gains: list[list[float]], levels: list[int], accepted: Sequence[Sequence[int]]) -> float:
+        """Compare the step with one without each drafter's nodes, leave out who does not pay; return drafting's ms.
+
+        What was accepted tells more than what was expected, but comes with much noise: the balance takes their mean.
+        """
         _, worth = self._best_size(gains[0])
         drafting = [index for index, is_drafting in enumerate(self._plan.drafts) if is_drafting]
         ms = {index: self._drafting_ms(index, levels[index]) for index in drafting}
+        chosen = self.sizes.index(self._size)
         for index in drafting:
             gained = worth - self._best_size(gains[1 + index])[1] - self.rate * ms[index]
+            own = sum(bits == 1 << index for nodes in accepted for bits in nodes)
+            gained += SURPRISE * (own - (gains[0][chosen] - gains[1 + index][chosen]))
             self.balance[index] = min(self.balance[index] + gained, MOST_GAINED * self.batch_size)
         lost = [index for index in drafting if self.balance[index] < -MOST_LOST * self.batch_size]
         if worth - self.rate * sum(ms.values()) > -self.rate * self.step_ms[0]:
