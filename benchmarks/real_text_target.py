@@ -20,8 +20,8 @@ from worlds.pretraining import PretrainingConfig, new_target, pretrain, save_tok
 
 from taps_ext.training import TokenDataset
 from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, SourceConfig
 from taps_ext.training.conversations import Message
+from taps_ext.training.recipe import DataConfig, SourceConfig
 from taps_ext.training.survey import survey
 
 REPORT_STEPS = 25

@@ -50,13 +50,13 @@ from taps_ext.training.calibrate import (
     fit,
     measure,
 )
-from taps_ext.training.config import ObjectiveConfig, Recipe
 from taps_ext.training.data import prepare
 from taps_ext.training.draft_slots import DraftSlots, collect
 from taps_ext.training.features import FrozenTarget
 from taps_ext.training.materials import load_tokenizer
 from taps_ext.training.objectives import ObjectivePass, next_stream
 from taps_ext.training.progress import ValidationRecord
+from taps_ext.training.recipe import ObjectiveConfig, Recipe
 from taps_ext.training.run import train
 
 ONE = Calibration((0.5, 1.0), ((0.6, 0.5), (1.2, 1.1)), ((0.4, 0.3), (0.8, 0.7)))

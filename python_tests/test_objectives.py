@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from taps_ext.drafters.network import EagleConfig, EagleNetwork
-from taps_ext.training.config import ObjectiveConfig
 from taps_ext.training.dataset import Example, TokenDataset, collate
 from taps_ext.training.features import DraftBatch, FrozenTarget
 from taps_ext.training.objectives import ObjectivePass, PassOutput, first_stream, hass, losses, next_stream
+from taps_ext.training.recipe import ObjectiveConfig
 
 VOCAB, HIDDEN = 23, 16
 HASS = ObjectiveConfig(name="hass", num_top_tokens=4, distribution_weight=0.2, feature_weight=0.7)

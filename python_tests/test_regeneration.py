@@ -21,9 +21,9 @@ from worlds import corpus
 import taps_ext as taps
 from taps_ext import tiny
 from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, SourceConfig
 from taps_ext.training.conversations import Conversation, Message
 from taps_ext.training.data import prepare
+from taps_ext.training.recipe import DataConfig, SourceConfig
 from taps_ext.training.regeneration import NO_END, NO_ROOM, NO_TEXT, REFUSED, RegenerationReport, regenerate
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}

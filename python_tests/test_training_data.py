@@ -18,11 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from taps_ext.tiny import assets
 from taps_ext.training import conversations as reasons
 from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, SourceConfig
 from taps_ext.training.conversations import BadRecord, Conversation, Message, parse
 from taps_ext.training.data import PreparedData, prepare, with_chat_template
 from taps_ext.training.data_report import Tally
 from taps_ext.training.dataset import POOL_BATCHES, BatchOrder, Example, TokenDataset
+from taps_ext.training.recipe import DataConfig, SourceConfig
 from taps_ext.training.sources import COMMIT
 from taps_ext.training.survey import REPEATED, SurveyedSource, quotas, survey
 

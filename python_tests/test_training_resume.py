@@ -29,23 +29,23 @@ from training_cases import (
     write_conversations,
 )
 
-from taps_ext.training.config import Recipe
 from taps_ext.training.interruption import Interruption
 from taps_ext.training.progress import StepRecord
+from taps_ext.training.recipe import Recipe
 from taps_ext.training.run import train
 
-CASES = [("eagle2", "online"), ("hass", "online"), ("eagle2", "cached"), ("hass", "cached")]
+OBJECTIVES = ["eagle2", "hass"]
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def kill_again_and_again(folder: Path, objective: str, features: str, num_kills: int, seed: int) -> None:
+def kill_again_and_again(folder: Path, objective: str, num_kills: int, seed: int) -> None:
     """A run that is killed at random touches of its files ends like one that is not: drafters and curve."""
     settings = {"keep_checkpoints": 1, "calibrate": seed == 1}  # which takes as long as all the rest
-    whole, killed = (tiny_recipe(folder, name, objective, features, **settings) for name in ("whole", "killed"))
+    whole, killed = (tiny_recipe(folder, name, objective, **settings) for name in ("whole", "killed"))
     num_touches = count_touches(whole)
-    rng = Random(f"{objective}/{features}/{seed}")
+    rng = Random(f"{objective}/{seed}")
     ends = [train_in_fork(killed, kill_at=rng.randrange(1, num_touches // 2)) for _ in range(num_kills)]
     assert -signal.SIGKILL in ends, "no kill came in time"
     assert_ends_like(whole, killed)
@@ -58,32 +58,28 @@ def assert_ends_like(whole: Recipe, killed: Recipe) -> None:
     assert not list(Path(killed.output).rglob(".*")), "leftovers"
 
 
-@pytest.mark.parametrize(("objective", "features"), [("eagle2", "cached"), ("hass", "online")])
-def test_a_killed_run_resumes_to_the_same_weights(objective: str, features: str, tmp_path: Path) -> None:
-    kill_again_and_again(tmp_path, objective, features, num_kills=1, seed=0)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_killed_run_resumes_to_the_same_weights(objective: str, tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path, objective, num_kills=1, seed=0)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(1, 6))
-@pytest.mark.parametrize(("objective", "features"), CASES)
-def test_a_run_that_is_killed_many_times_resumes_to_the_same_weights(
-    objective: str, features: str, seed: int, tmp_path: Path
-) -> None:
-    kill_again_and_again(tmp_path, objective, features, num_kills=12, seed=seed)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_that_is_killed_many_times_resumes_to_the_same_weights(objective: str, seed: int, tmp_path: Path) -> None:
+    kill_again_and_again(tmp_path, objective, num_kills=12, seed=seed)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("objective", "features"), CASES)
-def test_a_run_that_is_killed_at_random_times_resumes_to_the_same_weights(
-    objective: str, features: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_run_that_is_killed_at_random_times_resumes_to_the_same_weights(objective: str, tmp_path: Path) -> None:
     """Also in the middle of what torch and safetensors write."""
-    whole = tiny_recipe(tmp_path, "whole", objective, features)
+    whole = tiny_recipe(tmp_path, "whole", objective)
     started = time.monotonic()
     assert train_in_fork(whole) == 0
-    seconds, rng = time.monotonic() - started, Random(f"{objective}/{features}")
+    seconds, rng = time.monotonic() - started, Random(objective)
     for number in range(4):
-        killed = tiny_recipe(tmp_path, f"killed-{number}", objective, features)
+        killed = tiny_recipe(tmp_path, f"killed-{number}", objective)
         for _ in range(3):
             train_in_fork(killed, kill_after_s=rng.uniform(0.3, 1.0) * seconds)
         assert_ends_like(whole, killed)

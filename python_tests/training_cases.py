@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # what only the reading of recipes and of hub data sets may need
-    sys.modules.update(dict.fromkeys(("pydantic", "datasets")))
+    sys.modules.update(dict.fromkeys(("omegaconf", "datasets")))
 
 import json
 import multiprocessing
@@ -37,10 +37,10 @@ from taps_ext import tiny
 from taps_ext.drafters import EagleConfig
 from taps_ext.training import Example, TokenDataset
 from taps_ext.training.checkpoints import Checkpoints
-from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 from taps_ext.training.features import FrozenTarget
 from taps_ext.training.materials import new_network
 from taps_ext.training.progress import StepRecord, ValidationRecord
+from taps_ext.training.recipe import DataConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
 from taps_ext.training.run import train
 from taps_ext.training.trainer import DrafterFacts, Trainer
 
@@ -125,9 +125,7 @@ def small_trainer(
     )
 
 
-def tiny_recipe(
-    folder: Path, output: str = "run", objective: str = "eagle2", features: str = "online", **training: Any
-) -> Recipe:
+def tiny_recipe(folder: Path, output: str = "run", objective: str = "eagle2", **training: Any) -> Recipe:
     """A recipe for the embedded target: 6 steps of 4 short conversations, everything as often as it can happen.
 
     Not calibrated unless asked for: that takes longer than all the rest.
@@ -137,13 +135,11 @@ def tiny_recipe(
         write_conversations(source, 24)
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2, "log_every": 1}
     settings |= {"save_every": 1, "validate_every": 3, "calibrate": False, **training}
-    store = str(folder / f"{output}-features")
     return Recipe(
         target=str(tiny.assets() / "target"),
         target_dtype="float32",
         output=str(folder / output),
         data=DataConfig((SourceConfig(str(source)),), max_length=72, validation=3),
-        features=FeatureConfig() if features == "online" else FeatureConfig(features, store),  # type: ignore[arg-type]
         training=TrainingConfig(**settings),
         objective=ObjectiveConfig(name=objective),  # type: ignore[arg-type]
     )
@@ -250,8 +246,7 @@ def _train(recipe: Recipe, kill_at: int | None, published: Any, counter: Any = N
 
 
 def _is_within(path: Any, recipe: Recipe) -> bool:
-    places = (recipe.output, *([recipe.features.path] if recipe.features.path else []))
-    return isinstance(path, (str, os.PathLike)) and str(path).startswith(places)
+    return isinstance(path, (str, os.PathLike)) and str(path).startswith(recipe.output)
 
 
 def torchrun(recipes: Sequence[Recipe], folder: Path, **environment: str) -> None:

@@ -29,11 +29,11 @@ from taps_ext.tiny import DOMAINS, PROMPTS
 from taps_ext.training import TokenDataset
 from taps_ext.training.calibrate import CalibrationSettings, calibrate_drafter, calibration_texts
 from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
-from taps_ext.training.config import Recipe as TrainingRecipe
 from taps_ext.training.conversations import Conversation
 from taps_ext.training.data import prepare
 from taps_ext.training.progress import choose
+from taps_ext.training.recipe import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
+from taps_ext.training.recipe import Recipe as TrainingRecipe
 from taps_ext.training.regeneration import regenerate
 from taps_ext.training.run import train
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,17 +15,17 @@ import torch
 import typer
 from rich.table import Table
 
-from ..checkpoints.load import identify, open_target
+from ..checkpoints.load import TargetIdentity, identify, open_target
 from ..native import choose_device
 from ..sampling import SamplingParams
 from ..tiny import resolve
-from ..training import feature_store, materials, picture, regeneration, survey
+from ..training import features as feature_files
+from ..training import materials, picture, regeneration, survey
 from ..training import progress as watching
-from ..training.config import DataConfig, Recipe, SourceConfig
 from ..training.data import prepare, with_chat_template
-from ..training.feature_shards import DTYPES
-from ..training.feature_store import size
+from ..training.features import size
 from ..training.progress import duration, percents
+from ..training.recipe import DataConfig, Recipe, SourceConfig
 from . import terminal
 from .terminal import facts_table, note, show
 
@@ -81,14 +80,14 @@ def features(
     What is there already is kept, so that the same command resumes a run that was stopped.
     """
     recipe = _read_recipe(config, overrides)
-    if recipe.features.path is None:
-        raise ValueError("the recipe has no features.path; give features.path=DIRECTORY")
+    if recipe.features.mode == "online" and recipe.features.path is None:
+        note(f"features go to {recipe.features_path}; features.path names another directory")
     from accelerate import PartialState
 
     with terminal.progress() as update:
         data = prepare(recipe.data, materials.load_tokenizer(recipe), partial(update, "conversations"))
     datasets = materials.datasets(data)
-    space = _space(recipe, datasets)
+    space = feature_files.space_for(_store(recipe), datasets)
     note(*data.report.lines())
     facts = {**asdict(space), "folder": str(space.folder), "num_bytes": space.num_bytes}
     if dry_run:
@@ -97,8 +96,8 @@ def features(
     note(str(space))
     space.check()
     _compute(recipe, datasets, PartialState(cpu=not torch.cuda.is_available()))
-    way = f"train with features.mode=stored features.path={recipe.features.path}"
-    show(as_json, facts, f"{recipe.features.path} has them all; {way}")
+    way = f"features.path={recipe.features.path}" if recipe.features.path else "the same output"
+    show(as_json, facts, f"{space.folder} has them all; train with features.mode=stored and {way}")
 
 
 def regenerate(
@@ -148,7 +147,7 @@ def regenerate(
 
 def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) -> Recipe:
     """Return the recipe; raise ValueError with everything that is wrong with it on one line."""
-    from ..training.recipe_files import load_recipe
+    from ..training.recipe import load_recipe
 
     try:
         return load_recipe(paths or (), overrides or ())
@@ -159,33 +158,22 @@ def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) 
 # ---- features and conversations
 
 
-def _space(recipe: Recipe, datasets: Sequence[TokenDataset]) -> feature_store.SpaceEstimate:
-    """Return the disk space that the missing features will take, without creating the directory."""
-    folder = Path(recipe.features.path or "").expanduser()
-    if (folder / feature_store.MANIFEST).exists():
-        return feature_store.open_store(folder).space_for(datasets)
+def _store(recipe: Recipe) -> feature_files.FeatureStore:
+    """Return the store that there is, or one that is still to be made, of which only the sizes are known."""
+    if (recipe.features_path / feature_files.MANIFEST).exists():
+        return feature_files.open_store(recipe.features_path)
     config = open_target(resolve(recipe.target), recipe.target_revision).config
-    lengths = {id: data.length(i) for data in datasets for i, id in enumerate(data.ids)}
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    return feature_store.SpaceEstimate(
-        folder,
-        num_sequences=len(lengths),
-        num_tokens=sum(lengths.values()),
-        position_bytes=config.hidden_size * DTYPES[recipe.features.dtype][1].itemsize,
-        free_bytes=shutil.disk_usage(existing).free,
-    )
+    target = TargetIdentity(recipe.target, None, config.hidden_size, "", None)
+    return feature_files.FeatureStore(recipe.features_path, target, recipe.features.dtype)
 
 
 def _compute(recipe: Recipe, datasets: Sequence[TokenDataset], processes: Any) -> None:
     """Compute the missing features, a share in each process; `processes` is accelerate's PartialState."""
-    from ..training.feature_sources import extract
-
-    assert recipe.features.path is not None
     target = materials.load_target(recipe, processes.device)
-    store = feature_store.create_store(recipe.features.path, identify(target.model), recipe.features.dtype)
+    store = feature_files.create_store(recipe.features_path, identify(target.model), recipe.features.dtype)
     share = {"process_index": processes.process_index, "num_processes": processes.num_processes}
     with terminal.progress("tokens") as update:
-        extract(target, datasets, store, **share, report=partial(update, "tokens"))
+        feature_files.extract(target, datasets, store, **share, report=partial(update, "tokens"))
     processes.wait_for_everyone()
     store.flush()  # finds what the other processes have written
     store.require(datasets)
@@ -193,7 +181,7 @@ def _compute(recipe: Recipe, datasets: Sequence[TokenDataset], processes: Any) -
 
 def _conversations(data: Sequence[str], count: int | None, seed: int) -> Iterator[Any]:
     """Yield the usable conversations of every source, or `count` of each; note what was dropped."""
-    sources = tuple(SourceConfig(path, count=count) for path in data)
+    sources = [SourceConfig(path, count=count) for path in data]
     with terminal.progress() as update:
         surveyed = survey.survey(DataConfig(sources), partial(update, "conversations"), keeps_questions=True)
     for number, source in enumerate(surveyed):

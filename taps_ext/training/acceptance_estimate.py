@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import ObjectiveConfig
 from .dataset import TokenBatch
 from .features import FeatureSource
 from .objectives import PassOutput, next_stream
+from .recipe import ObjectiveConfig
 
 Pass = Callable[..., PassOutput]  # an `ObjectivePass`, perhaps wrapped
 Reduce = Callable[[Tensor], Tensor]

@@ -6,11 +6,9 @@ import shutil
 from pathlib import Path
 
 from ..checkpoints.files import check_drafter_output, check_writable
-from .config import Recipe
 from .materials import DTYPE_BYTES, Materials
 from .provenance import FREE, check_same, flat
-from .recipe_files import as_tree
-from .recipe_yaml import read_yaml
+from .recipe import Recipe, as_tree, load_recipe
 from .trainer import BEST, CHECKPOINTS, FINAL, LOG
 
 RECIPE = "recipe.yaml"
@@ -26,7 +24,7 @@ def check_output(recipe: Recipe, output: Path) -> None:
         check_drafter_output(output / name)
     path = output / RECIPE
     if path.exists():
-        there, here = flat(read_yaml(path.read_text(encoding="utf-8"), str(path))), flat(as_tree(recipe))
+        there, here = flat(as_tree(load_recipe([path]))), flat(as_tree(recipe))
         for key in FREE_KEYS:
             there[key] = here[key]
         check_same(there, here, output)

@@ -13,10 +13,10 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from .chat_format import ChatFormat, MaskError
-from .config import DataConfig
 from .conversations import Conversation
 from .data_report import DataReport, Ledger, SourceReport
 from .dataset import Example, TokenDataset, content_id
+from .recipe import DataConfig
 from .survey import REPEATED, Progress, SurveyedSource, quotas, survey, what_was_dropped
 
 if TYPE_CHECKING:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from .checks import STATE_BYTES, check_disk, check_output
-from .config import FeatureConfig, Recipe
 from .launch import make_accelerator
 from .materials import DTYPE_BYTES, load_materials
 from .progress import Observer
+from .recipe import Recipe
 from .update import Updater, micro_batch_size
 
 
@@ -42,7 +42,7 @@ def dry_run(recipe: Recipe, observer: Observer | None = None) -> DryRun:
     micro_batch_size(recipe.training, accelerator.num_processes)
     check_output(recipe, output)
     watching = observer if accelerator.is_main_process else None
-    materials = load_materials(_without_store(recipe), accelerator.device, watching.preparing if watching else None)
+    materials = load_materials(recipe, accelerator.device, watching.preparing if watching else None)
     if watching:
         for line in materials.lines():
             watching.note(line)
@@ -65,11 +65,6 @@ def dry_run(recipe: Recipe, observer: Observer | None = None) -> DryRun:
         checkpoint_bytes=STATE_BYTES * num_parameters,
         feature_bytes=None if recipe.features.mode == "online" else store_bytes,
     )
-
-
-def _without_store(recipe: Recipe) -> Recipe:
-    """Features that a run would keep are computed and forgotten."""
-    return replace(recipe, features=FeatureConfig()) if recipe.features.mode == "cached" else recipe
 
 
 def _longest_step(updater: Updater) -> int:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import TrainingConfig
 from .journal import check_tracker
+from .recipe import TrainingConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

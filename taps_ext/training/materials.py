@@ -17,12 +17,10 @@ from ..checkpoints.load import TargetIdentity, identify, load_network, load_targ
 from ..drafters import DraftVocabulary
 from ..drafters.network import EagleConfig, EagleNetwork
 from ..tiny import resolve
-from .config import Recipe, VocabularyConfig
 from .data import PreparedData, prepare
 from .dataset import TokenDataset
-from .feature_sources import CachedFeatures, StoredFeatures
-from .feature_store import create_store, open_store
-from .features import FeatureSource, FrozenTarget
+from .features import FeatureSource, FrozenTarget, StoredFeatures, open_store
+from .recipe import Recipe, VocabularyConfig
 from .survey import Progress
 
 if TYPE_CHECKING:
@@ -155,26 +153,15 @@ def load_target(recipe: Recipe, device: torch.device) -> FrozenTarget:
 
 def load_target_part(recipe: Recipe, data: PreparedData, device: torch.device) -> TargetPart:
     """The features' source as the recipe wants it. ValueError or OSError, in a sentence, if it cannot be had."""
-    features = recipe.features
-    if features.mode == "stored":
-        assert features.path is not None
-        store = open_store(features.path)
+    if recipe.features.mode == "stored":
+        store = open_store(recipe.features_path)
         store.require(datasets(data))
-        if data.validation is not None:  # damage there should not show at the end only
-            for index in range(len(data.validation)):
-                store.read(data.validation.batch([index]), torch.device("cpu"))
         ends = load_target_ends(resolve(recipe.target), recipe.target_revision)
         if recipe.target_dtype != "auto":
             ends = ends.to(getattr(torch, recipe.target_dtype))
         return TargetPart(StoredFeatures(store, ends, device), ends.config.get_text_config(), store.target)
     target = load_target(recipe, device)
-    identity, config = identify(target.model), target.model.config.get_text_config()
-    if features.mode == "online":
-        return TargetPart(target, config, identity)
-    assert features.path is not None
-    store = create_store(features.path, identity, features.dtype)
-    store.space_for(datasets(data)).check()
-    return TargetPart(CachedFeatures(target, store), config, identity)
+    return TargetPart(target, target.model.config.get_text_config(), identify(target.model))
 
 
 def datasets(data: PreparedData) -> list[TokenDataset]:

@@ -11,8 +11,8 @@ from ..checkpoints.load import TargetIdentity
 from ..drafters import DraftVocabulary
 from ..drafters.network import EagleConfig
 from ..native import code_version
-from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
+from .recipe import ObjectiveConfig, TrainingConfig
 
 # What may differ when a run goes on: how it is computed and watched, not the weights that come out.
 FREE = (

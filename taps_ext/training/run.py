@@ -11,13 +11,12 @@ import torch
 from ..checkpoints.files import write_text, written
 from .calibrate import calibrate_run, not_calibrated, uncalibrated
 from .checks import RECIPE, check_disk, check_output
-from .config import Recipe
 from .dry_run import DryRun, dry_run
 from .launch import make_accelerator
 from .materials import Materials, load_materials
 from .progress import Observer, ValidationRecord
 from .provenance import check_same, dataset_facts, flat, target_facts
-from .recipe_files import dump_recipe
+from .recipe import Recipe, dump_recipe
 from .trainer import BEST, FINAL, DrafterFacts, Trainer, TrainingResult
 from .update import micro_batch_size
 

@@ -9,8 +9,8 @@ from array import array
 from pathlib import Path
 from typing import Any, Protocol
 
-from .config import SourceConfig
 from .conversations import NOT_JSON, NOT_TEXT, BadRecord
+from .recipe import SourceConfig
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 COMMIT = re.compile(r"^hf://datasets/[^@]+@([0-9a-f]{40})/")

@@ -8,9 +8,9 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
 
-from .config import DataConfig, SourceConfig
 from .conversations import BadRecord, Conversation, parse
 from .data_report import Ledger, Tally
+from .recipe import DataConfig, SourceConfig
 from .sources import open_source
 
 REPEATED = "a repeat of an earlier conversation"

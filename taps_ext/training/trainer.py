@@ -26,7 +26,6 @@ from ..native import code_version
 from .acceptance_estimate import estimate
 from .calibrate import calibrate_run
 from .checkpoints import Checkpoints, RunState, layout
-from .config import ObjectiveConfig, TrainingConfig
 from .dataset import TokenDataset
 from .features import FeatureSource
 from .interruption import Interruption
@@ -34,6 +33,7 @@ from .journal import Journal
 from .launch import broadcast, make_accelerator
 from .progress import Observer, StepRecord, ValidationRecord
 from .provenance import check_same, dataset_facts, identity, settings
+from .recipe import ObjectiveConfig, TrainingConfig
 from .update import UpdateFacts, Updater, held_out_batches
 
 if TYPE_CHECKING:
@@ -198,7 +198,6 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         """A checkpoint; what it refers to is on disk before it."""
-        self.source.flush()
         if self._journal is not None:
             self._journal.sync()
         state = RunState(step, self._identity, layout(self.accelerator), self._best, self._last)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ..drafters import DraftVocabulary
 from ..drafters.network import EagleNetwork
-from .config import ObjectiveConfig, TrainingConfig
 from .dataset import BatchOrder, TokenBatch, TokenDataset
 from .features import DraftBatch, FeatureSource, Head
 from .objectives import Judge, ObjectivePass, PassOutput, first_stream, next_stream
+from .recipe import ObjectiveConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

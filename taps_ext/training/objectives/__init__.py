@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...drafters.network import EagleNetwork
-from ..config import ObjectiveConfig
 from ..features import DraftBatch, Head
+from ..recipe import ObjectiveConfig
 from .eagle2 import noisy
 from .hass import aligned_attention
 from .losses import Judge, slot_losses

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import ObjectiveConfig
 from ..features import Head
+from ..recipe import ObjectiveConfig
 
 Judge = Callable[[Tensor], Tensor]  # features [S, H] to int64 [S], places of the target's likeliest tokens in `head`'s
 
