@@ -235,7 +235,7 @@ def test_regenerated_conversations_ask_the_same_and_can_be_trained_on(run, recip
     arguments = ("regenerate", "--target=tiny", f"--data={data}", "--count=8", "--max-new-tokens=80")
     made = run(*arguments, f"--output={output}")
     assert made.code == 0, made.err
-    assert f"not JSON: 1 ({data}:41)" in made.err
+    assert f"{data}: 8 usable conversations" in made.err
     own = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
     asked = {json.loads(line)["messages"][0]["content"] for line in data.read_text().splitlines()[:-1]}
     assert f"wrote {len(own)} conversations" in made.out and 4 <= len(own) <= 8

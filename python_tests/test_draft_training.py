@@ -29,11 +29,10 @@ from taps_ext.drafters import DraftVocabulary, EagleConfig, EagleDrafter
 from taps_ext.training import Example, TokenDataset, calibrate
 from taps_ext.training.calibrate import CalibrationSettings
 from taps_ext.training.features import FrozenTarget
-from taps_ext.training.materials import choose_vocabulary, ids_of, new_network
 from taps_ext.training.objectives import ObjectivePass
 from taps_ext.training.recipe import ObjectiveConfig, Recipe, VocabularyConfig
-from taps_ext.training.run import dry_run, train
-from taps_ext.training.update import judge_of
+from taps_ext.training.run import choose_vocabulary, dry_run, ids_of, new_network, train
+from taps_ext.training.trainer import judge_of
 
 OBJECTIVES = ("eagle2", "hass")
 SOME = VocabularyConfig(coverage=0.8)

@@ -26,7 +26,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from taps_ext import tiny
 from taps_ext.checkpoints.load import TargetEnds, identify, load_target_ends
 from taps_ext.training import Example, TokenDataset, features
-from taps_ext.training.dataset import TokenBatch
 from taps_ext.training.features import (
     MANIFEST,
     SHARDS,
@@ -40,6 +39,7 @@ from taps_ext.training.features import (
     open_store,
     space_for,
 )
+from taps_ext.training.masks import TokenBatch
 from taps_ext.training.recipe import DtypeName
 
 VOCAB, HIDDEN = 47, 24

@@ -25,9 +25,8 @@ from ..training.calibrate import (
     calibratable,
     calibrate_drafter,
 )
-from ..training.data import prepare, with_chat_template
+from ..training.data import JsonLines, prepare, with_chat_template
 from ..training.recipe import DataConfig, SourceConfig
-from ..training.sources import JsonLines
 from . import terminal
 from .terminal import show
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,18 +20,17 @@ from ..native import choose_device
 from ..sampling import SamplingParams
 from ..tiny import resolve
 from ..training import features as feature_files
-from ..training import materials, picture, regeneration, survey
-from ..training import progress as watching
-from ..training.data import prepare, with_chat_template
+from ..training import regenerate as regeneration
+from ..training.data import Conversation, prepare, read_sources, what_was_dropped, with_chat_template
 from ..training.features import size
-from ..training.progress import duration, percents
-from ..training.recipe import DataConfig, Recipe, SourceConfig
-from . import terminal
-from .terminal import facts_table, note, show
+from ..training.recipe import DataConfig, Recipe, SourceConfig, load_recipe
+from . import terminal, watching
+from .terminal import duration, facts_table, note, show
+from .watching import percents
 
 if TYPE_CHECKING:
-    from ..training.dataset import TokenDataset
-    from ..training.dry_run import DryRun
+    from ..training.masks import TokenDataset
+    from ..training.run import DryRun
     from ..training.trainer import TrainingResult
 
 LOG = "log.jsonl"
@@ -52,20 +51,18 @@ def train(
 ) -> None:
     """Train a drafter by a recipe, or resume a run that was stopped. See docs/training.md."""
     recipe = _read_recipe(config, overrides)
-    from ..training import run  # needs accelerate, which the recipe's errors do not wait for
+    from ..training import run
 
-    observer = watching.choose(recipe.training.log_every, sys.stderr) if not terminal.process_index() else None
-    if observer:
+    with watching.screen() as observer:
         observer.note(f"{recipe.objective.name} drafter for {recipe.target}, in {recipe.output}")
-    if dry_run:
-        facts = run.dry_run(recipe, observer)
-        show(as_json, asdict(facts), facts_table(_dry_run_rows(facts)))
+        started = time.monotonic()
+        done = run.dry_run(recipe, observer) if dry_run else run.train(recipe, observer)
+    if isinstance(done, run.DryRun):
+        show(as_json, asdict(done), facts_table(_dry_run_rows(done)))
         return
-    started = time.monotonic()
-    result = run.train(recipe, observer)
-    if observer:
-        _show_run(recipe, result, time.monotonic() - started, observer.note, as_json)
-    if not result.is_finished:
+    if not terminal.process_index():
+        _show_run(recipe, done, time.monotonic() - started, as_json)
+    if not done.is_finished:
         raise typer.Exit(terminal.STOPPED)
 
 
@@ -84,9 +81,11 @@ def features(
         note(f"features go to {recipe.features_path}; features.path names another directory")
     from accelerate import PartialState
 
+    from ..training import run
+
     with terminal.progress() as update:
-        data = prepare(recipe.data, materials.load_tokenizer(recipe), partial(update, "conversations"))
-    datasets = materials.datasets(data)
+        data = prepare(recipe.data, run.load_tokenizer(recipe), partial(update, "conversations"))
+    datasets = run.datasets(data)
     space = feature_files.space_for(_store(recipe), datasets)
     note(*data.report.lines())
     facts = {**asdict(space), "folder": str(space.folder), "num_bytes": space.num_bytes}
@@ -118,8 +117,8 @@ def regenerate(
 ) -> None:
     """Let the target write the answers of conversations anew, for drafters to learn from.
 
-    The result is a JSON Lines file. An answer that has not ended after --max-new-tokens is left out, with the rest of
-    its conversation. The same command resumes a run that was stopped.
+    The result is a JSON Lines file. An answer that has not ended after --max-new-tokens is kept as unfinished: no end
+    is learned there, and its conversation ends. The same command resumes a run that was stopped.
     """
     SamplingParams(temperature, seed=seed)  # checks both before the model is loaded
     place = choose_device(device)
@@ -140,6 +139,8 @@ def regenerate(
             progress=partial(update, "conversations"),
         )
     note(*(f"conversations that end early, before {reason}: {number:,}" for reason, number in done.cut.items()))
+    if done.num_unfinished:
+        note(f"answers cut off after {max_new_tokens:,} tokens, of which no end is learned: {done.num_unfinished:,}")
     dropped = f"; {done.num_dropped:,} had no answer left" if done.num_dropped else ""
     sentence = f"wrote {done.num_written:,} conversations with {done.num_answers:,} answers to {output}{dropped}"
     show(as_json, {"output": str(output), **asdict(done)}, sentence)
@@ -147,8 +148,6 @@ def regenerate(
 
 def _read_recipe(paths: Sequence[Path] | None, overrides: Sequence[str] | None) -> Recipe:
     """Return the recipe; raise ValueError with everything that is wrong with it on one line."""
-    from ..training.recipe import load_recipe
-
     try:
         return load_recipe(paths or (), overrides or ())
     except ValueError as error:
@@ -169,7 +168,9 @@ def _store(recipe: Recipe) -> feature_files.FeatureStore:
 
 def _compute(recipe: Recipe, datasets: Sequence[TokenDataset], processes: Any) -> None:
     """Compute the missing features, a share in each process; `processes` is accelerate's PartialState."""
-    target = materials.load_target(recipe, processes.device)
+    from ..training.run import load_frozen_target
+
+    target = load_frozen_target(recipe, processes.device)
     store = feature_files.create_store(recipe.features_path, identify(target.model), recipe.features.dtype)
     share = {"process_index": processes.process_index, "num_processes": processes.num_processes}
     with terminal.progress("tokens") as update:
@@ -179,31 +180,32 @@ def _compute(recipe: Recipe, datasets: Sequence[TokenDataset], processes: Any) -
     store.require(datasets)
 
 
-def _conversations(data: Sequence[str], count: int | None, seed: int) -> Iterator[Any]:
+def _conversations(data: Sequence[str], count: int | None, seed: int) -> Iterator[Conversation]:
     """Yield the usable conversations of every source, or `count` of each; note what was dropped."""
-    sources = [SourceConfig(path, count=count) for path in data]
+    config = DataConfig([SourceConfig(path, count=count) for path in data], seed=seed)
     with terminal.progress() as update:
-        surveyed = survey.survey(DataConfig(sources), partial(update, "conversations"), keeps_questions=True)
-    for number, source in enumerate(surveyed):
-        usable = f"{source.config.path}: {len(source.usable):,} usable conversations"
-        note(usable + survey.what_was_dropped([source]))
-        yield from list(source.conversations(f"{seed}/{number}"))[:count]
+        for reading in read_sources(config, keeps_questions=True):
+            found: list[Conversation] = []
+            for conversation in islice(reading, count):
+                update("conversations", len(found), count)
+                found.append(conversation)
+            reading.check_count(len(found))
+            note(f"{reading.config.path}: {len(found):,} usable conversations{what_was_dropped([reading])}")
+            yield from found
 
 
 # ---- what a run was, for people and programs
 
 
-def _show_run(
-    recipe: Recipe, result: TrainingResult, seconds: float, note: Callable[[str], None], as_json: bool
-) -> None:
+def _show_run(recipe: Recipe, result: TrainingResult, seconds: float, as_json: bool) -> None:
     """Print the step of a run, its best and latest drafter, its files and what to do next."""
     log = Path(recipe.output).expanduser() / LOG
     drawn = None
     try:
-        drawn = picture.save(log)
+        drawn = watching.save_picture(log)
     except (ValueError, OSError) as error:  # the run itself is done
         note(str(error))
-    records = picture.read_log(log, "validation")
+    records = watching.read_log(log, "validation")
     best = max(records, key=lambda record: float(record["acceptance_length"]), default=None)
     latest = records[-1] if records else None
     facts: dict[str, Any] = {

@@ -21,7 +21,7 @@ from ..checkpoints.load import TargetEnds, TargetIdentity
 from ..drafters import DraftVocabulary
 from ..drafters.growth import LogitRule
 from ..target.model import refuse_unlike_head
-from .dataset import TokenBatch, TokenDataset
+from .masks import TokenBatch, TokenDataset
 from .recipe import DtypeName
 
 if TYPE_CHECKING:
@@ -180,7 +180,8 @@ class FeatureStore:
     @property
     def position_bytes(self) -> int:
         """Return the bytes of the features of one token."""
-        return self.target.hidden_size * getattr(torch, self.dtype).itemsize
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.target.hidden_size * dtype.itemsize
 
     def missing(self, datasets: Sequence[TokenDataset]) -> list[tuple[TokenDataset, list[int]]]:
         """Return the sequences of each dataset that have no features here; equal ones once."""
