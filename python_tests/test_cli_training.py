@@ -240,8 +240,15 @@ def test_regenerated_conversations_ask_the_same_and_can_be_trained_on(run, recip
     asked = {json.loads(line)["messages"][0]["content"] for line in data.read_text().splitlines()[:-1]}
     assert f"wrote {len(own)} conversations" in made.out and 4 <= len(own) <= 8
     assert {messages[0]["content"] for messages in own} <= asked
+    num_cut_off = sum("unfinished" in message for messages in own for message in messages)
+    said = f"answers cut off after 80 tokens, of which no end is learned: {num_cut_off}"
+    assert (said in made.err) == (num_cut_off > 0)
     told = json.loads(run(*arguments, "-o", str(tmp_path / "again.jsonl"), "--json").out)
-    assert told["num_written"] == len(own) and told["output"] == str(tmp_path / "again.jsonl")
+    assert (
+        told["num_unfinished"] == num_cut_off
+        and told["num_written"] == len(own)
+        and told["output"] == str(tmp_path / "again.jsonl")
+    )
     assert run("train", *recipe, f"data.sources=[{output}]", "--dry-run").code == 0
     again = run("regenerate", "--target=tiny", f"--data={data}", f"--output={output}")
     assert again.code == 2 and f"{output} exists already" in again.err

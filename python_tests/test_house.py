@@ -115,6 +115,13 @@ def is_command(name: str) -> bool:
     return name in {command.__name__ for command in cli.COMMANDS}
 
 
+def test_a_directory_has_at_most_nine_files() -> None:
+    """`__init__.py` aside."""
+    homes = {path.parent for path in finished_files()}
+    sizes = {home: sum(path.name != "__init__.py" for path in home.glob("*.py")) for home in homes}
+    assert not {home.name for home, size in sizes.items() if size > 9} - {PACKAGE.name}
+
+
 def test_files_import_each_other_in_no_circle() -> None:
     """At the top of a file or inside its functions; a package's __init__ counts as what it imports."""
     graph = {dotted(path): [one for one in imports(path) if one in known_modules()] for path in PACKAGE.rglob("*.py")}

@@ -200,6 +200,18 @@ def test_text_on_the_command_line_needs_no_quotes(base: Path) -> None:
     assert load_recipe([base], ["start='null'"]).start == "null"
 
 
+def test_a_word_in_a_text_field_of_a_file_needs_no_quotes_and_null_is_nothing(base: Path) -> None:
+    for word in ("no", "on", "true", "3e-5", "010", "1:30", "2024-01-01", "1_000"):
+        base.write_text(BASE.replace("some/target", word) + f"start: {word}\ntarget_revision: null\n")
+        recipe = load_recipe([base])
+        assert (recipe.target, recipe.start, recipe.target_revision) == (word, word, None)
+
+
+def test_a_value_may_name_another_key(base: Path) -> None:
+    assert load_recipe([base], ["output=drafters/${training.seed}"]).output == "drafters/0"
+    assert "seeed" in error_of([base], "output=drafters/${training.seeed}")
+
+
 def test_later_files_and_overrides_come_over_earlier_ones(base: Path, tmp_path: Path) -> None:
     later = tmp_path / "later.yaml"
     later.write_text("training: {learning_rate: 3e-4, seed: 3}\nobjective: {name: hass}\nfeatures:\n")

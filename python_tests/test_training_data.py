@@ -764,6 +764,8 @@ def test_a_source_that_is_none_is_one_sentence(
         )
     assert "is none of .jsonl, .json, .csv, .parquet" in sentence(other, tokenizer=tokenizer)
     assert "split and name are for data sets" in sentence(SourceConfig(lines, split="test"), tokenizer=tokenizer)
+    named = sentence(SourceConfig(str(tmp_path), name="x"), tokenizer=tokenizer)
+    assert named == f"{tmp_path} is a directory; name is for data sets of the hub, leave it out"
     broken = tmp_path / "broken.json"
     broken.write_text('[{"messages": []}')
     assert sentence(broken, tokenizer=tokenizer) == f"{broken} begins like a JSON array but is not JSON"

@@ -33,7 +33,7 @@ def validation(number: int, length: float = 2.5, is_best: bool = True) -> Valida
 
 
 def test_console_and_log_show_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The means since the line before, whatever the steps between were; also where a run was stopped between two."""
+    """The means since the line before, whatever the steps between were."""
     with screen() as observer:
         small_trainer(tmp_path, observer, log_every=5, save_every=3).train()
     shown = [re.search(r"^step +(\d+)/12  loss +([\d.]+)", line) for line in capsys.readouterr().err.splitlines()]
@@ -122,7 +122,7 @@ def test_a_terminal_gets_a_bar_with_a_line_above_it_for_each_validation(monkeypa
         observer.note("a note with [brackets]")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     assert text.count("step 20/40  held out") == text.count("step 40/40  held out") == 1
-    assert "a note with [brackets]" in text and "loss  2.0000" in text
+    assert "a note with [brackets]" in text and "loss 2.0000, 50% 25%, 60 min left" in text
 
 
 @pytest.fixture

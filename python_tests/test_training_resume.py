@@ -119,6 +119,13 @@ def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on_from_there(
     assert files(tmp_path / "stopped") == files(tmp_path / "whole")
 
 
+def test_a_record_of_the_log_may_span_a_stop(tmp_path: Path) -> None:
+    small_trainer(tmp_path / "whole", log_every=5).train()
+    assert small_trainer(tmp_path / "stopped", Signaller(6, signal.SIGTERM), log_every=5).train().step == 7
+    assert small_trainer(tmp_path / "stopped", log_every=5).train().is_finished
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """Also where the tests run in the background of a shell, which lets them ignore SIGINT."""

@@ -45,12 +45,13 @@ class Screen(Observer):
 
     def step(self, record: UpdateRecord, is_logged: bool) -> None:
         """Show the means since the last record of the log, the speed and the time left."""
-        numbers = f"loss {record.loss:7.4f}  accuracy {percents(record.accuracy)}"
-        speed = f"{record.tokens_per_second:,.0f} tokens/s  {duration(record.seconds_left)} left"
-        if self._has_bar:
-            self._report(f"step {record.step}  {numbers}  {speed}", record.step, self._num_steps)
+        left = f"{duration(record.seconds_left)} left"
+        if self._has_bar:  # which has 80 columns, and counts the steps
+            accuracy = " ".join(f"{share:.0%}" for share in record.accuracy)
+            self._report(f"loss {record.loss:.4f}, {accuracy}, {left}", record.step, self._num_steps)
         elif is_logged or self._clock() - self._last_line >= terminal.LINE_EVERY_S:
-            self._line(record.step, f"{numbers}  {speed}")
+            numbers = f"loss {record.loss:7.4f}  accuracy {percents(record.accuracy)}"
+            self._line(record.step, f"{numbers}  {record.tokens_per_second:,.0f} tokens/s  {left}")
 
     def validated(self, record: ValidationRecord) -> None:
         """Show the figures of the held-out conversations in one line."""

@@ -5,7 +5,8 @@ softmax(alpha * log q / T + beta * g)(y), and (alpha, beta) minimise the mean of
 1974), convex. One of four texts is left out of the fit and shows what was gained. Nothing is decoded.
 
 Head and noise are computed once per place, of which `CANDIDATES` tokens are kept: the fit takes the same time and
-memory for every vocabulary, 32 KB a place at 6 depths.
+memory for every vocabulary, 32 KB a place at 6 depths. (From the places of a text to the file of a drafter it is one
+computation, and one file.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """From a recipe's sources to the token sequences of a run: read, deduplicate, encode, mix, hold out, report.
 
 JSON lines are read here, a record at a time by its place in the file, so that a torn line costs that line and a reason
-names file and line; `datasets` reads everything else.
+names file and line; `datasets` reads parquet and the hub. (This file is long: what a record may look like, where it
+comes from and what becomes of it share their reasons and their report.)
 """
 
 from __future__ import annotations
@@ -304,6 +305,8 @@ def open_source(config: SourceConfig) -> Source:
             raise ValueError(f"{config.path} is a file; split and name are for data sets, leave them out")
         return Source(_open_file(config.path), path.name, sha256=_checksum([path]))
     if path.is_dir():
+        if config.name is not None:
+            raise ValueError(f"{config.path} is a directory; name is for data sets of the hub, leave it out")
         files = _files_of(path, config)
         records = Files([_open_file(str(file)) for file in files])
         return Source(records, path.resolve().name, config.split, _checksum(files))
@@ -338,8 +341,12 @@ def _open_file(name: str) -> Records:
         except BadRecord as error:
             raise ValueError(f"{name} begins like a JSON array but is {error}") from error
     if path.suffix == ".csv":  # not by `datasets`, which makes numbers of 007 and 1.50, and nothing of NA
-        with path.open(newline="", encoding="utf-8-sig") as table:
-            return Rows(name, list(csv.DictReader(table)))
+        csv.field_size_limit(2**31 - 1)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as table:
+                return Rows(name, list(csv.DictReader(table)))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{name} is no CSV in UTF-8: {error}") from error
     return Rows(name, _load("parquet", data_files=str(path), split="train"))
 
 
@@ -572,7 +579,11 @@ def _held_out(encoded: TokenDataset, taken: Sequence[range], data: DataConfig) -
         alike.setdefault(tuple(encoded.ids[index] for index in conversation), []).append(conversation)
     room = min(data.validation, len(taken) // MAX_VALIDATION_SHARE)
     held_out: set[range] = set()
-    for key in sorted(alike, key=lambda key: hashlib.blake2b(f"{data.seed}/{key}".encode(), digest_size=8).digest()):
+
+    def place(key: tuple[int, ...]) -> bytes:
+        return hashlib.blake2b(f"{data.seed}/{'-'.join(map(str, key))}".encode(), digest_size=8).digest()
+
+    for key in sorted(alike, key=place):
         if len(held_out) + len(alike[key]) <= room:
             held_out.update(alike[key])
     return held_out

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,82 +54,35 @@ class DraftBatch:
     ids: tuple[int, ...]  # B, of the sequences: a hash of their content
 
 
-class FeatureSource(Protocol):
-    """What the trainer asks of the target, whether it is at hand or only its stored features are."""
+class FeatureSource:
+    """What the trainer asks of the target, whether it is at hand or only its features are."""
 
-    @property
-    def embedding(self) -> Tensor:
-        """Return the target's input embedding [V, H]."""
-        ...
+    def __init__(self, embedding: Tensor, head: Tensor, rule: LogitRule) -> None:
+        self.embedding, self._head, self._rule = embedding, head, rule  # [V, H] both
+
+    def features(self, batch: TokenBatch) -> Tensor:
+        """Return float32 [B, L, H] after the target's final norm; those of padding mean nothing."""
+        raise NotImplementedError
 
     def logits(self, features: Tensor) -> Tensor:
         """Return float32 [..., V] of features [..., H]; gradients flow to the features only."""
-        ...
+        return _logits(features, self._head, self._rule)
 
     def draft_head(self, vocabulary: DraftVocabulary) -> Head:
-        """Return the part of `logits` that makes the logits [..., D] of a draft vocabulary."""
-        ...
+        """Return the part of `logits` that makes the logits [..., D] of a draft vocabulary, its rows copied once."""
+        return partial(_logits, head=self._head[vocabulary.tokens.to(self._head.device)], rule=self._rule)
 
+    @torch.no_grad()
     def draft_batch(self, batch: TokenBatch) -> DraftBatch:
         """Return the batch, moved to the device of the features, as drafter slots."""
-        ...
+        features = self.features(batch)
+        batch = batch.to(features.device)
+        learned = F.pad(batch.loss_mask[:, 2:], (0, 1), value=False)
+        embeddings = F.embedding(batch.tokens[:, 1:].to(self.embedding.device), self.embedding).to(features)
+        return DraftBatch(features[:, :-1], embeddings, features[:, 1:], learned, batch.lengths - 1, batch.ids)
 
 
-class FrozenTarget:
-    """A `FeatureSource` that runs the target as the text comes; nothing of the target is changed."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Raise ValueError for a target whose embedding or lm_head does more than look up and multiply."""
-        self.model = model
-        self._embedding = model.get_input_embeddings()
-        weight = model.get_output_embeddings().weight
-        assert isinstance(weight, Tensor)
-        self._head, self._rule = weight.detach(), LogitRule.of(model.config.get_text_config())
-        self._check_ends()
-
-    @property
-    def embedding(self) -> Tensor:
-        """Return the input embedding [V, H]."""
-        weight = self._embedding.weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Return float32 [..., V] of features [..., H], computed in the lm_head's precision."""
-        return head_logits(features, self._head, self._rule)
-
-    def draft_head(self, vocabulary: DraftVocabulary) -> Head:
-        """See `FeatureSource.draft_head`."""
-        return head_rows(self._head, self._rule, vocabulary)
-
-    @torch.no_grad()
-    def _check_ends(self) -> None:
-        """Raise ValueError unless two matrices, and a scale and cap of logits, are all that is beside the layers."""
-        tokens = torch.arange(min(8, len(self.embedding)), device=self.embedding.device)[None]
-        name = type(self.model).__name__
-        if not _are_close(self._embedding(tokens), F.embedding(tokens, self.embedding)):
-            raise ValueError(f"the target {name} changes its embeddings (scaling), which drafters are not trained for")
-        refuse_unlike_head(self.model, self.logits)
-
-    @torch.no_grad()
-    def features(self, batch: TokenBatch) -> Tensor:
-        """Return float32 [B, L, H] after the target's final norm, by one forward; those of padding mean nothing."""
-        tokens = batch.tokens.to(self.embedding.device)
-        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return hidden.float()
-
-    def draft_batch(self, batch: TokenBatch) -> DraftBatch:
-        """Return the batch as drafter slots, by one forward of the target."""
-        return shift(self.features(batch), batch, self.embedding)
-
-
-def _are_close(one: Tensor, other: Tensor) -> bool:
-    """Return whether two results are within what two ways of computing in bfloat16 differ by."""
-    one, other = one.float(), other.to(one.device).float()
-    return bool((one - other).abs().max() <= 0.02 * other.abs().max())
-
-
-def head_logits(features: Tensor, head: Tensor, rule: LogitRule) -> Tensor:
+def _logits(features: Tensor, head: Tensor, rule: LogitRule) -> Tensor:
     """Return float32 [..., V] of features [..., H] and an lm_head [V, H], whose product has the lm_head's precision.
 
     So does drafting; and a large lm_head must not be cast for every few hundred slots, as autocast would.
@@ -138,18 +91,33 @@ def head_logits(features: Tensor, head: Tensor, rule: LogitRule) -> Tensor:
         return rule.apply(F.linear(features.to(head.dtype), head).float())
 
 
-def head_rows(head: Tensor, rule: LogitRule, vocabulary: DraftVocabulary) -> Head:
-    """Return `head_logits` with the rows of an lm_head [V, H] that a draft vocabulary has, copied once."""
-    return partial(head_logits, head=head[vocabulary.tokens.to(head.device)], rule=rule)
+class FrozenTarget(FeatureSource):
+    """Runs the target as the text comes; nothing of the target is changed."""
 
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Raise ValueError for a target whose embedding or lm_head does more than look up and multiply."""
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        assert isinstance(embedding, Tensor) and isinstance(head, Tensor)
+        super().__init__(embedding.detach(), head.detach(), LogitRule.of(model.config.get_text_config()))
+        self.model = model
+        self._check_ends()
 
-@torch.no_grad()
-def shift(features: Tensor, batch: TokenBatch, embedding: Tensor) -> DraftBatch:
-    """Return the drafter slots of a batch with the target's features [B, L, H] and input embedding [V, H]."""
-    batch = batch.to(features.device)
-    learned = F.pad(batch.loss_mask[:, 2:], (0, 1), value=False)
-    embeddings = F.embedding(batch.tokens[:, 1:].to(embedding.device), embedding).to(features)
-    return DraftBatch(features[:, :-1], embeddings, features[:, 1:], learned, batch.lengths - 1, batch.ids)
+    @torch.no_grad()
+    def _check_ends(self) -> None:
+        """Raise ValueError unless two matrices, and a scale and cap of logits, are all that is beside the layers."""
+        tokens = torch.arange(min(8, len(self.embedding)), device=self.embedding.device)[None]
+        one, other = self.model.get_input_embeddings()(tokens).float(), F.embedding(tokens, self.embedding).float()
+        if (one - other).abs().max() > 0.02 * other.abs().max():  # what two ways of computing in bfloat16 differ by
+            name = type(self.model).__name__
+            raise ValueError(f"the target {name} changes its embeddings (scaling), which drafters are not trained for")
+        refuse_unlike_head(self.model, self.logits)
+
+    @torch.no_grad()
+    def features(self, batch: TokenBatch) -> Tensor:
+        """Return float32 [B, L, H] by one forward."""
+        tokens = batch.tokens.to(self.embedding.device)
+        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden.float()
 
 
 # ---- stored features
@@ -312,27 +280,18 @@ def _read_manifest(folder: Path) -> tuple[TargetIdentity, DtypeName]:
         raise ValueError(f"{folder / MANIFEST} is damaged; delete {folder} and run `{COMMAND}` again") from error
 
 
-class StoredFeatures:
-    """A `FeatureSource` that reads all features from a store; of the target it has the embedding and the lm_head."""
+class StoredFeatures(FeatureSource):
+    """Reads all features from a store; of the target it has the embedding and the lm_head."""
 
     def __init__(self, store: FeatureStore, ends: TargetEnds, device: torch.device) -> None:
         """Raise ValueError when the store is of another target."""
         store.target.check_same(ends.identity, store.folder)
+        super().__init__(ends.embedding.to(device), ends.head.to(device), LogitRule.of(ends.config))
         self._store = store
-        self._head, self._rule = ends.head.to(device), LogitRule.of(ends.config)
-        self.embedding = ends.embedding.to(device)  # [V, H]
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Return float32 [..., V] of features [..., H], in the lm_head's precision."""
-        return head_logits(features, self._head, self._rule)
-
-    def draft_head(self, vocabulary: DraftVocabulary) -> Head:
-        """Return the lm_head of a draft vocabulary."""
-        return head_rows(self._head, self._rule, vocabulary)
-
-    def draft_batch(self, batch: TokenBatch) -> DraftBatch:
-        """Return the batch as drafter slots. Raise ValueError when a row is missing."""
-        return shift(self._store.read(batch, self.embedding.device), batch, self.embedding)
+    def features(self, batch: TokenBatch) -> Tensor:
+        """Return float32 [B, L, H] from the store, 0 for padding. Raise ValueError when a row is missing."""
+        return self._store.read(batch, self.embedding.device)
 
 
 @dataclass(frozen=True)

@@ -152,11 +152,11 @@ PROBE = ("user", "assistant", "user", "assistant")
 
 
 class MaskError(ValueError):
-    """A conversation whose assistant tokens cannot be told exactly, and why: leave it out."""
+    """A conversation whose assistant tokens cannot be found exactly, and why: leave it out."""
 
 
 class RewrittenError(MaskError):
-    """A conversation that cannot be told as a whole; its turns may be, one by one."""
+    """A conversation whose tokens cannot be found as a whole; those of single turns may be."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ class ChatFormat:
         end, has_header = len(text) - len(after), prompt != self._render(earlier, tools=tools)
         if not (has_header and text.startswith(prompt) and text.endswith(after) and end >= len(prompt)):
             raise MaskError(
-                "the chat template rewrites the content of a message, and where the answer begins cannot be told"
+                "the chat template rewrites the content of a message, and where the answer begins cannot be found"
             )
         return self._example(text, [(len(prompt), end + len(self._end_of_turn(after, last)))])
 

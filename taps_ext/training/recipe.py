@@ -1,7 +1,7 @@
 """Recipes: all that a drafter's training depends on besides the code, as dataclasses, YAML files and overrides.
 
 OmegaConf merges and converts. It is handed text, for of YAML's plain words only null means something here: `no` in a
-text field stays a word, and `3e-5` in a field of numbers becomes one.
+text field stays a word, and `3e-5` in a field of numbers becomes one. (Half of this file is the list of the keys.)
 """
 
 from __future__ import annotations

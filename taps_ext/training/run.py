@@ -1,4 +1,7 @@
-"""A recipe as a run: checked before any work, loaded, tried out, trained or gone on with."""
+"""A recipe as a run: checked before any work, loaded, tried out, trained or gone on with.
+
+(All that a recipe names is loaded here and nowhere else, which makes the file long.)
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ from .calibrate import calibrate_run, dataset_facts, not_calibrated, target_fact
 from .data import PreparedData, prepare
 from .features import FeatureSource, FrozenTarget, StoredFeatures, open_store
 from .masks import TokenDataset
-from .recipe import Recipe, TrainingConfig, VocabularyConfig, as_tree, dump_recipe, load_recipe
+from .recipe import Recipe, TrainingConfig, VocabularyConfig, as_tree, dump_recipe
 from .trainer import (
     BEST,
     CHECKPOINTS,
@@ -119,9 +122,9 @@ def _calibrate(recipe: Recipe, output: Path, device: torch.device, observer: Obs
     try:
         materials = load_materials(recipe, device, observer)
         data, target = materials.data, _metadata(recipe, materials)["target"]
-        told = json.loads((output / FINAL / "config.json").read_text(encoding="utf-8"))["taps"]
+        saved = json.loads((output / FINAL / "config.json").read_text(encoding="utf-8"))["taps"]
         here = {"dataset": dataset_facts(data.training), "target": target}
-        check_same(flat({name: told[name] for name in here}), flat(here), output)
+        check_same(flat({name: saved[name] for name in here}), flat(here), output)
     except (ValueError, RuntimeError, OSError) as error:
         for folder in uncalibrated(folders):
             observer.note(not_calibrated(folder.name, error))
@@ -132,14 +135,14 @@ def _calibrate(recipe: Recipe, output: Path, device: torch.device, observer: Obs
 
 def _finished(output: Path) -> TrainingResult:
     """Return what a finished run had come to, as its drafter tells."""
-    told = json.loads((output / FINAL / "config.json").read_text(encoding="utf-8"))["taps"]
+    saved = json.loads((output / FINAL / "config.json").read_text(encoding="utf-8"))["taps"]
     record, best = None, output / BEST if (output / BEST).exists() else None
-    if (estimate := told["estimate"]) is not None:
+    if (estimate := saved["estimate"]) is not None:
         accuracy, is_best = tuple(estimate.pop("accuracy")), False
         if best is not None:
-            is_best = json.loads((best / "config.json").read_text(encoding="utf-8"))["taps"]["step"] == told["step"]
-        record = ValidationRecord(step=told["step"], accuracy=accuracy, is_best=is_best, **estimate)
-    return TrainingResult(output / FINAL, best, told["step"], told["num_steps"], record)
+            is_best = json.loads((best / "config.json").read_text(encoding="utf-8"))["taps"]["step"] == saved["step"]
+        record = ValidationRecord(step=saved["step"], accuracy=accuracy, is_best=is_best, **estimate)
+    return TrainingResult(output / FINAL, best, saved["step"], saved["num_steps"], record)
 
 
 # ---- a run tried out
@@ -223,7 +226,9 @@ def _check_output(recipe: Recipe, output: Path) -> None:
         check_drafter_output(output / name)
     path = output / RECIPE
     if path.exists():
-        there, here = flat(as_tree(load_recipe([path]))), flat(as_tree(recipe))
+        import yaml
+
+        there, here = flat(yaml.safe_load(path.read_text(encoding="utf-8"))), flat(as_tree(recipe))
         for key in FREE_KEYS:
             there[key] = here[key]
         check_same(there, here, output)
@@ -417,8 +422,8 @@ def load_start(recipe: Recipe, target: TargetPart) -> tuple[EagleNetwork, dict[s
             )
     network = EagleNetwork(found.config)
     network.load_state_dict(found.state_dict())
-    told = files.provenance
-    return network, {"name": Path(start).resolve().name if Path(start).exists() else start, **told}
+    saved = files.provenance
+    return network, {"name": Path(start).resolve().name if Path(start).exists() else start, **saved}
 
 
 @contextmanager
