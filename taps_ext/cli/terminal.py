@@ -201,7 +201,7 @@ class TimedLines:
         self._done: int | None = None  # at the time `_since`; a run that resumes does not begin with 0
 
     def __call__(self, what: str, done: int, total: int | None) -> None:
-        """Take that so much of the work is done (total None: of an unknown amount), as often as one likes."""
+        """Receive how much of the work is done (total None: of an unknown amount); call it as often as you like."""
         now = self._clock()
         if self._done is None or done < self._done:  # the first or next stage of the work
             self._since, self._done = now, done

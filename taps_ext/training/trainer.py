@@ -89,22 +89,22 @@ class Observer:
     """Follows a run on the main process; this one says nothing."""
 
     def progress(self, what: str, done: int, total: int | None) -> None:
-        """Take that so much of some work besides updates is done (total None: of an unknown amount)."""
+        """Receive how much of some work besides updates is done (total None: of an unknown amount)."""
 
     def start(self, first_step: int, num_steps: int) -> None:
-        """Take that the run begins after update `first_step` (0, or where it resumed) and ends with `num_steps`."""
+        """Receive after which update the run begins (0, or where it resumed) and with which it ends."""
 
     def step(self, record: UpdateRecord, is_logged: bool) -> None:
-        """Take an update; `is_logged`: log.jsonl has the record, and the next one begins anew."""
+        """Receive an update; `is_logged`: log.jsonl has the record, and the next one begins anew."""
 
     def validated(self, record: ValidationRecord) -> None:
-        """Take a validation."""
+        """Receive a validation."""
 
     def note(self, sentence: str) -> None:
-        """Take what a person should read."""
+        """Receive a sentence for people."""
 
     def stop(self) -> None:
-        """Take that the run ended, whatever the reason."""
+        """Receive the end of the run, whatever the reason."""
 
 
 class Journal:
