@@ -12,7 +12,7 @@ import pytest
 from training_cases import Watcher, curve, small_trainer
 
 from taps_ext.cli.terminal import TimedLines
-from taps_ext.cli.watching import Screen, draw_picture, save_picture, screen
+from taps_ext.cli.train import Screen, draw_picture, save_picture, screen
 from taps_ext.training import trainer
 from taps_ext.training.trainer import Pace, UpdateRecord, ValidationRecord, mean_record
 

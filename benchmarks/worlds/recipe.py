@@ -25,7 +25,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taps_ext.checkpoints import average_drafters
-from taps_ext.cli.watching import screen
+from taps_ext.cli.train import screen
 from taps_ext.tiny import DOMAINS, PROMPTS
 from taps_ext.training import TokenDataset
 from taps_ext.training.calibrate import CalibrationSettings, calibrate_drafter, calibration_texts

@@ -1,10 +1,14 @@
-"""taps-ext train | features | regenerate."""
+"""taps-ext train | features | regenerate, and what a person sees of a run: lines or a bar, and a picture of its log."""
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -15,6 +19,7 @@ import torch
 import typer
 from rich.table import Table
 
+from ..checkpoints.files import write_whole
 from ..checkpoints.load import TargetIdentity, identify, open_target
 from ..native import choose_device
 from ..sampling import SamplingParams
@@ -24,16 +29,15 @@ from ..training import regenerate as regeneration
 from ..training.data import Conversation, prepare, read_sources, what_was_dropped, with_chat_template
 from ..training.features import size
 from ..training.recipe import DataConfig, Recipe, SourceConfig, load_recipe
-from . import terminal, watching
-from .terminal import duration, facts_table, note, show
-from .watching import percents
+from ..training.trainer import LOG, Observer, TrainingResult, UpdateRecord, ValidationRecord
+from . import terminal
+from .terminal import Report, duration, facts_table, note, show
 
 if TYPE_CHECKING:
     from ..training.masks import TokenDataset
     from ..training.run import DryRun
-    from ..training.trainer import TrainingResult
 
-LOG = "log.jsonl"
+TRAINING, HELD_OUT = "0.6", "#0b7fab"  # colours of the picture
 
 Config = Annotated[
     list[Path] | None, typer.Option("--config", help="Recipe (YAML). Repeatable; later files override earlier ones.")
@@ -53,7 +57,7 @@ def train(
     recipe = _read_recipe(config, overrides)
     from ..training import run
 
-    with watching.screen() as observer:
+    with screen() as observer:
         observer.note(f"{recipe.objective.name} drafter for {recipe.target}, in {recipe.output}")
         started = time.monotonic()
         done = run.dry_run(recipe, observer) if dry_run else run.train(recipe, observer)
@@ -202,10 +206,10 @@ def _show_run(recipe: Recipe, result: TrainingResult, seconds: float, as_json: b
     log = Path(recipe.output).expanduser() / LOG
     drawn = None
     try:
-        drawn = watching.save_picture(log)
+        drawn = save_picture(log)
     except (ValueError, OSError) as error:  # the run itself is done
         note(str(error))
-    records = watching.read_log(log, "validation")
+    records = read_log(log, "validation")
     best = max(records, key=lambda record: float(record["acceptance_length"]), default=None)
     latest = records[-1] if records else None
     facts: dict[str, Any] = {
@@ -250,3 +254,123 @@ def _dry_run_rows(facts: DryRun) -> Iterator[tuple[str, str]]:
     yield "peak memory", f"{size(facts.peak_memory_bytes)}, of this process or its GPU"
     yield "each checkpoint", size(facts.checkpoint_bytes)
     yield "stored features", "none" if facts.feature_bytes is None else size(facts.feature_bytes)
+
+
+# ---- what a person sees of a run
+
+
+@contextmanager
+def screen() -> Iterator[Screen]:
+    """Yield an observer that shows a run on stderr: a bar on a terminal, lines elsewhere."""
+    with terminal.progress() as report:
+        yield Screen(report, has_bar=not isinstance(report, terminal.TimedLines))
+
+
+class Screen(Observer):
+    """Shows a run. Without a bar: a line for each record of the log, and one every half minute between them."""
+
+    def __init__(self, report: Report, has_bar: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._report, self._has_bar, self._clock = report, has_bar, clock
+        self._last_line, self._num_steps = clock(), 0
+
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        """Show how far some work besides updates is."""
+        self._report(what, done, total)
+
+    def start(self, first_step: int, num_steps: int) -> None:
+        """Say where a resumed run goes on."""
+        self._num_steps = num_steps
+        if 0 < first_step < num_steps:
+            note(f"resuming after step {first_step} of {num_steps}")
+
+    def step(self, record: UpdateRecord, is_logged: bool) -> None:
+        """Show the means since the last record of the log, the speed and the time left."""
+        left = f"{duration(record.seconds_left)} left"
+        if self._has_bar:  # which has 80 columns, and counts the steps
+            accuracy = " ".join(f"{share:.0%}" for share in record.accuracy)
+            self._report(f"loss {record.loss:.4f}, {accuracy}, {left}", record.step, self._num_steps)
+        elif is_logged or self._clock() - self._last_line >= terminal.LINE_EVERY_S:
+            numbers = f"loss {record.loss:7.4f}  accuracy {percents(record.accuracy)}"
+            self._line(record.step, f"{numbers}  {record.tokens_per_second:,.0f} tokens/s  {left}")
+
+    def validated(self, record: ValidationRecord) -> None:
+        """Show the figures of the held-out conversations in one line."""
+        best = ", the best so far" if record.is_best else ""
+        numbers = f"held out: loss {record.loss:7.4f}  accuracy by depth {percents(record.accuracy)}"
+        self._line(record.step, f"{numbers}  estimated acceptance length {record.acceptance_length:.2f}{best}")
+
+    def note(self, sentence: str) -> None:
+        """Print a sentence, above the bar if there is one."""
+        note(sentence)
+
+    def _line(self, step: int, text: str) -> None:
+        note(f"step {step:{len(str(self._num_steps))}}/{self._num_steps}  {text}")
+        self._last_line = self._clock()
+
+
+def percents(shares: Sequence[float]) -> str:
+    """Return the shares as percentages of one width; a dash for a share of nothing."""
+    return " ".join("   -" if math.isnan(share) else f"{share:4.0%}" for share in shares)
+
+
+# ---- the picture of a run, drawn from its log alone
+
+
+def save_picture(log: Path) -> Path:
+    """Write training.png beside the log, and return its path; raise ValueError where matplotlib is missing."""
+    path = log.with_name("training.png")
+    write_whole(path, [draw_picture(log)])
+    return path
+
+
+def draw_picture(log: Path) -> bytes:
+    """Return a PNG: on the left the loss of training and of the held-out conversations, on the right the estimate."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the picture needs {error.name}: pip install 'taps_ext[cli]'") from error
+
+    steps, validations = read_log(log, "step"), read_log(log, "validation")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*_curve(steps, "loss"), color=TRAINING, label="training")
+    left.set(title="loss", xlabel="step")
+    right.set(title="estimated acceptance length", xlabel="step")
+    if validations:
+        left.plot(*_curve(validations, "loss"), color=HELD_OUT, marker="o", markersize=4, label="held out")
+        right.plot(*_curve(validations, "acceptance_length"), color=HELD_OUT, marker="o", markersize=4)
+        best = max(validations, key=lambda record: float(record["acceptance_length"]))
+        right.annotate(
+            f"{best['acceptance_length']:.2f}",
+            (best["step"], best["acceptance_length"]),
+            (4, -12),
+            textcoords="offset points",
+        )
+        left.legend(frameon=False)
+    else:
+        right.text(0.5, 0.5, "nothing was held out", ha="center", transform=right.transAxes)
+    for panel in (left, right):
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    return [record["step"] for record in records], [record[name] for record in records]
+
+
+def read_log(log: Path, kind: str) -> list[dict[str, Any]]:
+    """Return the records of a kind, "step" or "validation"; a torn last line, which a kill leaves, is skipped."""
+    records = []
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record.get("kind") == kind:
+            records.append(record)
+    return records
