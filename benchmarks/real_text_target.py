@@ -19,10 +19,9 @@ from provenance import provenance, write_json
 from worlds.pretraining import PretrainingConfig, new_target, pretrain, save_tokenizer, train_tokenizer
 
 from taps_ext.training import TokenDataset
-from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, SourceConfig
-from taps_ext.training.conversations import Message
-from taps_ext.training.survey import survey
+from taps_ext.training.data import Message, read_sources
+from taps_ext.training.masks import ChatFormat
+from taps_ext.training.recipe import DataConfig, SourceConfig
 
 REPORT_STEPS = 25
 
@@ -35,8 +34,8 @@ def main() -> None:
     if options.output.exists():
         raise SystemExit(f"{options.output} is there and holds no target of this script; give another --output")
     torch.set_num_threads(options.threads)
-    sources = survey(DataConfig(tuple(SourceConfig(str(path)) for path in options.data)))
-    conversations = [one.messages for source in sources for one in source.conversations()]
+    sources = read_sources(DataConfig([SourceConfig(str(path)) for path in options.data]))
+    conversations = [one.messages for source in sources for one in source]
     tokenizer = train_tokenizer((message["content"] for one in conversations for message in one), options.vocab_size)
     dataset = _tokens(conversations, tokenizer, options.max_length)
     model: Any = new_target(tokenizer, options.seed, options.hidden_size, options.layers).to(options.device)

@@ -17,11 +17,17 @@ from taps_ext.checkpoints import load_drafter
 from taps_ext.decode.decoder import SpeculativeDecoder
 from taps_ext.decode.stats import DecodeStats
 from taps_ext.drafters import EagleDrafter
-from taps_ext.training.acceptance_estimate import AcceptanceEstimate, accepted_drafts, estimate, steps
-from taps_ext.training.config import ObjectiveConfig
-from taps_ext.training.dataset import Example, TokenBatch, collate
 from taps_ext.training.features import FrozenTarget
-from taps_ext.training.objectives import ObjectivePass, next_stream
+from taps_ext.training.masks import Example, TokenBatch, collate
+from taps_ext.training.objectives import (
+    AcceptanceEstimate,
+    ObjectivePass,
+    accepted_drafts,
+    estimate,
+    next_stream,
+    steps,
+)
+from taps_ext.training.recipe import ObjectiveConfig
 from taps_ext.tree import Lengths, TreeShape
 
 DEPTH = 6

@@ -26,7 +26,7 @@ from chat_templates import (
 from tokenizers import AddedToken
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase
 
-from taps_ext.training.chat_format import ChatFormat, MaskError
+from taps_ext.training.masks import ChatFormat, MaskError
 
 Messages = list[dict[str, str]]
 CASES = 300  # conversations a format
@@ -65,10 +65,11 @@ TURNS = turn("one", "two") + turn("three", "four")
 
 
 def learned_texts(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[str]:
-    """The text of each run of learned tokens."""
-    example = ChatFormat(tokenizer).encode(messages)
-    assert list(example.tokens) == tokenize(tokenizer, messages)
-    runs = groupby(zip(example.tokens, example.loss_mask, strict=True), key=lambda pair: pair[1])
+    """The text of each run of learned tokens, over all examples of a conversation."""
+    examples = ChatFormat(tokenizer).examples(messages)
+    assert list(examples[-1].tokens) == tokenize(tokenizer, messages)
+    pairs = (pair for one in examples for pair in zip(one.tokens, one.loss_mask, strict=True))
+    runs = groupby(pairs, key=lambda pair: pair[1])
     return [tokenizer.decode([token for token, _ in run]) for is_learned, run in runs if is_learned]
 
 
@@ -217,11 +218,76 @@ def test_reasoning_that_a_template_writes_differently_is_learned_as_it_is_writte
     assert learned_texts(tokenizer_of("qwen3"), separate) == [REASONED + "<|im_end|>"]
 
 
-def test_reasoning_that_a_template_drops_is_refused_with_the_way_out() -> None:
-    chat_format = ChatFormat(tokenizer_of("qwen3"))
-    for last in ("4", REASONED):
-        with pytest.raises(MaskError, match="make a conversation of every turn"):
-            chat_format.encode(turn("3 + 4?", REASONED) + turn("2 + 2?", last))
+@pytest.mark.parametrize("is_separate", [False, True])
+def test_a_conversation_of_two_thinking_turns_is_one_example_a_turn(is_separate: bool) -> None:
+    """Each as the template renders it at that moment: with its own reasoning, and without that of earlier answers."""
+    tokenizer = tokenizer_of("qwen3")
+    messages = turn("3 + 4?", REASONED) + turn("2 + 2?", "<think>\nfour\n</think>\n\nIt is 4.")
+    if is_separate:
+        reasons = {1: "three and four", 3: "four"}
+        messages = [
+            {**m, "content": m["content"].split("\n\n")[-1], "reasoning_content": reasons[i]} if i in reasons else m
+            for i, m in enumerate(messages)
+        ]
+    first, second = ChatFormat(tokenizer).examples(messages)
+    assert list(first.tokens) == tokenize(tokenizer, messages[:2])
+    assert list(second.tokens) == tokenize(tokenizer, messages)
+    assert "three and four" not in tokenizer.decode(second.tokens), "the template drops earlier reasoning"
+    expected = [REASONED, "<think>\nfour\n</think>\n\nIt is 4."]
+    assert learned_texts(tokenizer, messages) == [text + "<|im_end|>" for text in expected]
+
+
+def test_a_plain_answer_after_a_thinking_one_is_an_example_of_its_own() -> None:
+    texts = learned_texts(tokenizer_of("qwen3"), turn("3 + 4?", REASONED) + turn("2 + 2?", "4"))
+    assert texts == [REASONED + "<|im_end|>", "<think>\n\n</think>\n\n4<|im_end|>"], "as it is written at that moment"
+
+
+# --- other fields of messages ----------------------------------------------------------------------------------------
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ '<tool_call>' + call.function | tojson + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tool_calls_are_learned_where_the_template_writes_them() -> None:
+    messages: Messages = [{"role": "user", "content": "Weather in Bern?"}]
+    messages += [{"role": "assistant", "content": "I look.", "tool_calls": [CALL]}]
+    messages += [{"role": "tool", "content": "Rain."}, {"role": "assistant", "content": "It rains."}]
+    call = '<tool_call>{"name": "weather", "arguments": {"city": "Bern"}}</tool_call>'
+    assert learned_texts(chatml_tokenizer(WITH_TOOLS), messages) == [f"I look.{call}<|im_end|>", "It rains.<|im_end|>"]
+
+
+def test_tools_are_written_and_not_learned() -> None:
+    tokenizer, tools = chatml_tokenizer(WITH_TOOLS), [CALL["function"]]
+    (example,) = ChatFormat(tokenizer).examples(TURNS, tools)
+    assert tokenizer.decode(example.tokens).startswith("<|im_start|>system\nTools: ")
+    learned = [t for t, is_learned in zip(example.tokens, example.loss_mask, strict=True) if is_learned]
+    assert tokenizer.decode(learned) == "two<|im_end|>four<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "fields, tools",
+    [({"tool_calls": [CALL]}, None), ({"reasoning_content": "Two and two."}, None), ({}, [CALL["function"]])],
+)
+def test_what_a_template_does_not_read_is_no_example(fields: dict[str, Any], tools: Any) -> None:
+    messages = turn("2 + 2?", "Four.")
+    messages[1] |= fields
+    name = next(iter(fields), "tools")
+    with pytest.raises(MaskError, match=f"^the chat template does not read {name}$"):
+        ChatFormat(tokenizer_of("chatml")).examples(messages, tools)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_of_an_unfinished_answer_the_content_is_learned_and_no_end(name: str) -> None:
+    tokenizer, end = tokenizer_of(name), FORMATS[name].end
+    messages = turn("one", "two") + turn("three", "four and")
+    whole = learned_texts(tokenizer, messages)
+    messages[-1]["unfinished"] = True
+    assert learned_texts(tokenizer, messages) == [whole[0], whole[1].removesuffix(end)]
 
 
 # --- other templates --------------------------------------------------------------------------------------------------
@@ -346,7 +412,7 @@ def test_an_answer_of_nothing_is_its_end() -> None:
 
 def test_what_a_template_raises_is_the_reason() -> None:
     with pytest.raises(MaskError, match="refuses the conversation: Conversation roles must alternate"):
-        ChatFormat(tokenizer_of("vicuna")).encode([*TURNS, *TURNS[1:]])
+        ChatFormat(tokenizer_of("vicuna")).examples([*TURNS, *TURNS[1:]])
 
 
 @pytest.mark.parametrize(
@@ -361,7 +427,7 @@ def test_what_a_template_raises_is_the_reason() -> None:
 )
 def test_what_cannot_be_masked_is_refused_with_its_reason(messages: Messages, reason: str) -> None:
     with pytest.raises(MaskError, match=reason):
-        ChatFormat(tokenizer_of("chatml")).encode(messages)
+        ChatFormat(tokenizer_of("chatml")).examples(messages)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +442,7 @@ def test_what_cannot_be_masked_is_refused_with_its_reason(messages: Messages, re
 def test_a_template_that_rewrites_answers_is_refused(assistant: str, reason: str) -> None:
     chat_format = ChatFormat(with_template(each(U, assistant), *OPENERS))
     with pytest.raises(MaskError, match=reason):
-        chat_format.encode(TURNS)
+        chat_format.examples(TURNS)
 
 
 PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -394,7 +460,7 @@ PROMPT = "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 def test_a_rewritten_last_answer_is_refused_where_it_cannot_be_told_from_its_prompt(case: str, template: str) -> None:
     chat_format = ChatFormat(with_template(template, *OPENERS))
     with pytest.raises(MaskError, match="rewrites the content"):
-        chat_format.encode(TURNS[:2])
+        chat_format.examples(TURNS[:2])
 
 
 def test_a_rewritten_last_answer_is_learned_as_it_is_written() -> None:

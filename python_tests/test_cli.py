@@ -375,7 +375,7 @@ def test_what_is_written_is_named_for_programs(run, tmp_path: Path) -> None:
         ("check-lossless --limit 1", "taps_ext.evaluation.lossless.check_lossless", False),
         ("train {recipe}", "taps_ext.training.run.train", True),
         ("features {recipe} features.path={out}", "taps_ext.cli.train.prepare", True),
-        ("regenerate --target tiny --data {data} -o {out}", "taps_ext.training.regeneration.regenerate", True),
+        ("regenerate --target tiny --data {data} -o {out}", "taps_ext.training.regenerate.regenerate", True),
         ("calibrate {drafter} --target tiny --data {data}", "taps_ext.cli.drafters.calibrate_drafter", False),
         ("average tiny/math tiny/chat -o {out}", "taps_ext.checkpoints.average_drafters", False),
         ("export tiny/math --to vllm -o {out}", "taps_ext.checkpoints.export_drafter", False),
@@ -410,7 +410,7 @@ def test_ctrl_c_ends_every_command_with_one_line_and_its_own_exit_code(
 def test_long_work_without_a_terminal_says_in_lines_how_far_it_is(
     run, monkeypatch, tmp_path: Path, arguments: str, stages: list[str]
 ) -> None:
-    monkeypatch.setattr("taps_ext.training.progress.TELL_EVERY_S", 0.0)
+    monkeypatch.setattr("taps_ext.cli.terminal.LINE_EVERY_S", 0.0)
     data, drafter, out = tmp_path / "data.jsonl", tmp_path / "drafter", tmp_path / "out"
     write_conversations(data, 40)
     shutil.copytree(tiny.resolve("tiny/math"), drafter)

@@ -216,7 +216,7 @@ def test_options_in_sentences_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_recipe_keys_on_a_page_exist(page: Path) -> None:
-    from taps_ext.training.recipe_files import load_recipe
+    from taps_ext.training.recipe import load_recipe
 
     for command in commands(page):
         if command.is_whole and command.words[0] in ("train", "features"):
@@ -272,7 +272,7 @@ def test_the_reader_of_pages_sees_what_they_hold() -> None:
     assert {"generate", "demo", "train", "regenerate", "average", "validate", "calibrate", "export"} <= found
     demo = next(command for command in commands(DOCS / "quickstart.md") if command.words[0] == "demo")
     assert demo.takes_minutes
-    torchrun = [command for command in commands(ROOT / "README.md") if "recipes/llama3-8b-hass.yaml" in command.words]
+    torchrun = [command for command in commands(ROOT / "README.md") if "recipes/hass.yaml" in command.words]
     assert torchrun and torchrun[0].words[0] == "train"
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from taps_ext.drafters.network import EagleConfig, EagleNetwork
-from taps_ext.training.config import ObjectiveConfig
-from taps_ext.training.dataset import Example, TokenDataset, collate
+from taps_ext.training import objectives
 from taps_ext.training.features import DraftBatch, FrozenTarget
-from taps_ext.training.objectives import ObjectivePass, PassOutput, first_stream, hass, losses, next_stream
+from taps_ext.training.masks import Example, TokenDataset, collate
+from taps_ext.training.objectives import ObjectivePass, PassOutput, first_stream, next_stream
+from taps_ext.training.recipe import ObjectiveConfig
 
 VOCAB, HIDDEN = 23, 16
 HASS = ObjectiveConfig(name="hass", num_top_tokens=4, distribution_weight=0.2, feature_weight=0.7)
@@ -191,11 +192,11 @@ def test_each_slot_reads_every_earlier_slot_once_and_no_later_one(
     target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, slots: int, block: int
 ) -> None:
     """Also where the queries fall into several blocks, and where passes are more than slots."""
-    monkeypatch.setattr(hass, "MIN_BLOCK", block)
+    monkeypatch.setattr(objectives, "MIN_BLOCK", block)
     network, generator = make_network(target), torch.Generator().manual_seed(0)
     embeddings, *streams = (torch.randn(1, slots, HIDDEN, generator=generator) for _ in range(6))
     for num_passes in range(1, 6):
-        x, attended = hass.aligned_attention(network, embeddings, streams[:num_passes])
+        x, attended = objectives.aligned_attention(network, embeddings, streams[:num_passes])
         guesses = network.finish(x, attended)[0].detach()
         expected = literal_pass(network, embeddings, streams[:num_passes], 0)
         torch.testing.assert_close(guesses, expected, rtol=1e-4, atol=1e-5)
@@ -248,8 +249,8 @@ def test_a_batch_with_nothing_to_learn_has_no_loss_and_a_gradient_of_zero(target
 def test_gradients_match_finite_differences(
     target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, config: ObjectiveConfig, num_streams: int
 ) -> None:
-    monkeypatch.setattr(losses, "CHUNK_SLOTS", 3)
-    monkeypatch.setattr(hass, "MIN_BLOCK", 3)
+    monkeypatch.setattr(objectives, "CHUNK_SLOTS", 3)
+    monkeypatch.setattr(objectives, "MIN_BLOCK", 3)
     head = copy.deepcopy(target.lm_head).double().requires_grad_(False)
     batch, network = as_double(make_batch(target, rows=2)), make_network(target).double()
     network.layer.post_attention_layernorm = torch.nn.RMSNorm(HIDDEN, 1e-6, dtype=torch.float64)  # Llama's is float32
@@ -280,7 +281,7 @@ def test_how_large_the_chunks_are_changes_nothing(
 ) -> None:
     batch, model = make_batch(target), ObjectivePass(make_network(target), FrozenTarget(target).logits, config)
     whole, from_whole = all_passes(model, batch), gradients(model)
-    monkeypatch.setattr(losses, "CHUNK_SLOTS", 4)
+    monkeypatch.setattr(objectives, "CHUNK_SLOTS", 4)
     assert batch.loss_mask.sum() % 4, "a last chunk that is not full"
     chunked = all_passes(model, batch)
     assert_close(from_whole, gradients(model))
@@ -290,7 +291,7 @@ def test_how_large_the_chunks_are_changes_nothing(
 
 
 def test_logits_exist_for_one_chunk_at_a_time(target: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_SLOTS", 4)
+    monkeypatch.setattr(objectives, "CHUNK_SLOTS", 4)
     made: list[weakref.ref[Tensor]] = []
 
     def head(features: Tensor) -> Tensor:

@@ -20,11 +20,10 @@ from worlds import corpus
 
 import taps_ext as taps
 from taps_ext import tiny
-from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, SourceConfig
-from taps_ext.training.conversations import Conversation, Message
-from taps_ext.training.data import prepare
-from taps_ext.training.regeneration import NO_END, NO_ROOM, NO_TEXT, REFUSED, RegenerationReport, regenerate
+from taps_ext.training.data import Conversation, Message, prepare
+from taps_ext.training.masks import UNFINISHED, ChatFormat
+from taps_ext.training.recipe import DataConfig, SourceConfig
+from taps_ext.training.regenerate import NO_ROOM, NO_TEXT, REFUSED, TOOLS, RegenerationReport, regenerate
 
 SYSTEM: Message = {"role": "system", "content": "Be brief."}
 
@@ -73,14 +72,17 @@ def test_every_answer_is_what_the_target_says_after_its_own_earlier_answers(temp
     given = conversations()[4:8]
     run(tmp_path / "out.jsonl", given, temperature=temperature)
     for index, messages in enumerate(read(tmp_path / "out.jsonl")):
-        assert left_alone(messages) == left_alone(given[index].messages)
+        is_whole = UNFINISHED not in messages[-1]
+        asked = left_alone(given[index].messages)
+        assert left_alone(messages) == (asked if is_whole else asked[: len(left_alone(messages))])
         for position in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
             prompt = tokenizer.apply_chat_template(
                 messages[:position], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
             sampling = taps.SamplingParams(temperature, seed=taps.row_seed(5, index))
             alone = taps.plain_generate(target, prompt, sampling=sampling, max_new_tokens=160).new_tokens[0]
-            assert tokenizer.decode(alone) == messages[position]["content"] + tokenizer.eos_token
+            end = "" if UNFINISHED in messages[position] else tokenizer.eos_token
+            assert tokenizer.decode(alone) == messages[position]["content"] + end
 
 
 def test_an_open_question_is_answered_as_if_it_had_had_an_answer(whole: Path, tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_another_seed_gives_other_texts(whole: Path, tmp_path: Path) -> None:
 
 def test_what_is_written_can_be_trained_on_without_a_loss(whole: Path) -> None:
     _, tokenizer = models()
-    data = prepare(DataConfig((SourceConfig(str(whole)),), validation=0), tokenizer)
+    data = prepare(DataConfig([SourceConfig(str(whole))], validation=0), tokenizer)
     assert len(data.training) == len(conversations())
     for messages in read(whole):
         example = ChatFormat(tokenizer).encode(messages)
@@ -120,22 +122,44 @@ def test_what_is_written_can_be_trained_on_without_a_loss(whole: Path) -> None:
 # --- answers that cannot be kept -------------------------------------------------------------------------------------
 
 
-def test_an_answer_without_an_end_is_left_out_with_the_rest_of_its_conversation(whole: Path, tmp_path: Path) -> None:
+def test_an_answer_without_an_end_is_kept_and_ends_its_conversation(whole: Path, tmp_path: Path) -> None:
     _, tokenizer = models()
     report = run(tmp_path / "out.jsonl", max_new_tokens=36)
-    expected, num_cut = [], 0
-    for messages in read(whole):
-        lengths = [len(tokenizer(answer)["input_ids"]) for answer in answers(messages)]  # without their end tokens
-        num_kept = next((i for i, length in enumerate(lengths) if length >= 36), len(lengths))
-        num_cut += num_kept < len(lengths)
-        if num_kept:
-            expected.append(messages[: len(messages) - 2 * (len(lengths) - num_kept)])
-    assert read(tmp_path / "out.jsonl") == expected
-    assert any(messages not in read(whole) for messages in expected), "no conversation lost its end only"
-    num_answers = sum(map(len, map(answers, expected)))
-    num_dropped = len(conversations()) - len(expected)
-    assert num_dropped
-    assert report == RegenerationReport(len(expected), num_answers, {NO_END: num_cut}, num_dropped, {"<|end|>": 5})
+    num_unfinished = 0
+    for before, after in zip(read(whole), read(tmp_path / "out.jsonl"), strict=True):
+        lengths = [len(tokenizer(answer)["input_ids"]) for answer in answers(before)]  # without their end tokens
+        number = next((i for i, length in enumerate(lengths) if length >= 36), None)
+        num_unfinished += number is not None
+        if number is None:
+            assert after == before
+            continue
+        *same, last = after
+        assert same == before[: len(same)] and len(answers(after)) == number + 1
+        assert last[UNFINISHED] and answers(before)[number].startswith(last["content"])
+    assert num_unfinished and report.num_unfinished == num_unfinished
+    assert (report.num_written, report.cut, report.num_dropped) == (len(conversations()), {}, 0)
+
+
+def test_no_end_is_learned_of_an_unfinished_answer(tmp_path: Path) -> None:
+    _, tokenizer = models()
+    run(tmp_path / "out.jsonl", max_new_tokens=36)
+    data = prepare(DataConfig([SourceConfig(str(tmp_path / "out.jsonl"))], validation=0), tokenizer)
+    assert len(data.training) == len(conversations()), "none is lost"
+    num_ends = sum(
+        token == tokenizer.eos_token_id
+        for i in range(len(data.training))
+        for token, is_learned in zip(data.training[i].tokens, data.training[i].loss_mask, strict=True)
+        if is_learned
+    )
+    messages = [message for one in read(tmp_path / "out.jsonl") for message in one if message["role"] == "assistant"]
+    assert num_ends == sum(UNFINISHED not in message for message in messages) < len(messages)
+
+
+def test_results_of_tools_that_another_model_called_end_a_conversation(tmp_path: Path) -> None:
+    messages = [*conversations()[1].messages[:2], {"role": "tool", "content": "7"}]
+    messages += [{"role": "assistant", "content": "7"}]
+    report = run(tmp_path / "out.jsonl", [conversations()[1], Conversation(tuple(messages), "here")])
+    assert report.cut == {TOOLS: 1} and (report.num_written, report.num_dropped) == (1, 1)
 
 
 def test_no_text_grows_beyond_the_targets_context(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +167,13 @@ def test_no_text_grows_beyond_the_targets_context(whole: Path, tmp_path: Path, m
     monkeypatch.setattr(target.config, "max_position_embeddings", 70)
     report = run(tmp_path / "out.jsonl")
     complete = read(whole)
-    assert {NO_ROOM, NO_END} == report.cut.keys()
+    assert report.cut.keys() == {NO_ROOM} and report.num_unfinished
     for messages in read(tmp_path / "out.jsonl"):
-        assert len(ChatFormat(tokenizer).encode(messages).tokens) <= 70
-        assert any(one[: len(messages)] == messages for one in complete)
+        assert len(ChatFormat(tokenizer).encode(messages).tokens) <= 70 + 2, "with the end that an unfinished one lacks"
+        *same, last = messages
+        assert any(
+            one[: len(same)] == same and one[len(same)]["content"].startswith(last["content"]) for one in complete
+        )
 
 
 def test_a_conversation_that_the_template_refuses_ends_there(
@@ -197,7 +224,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(whole: Path, tmp_path: Path) -> 
         run(output, batch_size=1, progress=stop_after(9))
     partial = tmp_path / "out.jsonl.partial"
     left = partial.read_bytes()
-    assert left.count(b"\n") == 1 + 8
+    assert left.count(b"\n") == 1 + 9, "each was written when it was finished"
     for end in (3, rng.randrange(len(left) // 2, len(left))):
         partial.write_bytes(left[:end])
         run(output, batch_size=16, progress=lambda done, total: begun.append(done))
@@ -232,9 +259,10 @@ def test_seeds_are_64_bits_wide(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "out.jsonl"]
 
 
-def test_nothing_left_to_write_is_an_error_that_says_why(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no conversation is left to write: an answer without an end \(14 times\)"):
-        run(tmp_path / "out.jsonl", max_new_tokens=3)
+def test_nothing_left_to_write_is_an_error_that_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models()[0].config, "max_position_embeddings", 3)
+    with pytest.raises(ValueError, match=r"no conversation is left to write: a prompt longer than .* \(14 times\)"):
+        run(tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -28,8 +28,8 @@ from taps_ext import tiny
 from taps_ext.checkpoints import average_drafters
 from taps_ext.training import TokenDataset
 from taps_ext.training.calibrate import CalibrationSettings
-from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import ObjectiveConfig
+from taps_ext.training.masks import ChatFormat
+from taps_ext.training.recipe import ObjectiveConfig
 
 EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (?:(\d+) \+ (\d+) = )?(\d+)")
 

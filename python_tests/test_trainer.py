@@ -28,13 +28,11 @@ from training_cases import (
 from taps_ext import tiny
 from taps_ext.checkpoints import load_drafter, load_network
 from taps_ext.drafters import EagleConfig, EagleNetwork
-from taps_ext.training.config import ObjectiveConfig, SourceConfig, TrainingConfig
-from taps_ext.training.dataset import BatchOrder
 from taps_ext.training.features import FrozenTarget
-from taps_ext.training.materials import new_network
 from taps_ext.training.objectives import ObjectivePass, first_stream, next_stream
-from taps_ext.training.run import dry_run, train
-from taps_ext.training.update import held_out_batches, learning_rate, micro_batch_size, noise_seed
+from taps_ext.training.recipe import ObjectiveConfig, SourceConfig, TrainingConfig
+from taps_ext.training.run import dry_run, new_network, train
+from taps_ext.training.trainer import BatchOrder, held_out_batches, learning_rate, micro_batch_size, noise_seed
 
 # --- what an update is -----------------------------------------------------------------------------------------------
 
@@ -195,33 +193,29 @@ def assert_same_curve(one: Path, two: Path) -> None:
     """Equal up to the order of float32 sums."""
     for a, b in zip(curve(one), curve(two), strict=True):
         assert a.keys() == b.keys()
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a.get("gradient_norm", 0) == pytest.approx(b.get("gradient_norm", 0), rel=1e-2)
         assert a["accuracy"] == pytest.approx(b["accuracy"], abs=0.06), "one slot of 18 may be on an edge"
         assert {k: a[k] for k in ("kind", "step")} == {k: b[k] for k in ("kind", "step")}
 
 
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
-    """A real torchrun with gloo, without pydantic and datasets; then one process goes on with what two had begun."""
-    cases = [("eagle2", "online", None), ("eagle2", "cached", 1), ("hass", "online", 1)]
+    """A real torchrun with gloo, without omegaconf and datasets. A run goes on with as many processes."""
+    cases = [("eagle2", None), ("hass", 1)]
     recipes = []
-    for number, (objective, features, size) in enumerate(cases):
-        one = tiny_recipe(tmp_path, f"one-{number}", objective, features, calibrate=number == 0)
+    for number, (objective, size) in enumerate(cases):
+        one = tiny_recipe(tmp_path, f"one-{number}", objective, calibrate=number == 0)
         train(one)
         training = replace(one.training, micro_batch_size=size)
-        store = replace(one.features, path=str(tmp_path / "store") if one.features.path else None)
-        recipes.append(replace(one, output=str(tmp_path / f"two-{number}"), training=training, features=store))
+        recipes.append(replace(one, output=str(tmp_path / f"two-{number}"), training=training))
     torchrun(recipes, tmp_path)
     for number, recipe in enumerate(recipes):
         two = Path(recipe.output)
         assert_same_curve(tmp_path / f"one-{number}", two)
         assert (two / "final" / "calibration.json").exists() == (number == 0)
         shutil.rmtree(two / "final")
-        shutil.rmtree(two / "checkpoints" / "step-00000006")
-        watcher = Watcher()
-        train(recipe, watcher)
-        assert watcher.first_step == 5
-        assert_same_curve(tmp_path / f"one-{number}", two)
+        with pytest.raises(ValueError, match=r"saved on 2 process.*, and this launch is on 1 .*; resume it as"):
+            train(recipe)
 
 
 @pytest.mark.long
@@ -240,7 +234,7 @@ def test_processes_that_share_the_weights_give_the_curve_of_one_and_resume_to_th
         assert_same_curve(tmp_path / two.name.replace("two", "one"), two)
         shutil.rmtree(two / "final")
         shutil.rmtree(two / "checkpoints" / "step-00000006")
-        with pytest.raises(ValueError, match="holds sharded weights, and this launch wants replicated ones"):
+        with pytest.raises(ValueError, match=r"saved on 2 process.* that share the weights, and this launch is on 1"):
             train(recipe)
     torchrun(recipes, tmp_path, **FSDP)
     assert before == {recipe: files(Path(recipe.output)) for recipe in recipes}
@@ -328,7 +322,7 @@ def test_tensorboard_gets_the_curve(tmp_path: Path) -> None:
 
 
 def test_a_dry_run_leaves_nothing_and_knows_what_the_run_will_take(tmp_path: Path) -> None:
-    recipe = tiny_recipe(tmp_path, features="cached")
+    recipe = tiny_recipe(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     facts = dry_run(recipe)
     assert sorted(tmp_path.rglob("*")) == before
@@ -337,10 +331,9 @@ def test_a_dry_run_leaves_nothing_and_knows_what_the_run_will_take(tmp_path: Pat
     assert facts.peak_memory_bytes > 50e6
     train(recipe)
     checkpoint = Path(recipe.output) / "checkpoints" / "step-00000006"
-    stored = sum(path.stat().st_size for path in Path(str(recipe.features.path)).glob("*.safetensors"))
     num_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
     assert facts.checkpoint_bytes == pytest.approx(num_bytes, rel=0.02)
-    assert facts.feature_bytes == pytest.approx(stored, rel=0.05)
+    assert facts.feature_bytes is None
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,16 +17,28 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from taps_ext.tiny import assets
-from taps_ext.training import conversations as reasons
-from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, SourceConfig
-from taps_ext.training.conversations import BadRecord, Conversation, Message, parse
-from taps_ext.training.data import PreparedData, prepare, with_chat_template
-from taps_ext.training.data_report import Tally
-from taps_ext.training.dataset import POOL_BATCHES, BatchOrder, Example, TokenDataset
-from taps_ext.training.sources import COMMIT
-from taps_ext.training.survey import REPEATED, SurveyedSource, quotas, survey
+from taps_ext.training import data as reasons
+from taps_ext.training.data import (
+    COMMIT,
+    REPEATED,
+    BadRecord,
+    Conversation,
+    Message,
+    PreparedData,
+    Reading,
+    Tally,
+    parse,
+    prepare,
+    quotas,
+    read_sources,
+    with_chat_template,
+)
+from taps_ext.training.masks import ChatFormat, Example, TokenDataset
+from taps_ext.training.recipe import DataConfig, SourceConfig
+from taps_ext.training.trainer import POOL_BATCHES, BatchOrder
 
+REASONS = ("NOT_TEXT", "NOT_JSON", "NO_FIELDS", "BAD_MESSAGE", "UNKNOWN_ROLE", "OTHER_CONTENT", "EMPTY_MESSAGE")
+REASONS += ("NO_ANSWER", "NOT_USER_FIRST", "NOT_ALTERNATING", "CUT_QUESTION", "EMPTY_SYSTEM")
 Record = dict[str, Any]
 WORDS = (
     "one",
@@ -103,8 +116,8 @@ def defective(rng: Random, marker: str) -> tuple[bytes, str]:
             (line([*good[:at], rng.choice(("text", None, {}, {"role": "user"}, {"content": "x"})), *good[at:]]),)
             + (reasons.BAD_MESSAGE,),
             (changed(content=None), reasons.BAD_MESSAGE),
-            (changed(role=rng.choice(("tool", "User", "function", ""))), reasons.UNKNOWN_ROLE),
-            (changed(content=rng.choice((3, {"a": 1}, [{"type": "image", "url": "x"}]))), reasons.OTHER_CONTENT),
+            (changed(role=rng.choice(("critic", "User", "function", ""))), reasons.UNKNOWN_ROLE),
+            (changed(content=rng.choice(({"a": 1}, [{"type": "image", "url": "x"}]))), reasons.OTHER_CONTENT),
             (as_line({"instruction": "x", "input": ["y"], "output": "z"}), reasons.OTHER_CONTENT),
             (changed(content=rng.choice(("", " \n", []))), reasons.EMPTY_MESSAGE),
             (as_line({"instruction": "x", "output": " "}), reasons.EMPTY_MESSAGE),
@@ -162,6 +175,18 @@ class Planted:
         return {reason: Tally(len(found), tuple(found)) for reason, found in self.places.items()}
 
 
+def place(origin: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", origin.rpartition("/")[2])))
+
+
+def by_origin(reading: Reading) -> list[Conversation]:
+    return sorted(reading, key=lambda conversation: place(conversation.origin))
+
+
+def in_order(tally: Tally) -> Tally:
+    return Tally(tally.count, tuple(sorted(tally.places, key=place)))
+
+
 def write_talks(path: Path, talks: Sequence[Sequence[Message]]) -> str:
     path.write_bytes(b"".join(as_line({"messages": list(messages)}) + b"\n" for messages in talks))
     return str(path)
@@ -174,7 +199,7 @@ def talks(prefix: str, count: int, seed: int = 0) -> list[list[Message]]:
 
 def data(*sources: SourceConfig | str | Path, **more: Any) -> DataConfig:
     configs = tuple(s if isinstance(s, SourceConfig) else SourceConfig(str(s)) for s in sources)
-    return DataConfig(configs, **{"max_length": 400, "validation": 0, **more})
+    return DataConfig([*configs], **{"max_length": 400, "validation": 0, **more})
 
 
 def contents(dataset: TokenDataset | None) -> Counter[Example]:
@@ -200,13 +225,15 @@ def test_each_bad_line_is_counted_at_its_place_and_nothing_else_is_dropped(tmp_p
     seen_reasons = set()
     for seed in range(60):
         planted = Planted(tmp_path / f"{seed}.jsonl", seed)
-        (found,) = survey(data(planted.path))
-        assert list(found.conversations()) == planted.good, seed
-        assert found.dropped.tallies() | found.notes.tallies() == planted.tallies(), seed
-        assert len(found.source) == planted.num_read
+        (found,) = read_sources(data(planted.path))
+        assert by_origin(found) == planted.good, seed
+        tallies = {
+            reason: in_order(tally) for reason, tally in (found.dropped.tallies() | found.notes.tallies()).items()
+        }
+        assert tallies == planted.tallies(), seed
+        assert len(found.source.records) == planted.num_read
         seen_reasons |= set(planted.places)
-    every = {value for name, value in vars(reasons).items() if name.isupper() and isinstance(value, str)}
-    assert seen_reasons == every, "a reason that no line was planted for"
+    assert seen_reasons == {getattr(reasons, name) for name in REASONS}, "a reason that no line was planted for"
 
 
 def test_a_json_array_reads_as_the_same_lines_would(tmp_path: Path) -> None:
@@ -215,9 +242,9 @@ def test_a_json_array_reads_as_the_same_lines_would(tmp_path: Path) -> None:
     array, lines = tmp_path / "array.json", tmp_path / "lines.json"
     array.write_text(json.dumps(records, indent=1), encoding="utf-8-sig")
     lines.write_text("\n".join(map(json.dumps, records)), encoding="utf-8-sig")
-    first, second = survey(data(array, lines, deduplicate=False))
-    assert [c.messages for c in first.conversations()] == [c.messages for c in second.conversations()]
-    assert len(first.usable) == 20
+    first, second = read_sources(data(array, lines, deduplicate=False))
+    one, other = ([c.messages for c in by_origin(reading)] for reading in (first, second))
+    assert one == other and len(one) == 20
     assert first.dropped.tallies() == {reasons.NO_FIELDS: Tally(1, (f"{array}[20]",))}
     assert second.dropped.tallies() == {reasons.NO_FIELDS: Tally(1, (f"{lines}:21",))}
 
@@ -225,7 +252,7 @@ def test_a_json_array_reads_as_the_same_lines_would(tmp_path: Path) -> None:
 def test_an_instruction_with_input_is_one_question(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(as_line({"instruction": "Add.", "input": "2 and 3", "output": "5"}))
-    (conversation,) = survey(data(path))[0].conversations()
+    (conversation,) = read_sources(data(path))[0]
     assert [m["content"] for m in conversation.messages] == ["Add.\n\n2 and 3", "5"]
 
 
@@ -256,20 +283,96 @@ def test_a_folder_of_files_reads_as_the_file_would(
         columns.to_parquet(folder / "train.parquet")
     from_folder, from_file = prepare(data(folder), tokenizer), prepare(data(lines), tokenizer)
     assert contents(from_folder.training) == contents(from_file.training)
-    assert from_folder.report.sources[0].dropped == {reasons.NO_ANSWER: Tally(1, (f"{folder}/train:0",))}
+    origin = f"{folder}/train.jsonl:1" if kind == "jsonl" else f"{folder}/train.parquet[0]"
+    assert from_folder.report.sources[0].dropped == {reasons.NO_ANSWER: Tally(1, (origin,))}
     (provenance,) = from_folder.report.provenance()
     assert (provenance["path"], provenance["split"], provenance["count"]) == ("folder", "train", 13)
     assert len(provenance["sha256"]) == 64
     missing = sentence(SourceConfig(str(folder), split="test"), tokenizer=tokenizer)
-    assert missing.startswith(f"data set {folder} (split test) cannot be loaded: ")
+    assert missing == f"{folder} has no .jsonl, .json, .csv, .parquet files of the split test; it has train"
 
 
 @pytest.mark.usefixtures("datasets_cache")
-def test_the_checksum_of_a_data_set_follows_its_content_alone(tmp_path: Path) -> None:
-    def checksum(name: str, rows: Sequence[Sequence[Message]]) -> str:
+def test_a_folder_that_mixes_shapes_reads_each_record_by_its_own(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    import datasets
+
+    folder, some = tmp_path / "folder", talks("m", 6)
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(
+        as_line({"messages": some[0]}) + b"\n" + as_line({"instruction": "Add.", "output": "5"}) + b"\n{torn"
+    )
+    (folder / "b.csv").write_text("instruction,output\nTwo?,2\n")
+    datasets.Dataset.from_list([{"messages": one} for one in some[1:]]).to_parquet(folder / "c.parquet")
+    prepared = prepare(data(folder), tokenizer)
+    assert len(prepared.training) == 1 + 1 + 1 + 5
+    assert prepared.report.sources[0].dropped == {reasons.NOT_JSON: Tally(1, (f"{folder}/a.jsonl:3",))}
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_a_file_that_datasets_cannot_read_is_named_with_the_cause(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"no parquet")
+    said = sentence(tmp_path / "a.parquet", tokenizer=tokenizer)
+    assert said.startswith(f"data set {tmp_path}/a.parquet (split train) cannot be loaded: ")
+    assert "error occurred while generating" not in said and "arquet" in said.split("loaded: ")[1]
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_answers_of_a_csv_are_text_though_they_look_like_numbers(tmp_path: Path) -> None:
+    answers = ["2", "007", "1.50", "1e3", "NA", "None", "true", "-", "1,000"]
+    rows = "".join(f'question {n},"{answer}"\n' for n, answer in enumerate(answers))
+    (tmp_path / "a.csv").write_text("instruction,output\n" + rows)
+    (found,) = read_sources(data(tmp_path / "a.csv"))
+    assert [one.messages[1]["content"] for one in by_origin(found)] == answers and not found.dropped.tallies()
+
+
+@pytest.mark.parametrize(("value", "said"), [(2, "2"), (2.5, "2.5"), (0, "0"), (-7, "-7")])
+def test_a_number_is_an_answer(value: float, said: str) -> None:
+    assert parse({"instruction": "How many?", "output": value}, "here").messages[1]["content"] == said
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": value}]
+    assert parse({"messages": messages}, "here").messages[1]["content"] == said
+
+
+def test_fields_that_a_template_may_read_stay_with_the_conversation(tmp_path: Path) -> None:
+    """The three of message_fields.jsonl."""
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bern"}}}
+    asked = {"role": "user", "content": "Weather in Bern?"}
+    one = parse({"messages": [asked, {"role": "assistant", "content": None, "tool_calls": [call]}]}, "here")
+    assert one.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+    said = {"role": "assistant", "reasoning_content": "Two and two.", "content": "Four.", "tool_calls": None}
+    two = parse({"messages": [asked, said]}, "here")
+    assert two.messages[1] == {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    for given in (tools, json.dumps(tools)):
+        assert parse({"tools": given, "messages": [asked, {"role": "assistant", "content": "Hi."}]}, "x").tools == tools
+
+
+def test_a_record_whose_fields_the_template_does_not_read_is_dropped_with_the_reason(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    asked = {"role": "user", "content": "2+2?"}
+    lines = [{"messages": [asked, {"role": "assistant", "reasoning_content": "Two and two.", "content": "Four."}]}]
+    lines += [{"tools": [{"type": "function"}], "messages": [asked, {"role": "assistant", "content": "Hi."}]}]
+    lines += [{"messages": [{**asked, "id": 7}, {"role": "assistant", "content": "4", "weight": 1}], "topic": "sums"}]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(map(as_line, lines)))
+    prepared = prepare(data(path), tokenizer)
+    assert len(prepared.training) == 1, "what is about a message, and not said in it, costs no record"
+    assert prepared.report.sources[0].dropped == {
+        "the chat template does not read reasoning_content": Tally(1, (f"{path}:1",)),
+        "the chat template does not read tools": Tally(1, (f"{path}:2",)),
+    }
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_the_checksum_of_a_folder_follows_its_content_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def checksum(name: str, rows: Sequence[Sequence[Message]]) -> str | None:
         (tmp_path / name).mkdir()
         write_talks(tmp_path / name / f"{name}.jsonl", rows)
-        return survey(data(tmp_path / name))[0].sha256
+        return read_sources(data(tmp_path / name))[0].source.sha256
 
     rows = talks("m", 5)
     assert checksum("a", rows) == checksum("b", rows)
@@ -321,15 +424,12 @@ def test_repeats_are_dropped_within_and_across_sources_whatever_their_blanks(tmp
         spaced = [[{**m, "content": m["content"].replace(" ", blank)} for m in distinct[n]] for n, blank in lines]
         first = write_talks(tmp_path / "a.jsonl", spaced[:25])
         second = write_talks(tmp_path / "b.jsonl", spaced[25:])
-        found = survey(data(first, second))
-        kept: dict[int, str] = {}
-        places = [f"{first}:{i + 1}" for i in range(25)] + [f"{second}:{i + 1}" for i in range(15)]
-        for (number, _), place in zip(lines, places, strict=True):
-            kept.setdefault(number, place)
-        assert [c.origin for source in found for c in source.conversations()] == list(kept.values())
+        found = read_sources(data(first, second))
+        kept = [" ".join(c.messages[0]["content"].split()) for source in found for c in source]
+        assert len(kept) == len(set(kept)) == len({number for number, _ in lines})
         dropped = [source.dropped.tallies().get(REPEATED, Tally(0, ())).count for source in found]
         assert sum(dropped) == 40 - len(kept)
-        assert sum(len(source.usable) for source in survey(data(first, second, deduplicate=False))) == 40
+        assert sum(1 for source in read_sources(data(first, second, deduplicate=False)) for _ in source) == 40
 
 
 def test_conversations_that_are_equal_up_to_the_cut_are_repeats(
@@ -386,9 +486,11 @@ def test_a_count_that_cannot_be_reached_says_what_there_is(tmp_path: Path, token
     with Path(path).open("ab") as file:
         file.write(b"no JSON\n")
     early = sentence(SourceConfig(path, count=11), tokenizer=tokenizer)
+    first, second = (9, 10) if early.index(":9") < early.index(":10") else (10, 9)
     assert early == (
-        f"{path} has 10 usable conversations, fewer than its count of 11; lower the count "
-        f"(dropped: not JSON: 1 ({path}:11))"
+        f"{path} has 8 usable conversations, fewer than its count of 11; lower the count "
+        f"(dropped: nothing to learn in its first 400 tokens: 2 ({path}:{first}, {path}:{second}); "
+        f"not JSON: 1 ({path}:11))"
     )
     late = sentence(SourceConfig(path, count=9), tokenizer=tokenizer)
     assert late.startswith(f"{path} has 8 usable conversations, fewer than its count of 9; ")
@@ -548,8 +650,10 @@ def test_the_report_adds_up_and_goes_into_json(tmp_path: Path, tokenizer: PreTra
         told = json.loads(json.dumps(prepared.report.to_dict()))["sources"][0]
         for reason, tally in planted.tallies().items():
             if reason in source.dropped:
-                assert told["dropped"][reason] == {"count": tally.count, "places": list(tally.places)}
-                assert f"  dropped, {reason}: {tally}" in prepared.report.lines()
+                dropped = source.dropped[reason]
+                assert told["dropped"][reason] == {"count": dropped.count, "places": list(dropped.places)}
+                assert set(dropped.places) <= set(tally.places), "as many as were looked at for 20"
+                assert f"  dropped, {reason}: {dropped}" in prepared.report.lines()
 
 
 def test_only_what_is_longer_than_max_length_is_cut(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -571,14 +675,14 @@ def test_provenance_names_files_and_not_the_machine(tmp_path: Path, tokenizer: P
     assert prepared.report.provenance() == [expected]
 
 
-def test_progress_counts_what_is_read_and_then_what_is_encoded(
+def test_progress_counts_conversations_up_to_what_the_recipe_asks_for(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     paths = write_talks(tmp_path / "a.jsonl", talks("a", 6)), write_talks(tmp_path / "b.jsonl", talks("b", 5))
     calls: list[tuple[int, int | None]] = []
     sources = SourceConfig(paths[0], count=4), SourceConfig(paths[1])
     prepare(data(*sources), tokenizer, lambda done, total: calls.append((done, total)))
-    assert calls == [(n, None) for n in range(1, 12)] + [(n, 9) for n in range(1, 10)]
+    assert calls == [(n, 9) for n in range(1, 10)]
 
 
 # --- templates and system prompts ------------------------------------------------------------------------------------
@@ -636,10 +740,12 @@ def test_the_shipped_vicuna_template_writes_the_published_format(tokenizer: PreT
 def test_nothing_left_says_what_was_dropped_and_where(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('nonsense\n\n{"text": "x"}\nmore nonsense\n')
+    (reading,) = read_sources(data(path))
+    assert not list(reading)
+    first, second = reading.dropped.tallies()[reasons.NOT_JSON].places
     assert sentence(path, tokenizer=tokenizer) == (
         f"no conversation is left to train on of 3 that were read from {path} "
-        f"(dropped: not JSON: 2 ({path}:1, {path}:4); "
-        f"{reasons.NO_FIELDS}: 1 ({path}:3))"
+        f"(dropped: not JSON: 2 ({first}, {second}); {reasons.NO_FIELDS}: 1 ({path}:3))"
     )
     path.write_text("")
     assert sentence(path, tokenizer=tokenizer).endswith(f"left to train on of 0 that were read from {path}")
@@ -650,14 +756,16 @@ def test_nothing_left_says_what_was_dropped_and_where(tmp_path: Path, tokenizer:
 def test_a_source_that_is_none_is_one_sentence(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other, lines = tmp_path / "a.csv", write_talks(tmp_path / "a.jsonl", talks("m", 3))
+    other, lines = tmp_path / "a.txt", write_talks(tmp_path / "a.jsonl", talks("m", 3))
     other.write_text("x")
     for path in ("gone.jsonl", "deep/gone.json", "a/b/c", str(tmp_path / "gone"), "gone"):
         assert sentence(path, tokenizer=tokenizer).startswith(
-            f"there is no {path}; give a .jsonl or .json file, a folder, or"
+            f"there is no {path}; give a .jsonl, .json, .csv or .parquet file, a directory of them, or"
         )
-    assert "is neither .jsonl nor .json" in sentence(other, tokenizer=tokenizer)
+    assert "is none of .jsonl, .json, .csv, .parquet" in sentence(other, tokenizer=tokenizer)
     assert "split and name are for data sets" in sentence(SourceConfig(lines, split="test"), tokenizer=tokenizer)
+    named = sentence(SourceConfig(str(tmp_path), name="x"), tokenizer=tokenizer)
+    assert named == f"{tmp_path} is a directory; name is for data sets of the hub, leave it out"
     broken = tmp_path / "broken.json"
     broken.write_text('[{"messages": []}')
     assert sentence(broken, tokenizer=tokenizer) == f"{broken} begins like a JSON array but is not JSON"
@@ -666,10 +774,9 @@ def test_a_source_that_is_none_is_one_sentence(
     assert needs == "reading owner/name needs datasets: pip install 'taps_ext[train]'"
 
 
-def test_a_surveyed_source_keeps_no_text_in_memory(tmp_path: Path) -> None:
-    """Conversations are read again where they are needed: the file may be larger than the memory."""
+def test_a_source_keeps_no_text_in_memory(tmp_path: Path) -> None:
+    """Conversations are read where they are needed: the file may be larger than the memory."""
     path = write_talks(tmp_path / "a.jsonl", talks("m", 50))
-    source = SurveyedSource(SourceConfig(path))
-    assert sum(1 for _ in source.look(None)) == 50
+    reading = Reading(SourceConfig(path), "seed", None)
     Path(path).write_bytes(Path(path).read_bytes().replace(b"m7/", b"M7/"))
-    assert [c.messages[0]["content"][:2] for c in source.conversations()].count("M7") == 1
+    assert [c.messages[0]["content"][:2] for c in reading].count("M7") == 1

@@ -9,17 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_cases import Watcher, curve, small_trainer
 
-from taps_ext.training import picture
-from taps_ext.training.progress import (
-    BarObserver,
-    LineObserver,
-    Observer,
-    StepRecord,
-    TimedLines,
-    ValidationRecord,
-    choose,
-)
+from taps_ext.cli.terminal import TimedLines
+from taps_ext.cli.train import Screen, draw_picture, save_picture, screen
+from taps_ext.training import trainer
+from taps_ext.training.trainer import Pace, UpdateRecord, ValidationRecord, mean_record
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -29,39 +24,67 @@ class Terminal(io.StringIO):
         return True
 
 
-def step(number: int, loss: float = 2.0, accuracy: tuple[float, ...] = (0.5, 0.25)) -> StepRecord:
-    return StepRecord(number, number / 10, loss, accuracy, 1e-3, 0.7, 1234.0)
+def step(number: int, loss: float = 2.0, accuracy: tuple[float, ...] = (0.5, 0.25)) -> UpdateRecord:
+    return UpdateRecord(number, number / 10, loss, accuracy, 1e-3, 0.7, 1234.0, 60.0 * (100 - number))
 
 
 def validation(number: int, length: float = 2.5, is_best: bool = True) -> ValidationRecord:
     return ValidationRecord(number, 1.5, (0.8, 0.75, 0.5), length, is_best)
 
 
-def run(observer: Observer, first: int, last: int, validate_every: int) -> None:
-    observer.start(first, last)
-    for number in range(first + 1, last + 1):
-        observer.step(step(number, loss=number))
-        if number % validate_every == 0:
-            observer.validated(validation(number))
-    observer.stop()
+def test_console_and_log_show_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The means since the line before, whatever the steps between were."""
+    with screen() as observer:
+        small_trainer(tmp_path, observer, log_every=5, save_every=3).train()
+    shown = [re.search(r"^step +(\d+)/12  loss +([\d.]+)", line) for line in capsys.readouterr().err.splitlines()]
+    records = [record for record in curve(tmp_path) if record["kind"] == "step"]
+    assert [(m[1], m[2]) for m in shown if m] == [(f"{r['step']}", f"{r['loss']:.4f}") for r in records]
+    single = small_trainer(tmp_path / "single", watcher := Watcher()).train()
+    assert single.is_finished and [record["step"] for record in records] == [5, 10, 12]
+    losses = [record.loss for record in watcher.steps]
+    assert [r["loss"] for r in records] == pytest.approx(
+        [sum(losses[a:b]) / (b - a) for a, b in ((0, 5), (5, 10), (10, 12))]
+    )
 
 
-def test_lines_come_every_few_steps_at_the_end_and_with_each_validation() -> None:
-    stream = io.StringIO()
-    run(LineObserver(10, stream), 0, 35, validate_every=20)
-    lines = stream.getvalue().splitlines()
-    assert [line.split("/")[0] for line in lines] == [f"step {n}" for n in (10, 20, 20, 30, 35)]
-    assert ["held out" in line for line in lines] == [False, False, True, False, False]
-    assert "accuracy by depth  80%  75%  50%  estimated acceptance length 2.50, the best so far" in lines[2]
+def test_a_record_is_the_mean_of_the_updates_since_the_last_one() -> None:
+    record = mean_record([step(n, loss=n, accuracy=(n / 10, 0.0)) for n in (1, 2, 6)])
+    assert (record.step, record.loss, record.accuracy) == (6, 3.0, pytest.approx((0.3, 0.0)))
+    assert record.seconds_left == step(6).seconds_left
 
 
-def test_a_long_preparation_says_now_and_then_how_far_it_is() -> None:
-    stream, now = io.StringIO(), [1000.0]
-    observer = LineObserver(10, stream, clock=lambda: now[0])
-    for done in range(1, 66):
-        now[0] += 1.0
-        observer.preparing(done, None if done <= 40 else 1000)
-    assert stream.getvalue().splitlines() == ["conversations: 30", "conversations: 60 of 1,000, 16 min left"]
+def test_the_time_left_is_that_of_the_current_epochs_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, pace = [1000.0], Pace()
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
+    pace.start(0)
+    left = []
+    for number in range(1, 31):  # epochs of 10 updates, of which the first is slow
+        now[0] += 9.0 if number <= 10 else 1.0
+        left.append(pace.seconds_left(number, 30, is_new_epoch=number % 10 == 0))
+    assert left[:10] == pytest.approx([9.0 * (30 - n) for n in range(1, 11)])
+    assert left[10:] == pytest.approx([1.0 * (30 - n) for n in range(11, 31)])
+
+
+def test_without_a_terminal_a_line_comes_every_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [1000.0]
+    observer = Screen(lambda what, done, total: None, has_bar=False, clock=lambda: now[0])
+    observer.start(0, 100)
+    for number in range(1, 21):
+        now[0] += 10.0
+        observer.step(step(number), is_logged=number == 20)
+    lines = capsys.readouterr().err.splitlines()
+    assert [int(re.match(r"step +(\d+)/100", line)[1]) for line in lines] == [3, 6, 9, 12, 15, 18, 20]
+    assert lines[0].endswith("1,234 tokens/s  1 h 37 min left")
+
+
+def test_a_validation_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    observer = Screen(lambda what, done, total: None, has_bar=False)
+    observer.start(0, 9)
+    observer.validated(validation(4))
+    observer.validated(ValidationRecord(5, 1.5, (1.0, 0.25, float("nan")), 2.25, False))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("accuracy by depth  80%  75%  50%  estimated acceptance length 2.50, the best so far")
+    assert second.endswith("accuracy by depth 100%  25%    -  estimated acceptance length 2.25")
 
 
 def test_lines_of_long_work_come_every_half_minute_with_the_time_left_at_the_present_speed() -> None:
@@ -81,97 +104,25 @@ def test_lines_of_long_work_come_every_half_minute_with_the_time_left_at_the_pre
     assert len(lines) == 3, "work that ends soon after a line says no more"
 
 
-def test_on_a_terminal_the_preparation_is_one_line_that_ends_with_the_next_sentence() -> None:
-    stream = Terminal()
-    observer = BarObserver(10, stream)
-    for done in range(1, 301):
-        observer.preparing(done, None)
-    observer.note("all is read")
-    run(observer, 0, 5, validate_every=5)
-    assert "conversations: 300" in stream.getvalue()
-    assert stream.getvalue().index("all is read") > stream.getvalue().index("conversations: 300")
-
-
-def test_a_share_of_nothing_is_a_dash() -> None:
-    stream = io.StringIO()
-    observer = LineObserver(1, stream)
-    observer.start(0, 9)
-    observer.validated(ValidationRecord(1, 1.5, (1.0, 0.25, float("nan")), 2.25, False))
-    assert "accuracy by depth 100%  25%    -  estimated acceptance length 2.25\n" in stream.getvalue()
-
-
-def test_lines_of_one_run_have_their_columns_under_each_other() -> None:
-    stream = io.StringIO()
-    observer = LineObserver(1, stream)
-    observer.start(0, 1000)
-    for number, loss, share in ((1, 12.3456, 0.0), (99, 3.2, 0.071), (1000, 0.01, 1.0)):
-        observer.step(step(number, loss, (share, 1 - share)))
-    columns = [[match.start() for match in re.finditer("loss|accuracy|/1000", line)] for line in stream_lines(stream)]
-    assert len({tuple(column) for column in columns}) == 1
-    assert len({len(line.split(" tokens/s")[0]) for line in stream_lines(stream)}) == 1
-
-
-def plain(stream: io.StringIO) -> str:
-    """What is printed, without colours and moves of the cursor."""
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
-
-
-def stream_lines(stream: io.StringIO) -> list[str]:
-    return stream.getvalue().splitlines()
-
-
-def test_the_loss_shown_is_the_mean_since_the_last_line() -> None:
-    stream = io.StringIO()
-    run(LineObserver(10, stream), 0, 20, validate_every=100)
-    assert [re.search(r"loss +([\d.]+)", line)[1] for line in stream_lines(stream)] == ["5.5000", "15.5000"]
-
-
-@pytest.mark.parametrize(
-    "first, last, seconds_a_step, left",
-    [(0, 40, 3.0, "2 min"), (100, 140, 3.0, "2 min"), (0, 40, 1.0, "30 s"), (0, 130, 120.0, "4 h 0 min")],
-)
-def test_the_time_left_is_that_of_the_steps_of_this_run(
-    first: int, last: int, seconds_a_step: float, left: str
-) -> None:
-    now, stream = [1000.0], io.StringIO()
-    observer = LineObserver(10, stream, clock=lambda: now[0])
-    observer.start(first, last)
-    for number in range(first + 1, first + 11):
-        now[0] += seconds_a_step
-        observer.step(step(number))
-    said = stream_lines(stream)[-1].split("tokens/s")[1].strip()
-    assert said == f"{left} left"
-
-
-@pytest.mark.parametrize("kind", [LineObserver, BarObserver])
-def test_a_resumed_run_says_after_which_step_and_a_fresh_or_finished_one_does_not(kind: type) -> None:
-    said = {}
-    for first in (0, 20, 30):
-        stream = Terminal()
-        run(kind(10, stream), first, 30, validate_every=100)
-        said[first] = "resuming" in stream.getvalue()
-        assert first != 20 or "resuming after step 20 of 30" in stream.getvalue()
-        assert kind is LineObserver or f"step {first}/30 " in plain(stream), "where the bar begins"
-    assert said == {0: False, 20: True, 30: False}
+@pytest.mark.parametrize("first", [0, 20, 30])
+def test_a_resumed_run_says_after_which_step(first: int, capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(lambda what, done, total: None, has_bar=False).start(first, 30)
+    assert capsys.readouterr().err == ("resuming after step 20 of 30\n" if first == 20 else "")
 
 
 def test_a_terminal_gets_a_bar_with_a_line_above_it_for_each_validation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    stream = Terminal()
-    observer = choose(10, stream)
-    assert isinstance(observer, BarObserver)
-    run(observer, 0, 40, validate_every=20)
-    observer.note("a note with [brackets]")
-    text = plain(stream)
-    assert text.count("step 20  held out") == text.count("step 40  held out") == 1
-    assert re.search(r"step 40/40 .*loss 35.500, 50% 25%, acceptance length 2.50 \d", text)
-    assert "a note with [brackets]\n" in text
-
-
-def test_what_is_no_terminal_or_has_no_rich_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(choose(10, io.StringIO()), LineObserver)
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert isinstance(choose(10, Terminal()), LineObserver)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with screen() as observer:
+        observer.start(0, 40)
+        for number in range(1, 41):
+            observer.step(step(number), is_logged=number % 10 == 0)
+            if number % 20 == 0:
+                observer.validated(validation(number))
+        observer.note("a note with [brackets]")
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert text.count("step 20/40  held out") == text.count("step 40/40  held out") == 1
+    assert "a note with [brackets]" in text and "loss 2.0000, 50% 25%, 60 min left" in text
 
 
 @pytest.fixture
@@ -184,23 +135,23 @@ def log(tmp_path: Path) -> Path:
 
 
 def test_the_picture_is_a_function_of_the_log_and_is_written_whole(log: Path) -> None:
-    drawn = picture.draw(log)
-    assert picture.save(log).read_bytes() == drawn
+    drawn = draw_picture(log)
+    assert save_picture(log).read_bytes() == drawn
     assert drawn.startswith(PNG)
     assert sorted(path.name for path in log.parent.iterdir()) == ["log.jsonl", "training.png"]
     log.write_text(log.read_text() + '{"kind": "step", "st')
-    assert picture.draw(log) == drawn, "a torn last line is left out"
+    assert draw_picture(log) == drawn, "a torn last line is left out"
     log.write_text(log.read_text().replace("2.0", "3.0"))
-    assert picture.draw(log) != drawn
+    assert draw_picture(log) != drawn
 
 
 def test_without_held_out_conversations_there_is_still_a_picture(log: Path) -> None:
     log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if "step" in line[:20]))
-    assert picture.draw(log).startswith(PNG)
+    assert draw_picture(log).startswith(PNG)
 
 
 def test_without_matplotlib_the_picture_names_what_to_install(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r"pip install 'taps_ext\[cli\]'"):
-        picture.save(log)
+        save_picture(log)
     assert list(log.parent.iterdir()) == [log]

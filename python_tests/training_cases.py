@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # what only the reading of recipes and of hub data sets may need
-    sys.modules.update(dict.fromkeys(("pydantic", "datasets")))
+    sys.modules.update(dict.fromkeys(("omegaconf", "datasets")))
 
 import json
 import multiprocessing
@@ -35,36 +35,36 @@ from worlds import corpus
 
 from taps_ext import tiny
 from taps_ext.drafters import EagleConfig
-from taps_ext.training import Example, TokenDataset
-from taps_ext.training.checkpoints import Checkpoints
-from taps_ext.training.config import DataConfig, FeatureConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
+from taps_ext.training import Example, TokenDataset, trainer
 from taps_ext.training.features import FrozenTarget
-from taps_ext.training.materials import new_network
-from taps_ext.training.progress import StepRecord, ValidationRecord
-from taps_ext.training.run import train
-from taps_ext.training.trainer import DrafterFacts, Trainer
+from taps_ext.training.recipe import DataConfig, ObjectiveConfig, Recipe, SourceConfig, TrainingConfig
+from taps_ext.training.run import make_accelerator, new_network, train
+from taps_ext.training.trainer import DrafterFacts, Observer, Trainer, UpdateRecord, ValidationRecord
 
 VOCAB = 23
 ROOT = Path(__file__).parent.parent
 
 
-class Watcher:
+class Watcher(Observer):
     """An observer that remembers."""
 
     def __init__(self) -> None:
         self.first_step = self.num_steps = -1
-        self.steps: list[StepRecord] = []
+        self.steps: list[UpdateRecord] = []
         self.validations: list[ValidationRecord] = []
         self.notes: list[str] = []
+        self.work: list[str] = []
         self.is_stopped = False
 
-    def preparing(self, done: int, total: int | None) -> None: ...
+    def progress(self, what: str, done: int, total: int | None) -> None:
+        self.work.append(what)
 
     def start(self, first_step: int, num_steps: int) -> None:
         self.first_step, self.num_steps = first_step, num_steps
 
-    def step(self, record: StepRecord) -> None:
-        self.steps.append(record)
+    def step(self, record: UpdateRecord, is_logged: bool) -> None:
+        if is_logged:
+            self.steps.append(record)
 
     def validated(self, record: ValidationRecord) -> None:
         self.validations.append(record)
@@ -121,13 +121,12 @@ def small_trainer(
         config,
         output,
         DrafterFacts(target.config),
+        make_accelerator(config, output),
         watcher,
     )
 
 
-def tiny_recipe(
-    folder: Path, output: str = "run", objective: str = "eagle2", features: str = "online", **training: Any
-) -> Recipe:
+def tiny_recipe(folder: Path, output: str = "run", objective: str = "eagle2", **training: Any) -> Recipe:
     """A recipe for the embedded target: 6 steps of 4 short conversations, everything as often as it can happen.
 
     Not calibrated unless asked for: that takes longer than all the rest.
@@ -137,13 +136,11 @@ def tiny_recipe(
         write_conversations(source, 24)
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 2e-3, "warmup_steps": 2, "log_every": 1}
     settings |= {"save_every": 1, "validate_every": 3, "calibrate": False, **training}
-    store = str(folder / f"{output}-features")
     return Recipe(
         target=str(tiny.assets() / "target"),
         target_dtype="float32",
         output=str(folder / output),
         data=DataConfig((SourceConfig(str(source)),), max_length=72, validation=3),
-        features=FeatureConfig() if features == "online" else FeatureConfig(features, store),  # type: ignore[arg-type]
         training=TrainingConfig(**settings),
         objective=ObjectiveConfig(name=objective),  # type: ignore[arg-type]
     )
@@ -170,8 +167,9 @@ def files(output: Path) -> dict[str, bytes]:
 
 def curve(output: Path) -> list[dict[str, Any]]:
     """The records of log.jsonl, without how fast they were."""
+    times = ("tokens_per_second", "seconds_left")
     records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name != "tokens_per_second"} for record in records]
+    return [{name: value for name, value in record.items() if name not in times} for record in records]
 
 
 # --- other processes -------------------------------------------------------------------------------------------------
@@ -218,9 +216,12 @@ def count_touches(recipe: Recipe) -> int:
 
 def newest_step(recipe: Recipe) -> int:
     """The step of the newest checkpoint, 0 without one; a damaged one fails the test."""
-    _, state, complaints = Checkpoints(Path(recipe.output) / "checkpoints", keep=1).newest()
-    assert not complaints
-    return state.step if state else 0
+    folders = trainer._checkpoints(Path(recipe.output) / "checkpoints")
+    if not folders:
+        return 0
+    load_file(folders[-1] / "model.safetensors")
+    torch.load(folders[-1] / "optimizer.bin")
+    return int(trainer._read_state(folders[-1])["step"])
 
 
 def _train(recipe: Recipe, kill_at: int | None, published: Any, counter: Any = None, fell: Any = None) -> None:
@@ -250,8 +251,7 @@ def _train(recipe: Recipe, kill_at: int | None, published: Any, counter: Any = N
 
 
 def _is_within(path: Any, recipe: Recipe) -> bool:
-    places = (recipe.output, *([recipe.features.path] if recipe.features.path else []))
-    return isinstance(path, (str, os.PathLike)) and str(path).startswith(places)
+    return isinstance(path, (str, os.PathLike)) and str(path).startswith(recipe.output)
 
 
 def torchrun(recipes: Sequence[Recipe], folder: Path, **environment: str) -> None:

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from taps_ext.checkpoints.files import sync
-from taps_ext.training.dataset import BatchOrder, TokenBatch, TokenDataset
+from taps_ext.training.masks import TokenBatch, TokenDataset
+from taps_ext.training.trainer import BatchOrder
 
 HEAD_SIZE = 32
 CHECKPOINT_STEPS = 100

@@ -25,16 +25,15 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taps_ext.checkpoints import average_drafters
+from taps_ext.cli.train import screen
 from taps_ext.tiny import DOMAINS, PROMPTS
 from taps_ext.training import TokenDataset
 from taps_ext.training.calibrate import CalibrationSettings, calibrate_drafter, calibration_texts
-from taps_ext.training.chat_format import ChatFormat
-from taps_ext.training.config import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
-from taps_ext.training.config import Recipe as TrainingRecipe
-from taps_ext.training.conversations import Conversation
-from taps_ext.training.data import prepare
-from taps_ext.training.progress import choose
-from taps_ext.training.regeneration import regenerate
+from taps_ext.training.data import Conversation, prepare
+from taps_ext.training.masks import ChatFormat
+from taps_ext.training.recipe import DataConfig, ObjectiveConfig, SourceConfig, TrainingConfig
+from taps_ext.training.recipe import Recipe as TrainingRecipe
+from taps_ext.training.regenerate import regenerate
 from taps_ext.training.run import train
 
 from .corpus import (
@@ -247,9 +246,8 @@ def _train_all(recipe: Recipe, output: Path) -> dict[str, Any]:
             run = recipe.run(name, mixture, seed)
             _say(run)
             start = time.process_time()  # equal times are compared, whatever else the machine does
-            result = train(
-                _training_recipe(recipe, method, mixture, seed, output / "runs" / run), choose(100, sys.stderr)
-            )
+            with screen() as observer:
+                result = train(_training_recipe(recipe, method, mixture, seed, output / "runs" / run), observer)
             seconds = round(time.process_time() - start, 1)
             assert result.validation
             facts[run] = {"steps": method.steps(mixture), "cpu_seconds": seconds, "estimate": asdict(result.validation)}

@@ -38,7 +38,7 @@ COMMANDS = (
 )
 RESUMABLE = (evaluate.evaluate, train.train, train.features, train.regenerate)
 EXPECTED_ERRORS = (ValueError, OSError, NativeModuleError)
-TRAINING_PACKAGES = ("accelerate", "datasets", "pydantic", "yaml")
+TRAINING_PACKAGES = ("accelerate", "datasets", "omegaconf", "yaml")
 REPORT_PACKAGES = ("pandas", "scipy", "matplotlib", "jinja2")
 WORKER_PATIENCE_S = 5.0  # far more than a launcher takes to end the workers of a main process that failed
 

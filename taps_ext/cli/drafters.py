@@ -25,9 +25,8 @@ from ..training.calibrate import (
     calibratable,
     calibrate_drafter,
 )
-from ..training.config import DataConfig, SourceConfig
-from ..training.data import prepare, with_chat_template
-from ..training.sources import JsonLines
+from ..training.data import JsonLines, prepare, with_chat_template
+from ..training.recipe import DataConfig, SourceConfig
 from . import terminal
 from .terminal import show
 
@@ -137,7 +136,7 @@ def calibrate(
     place = choose_device(device)
     model, tokenizer = terminal.load_target_and_tokenizer(target, "auto", place)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", max_length)
-    sources = tuple(SourceConfig(path) for path in data)
+    sources = [SourceConfig(path) for path in data]
     config = DataConfig(sources, min(max_length, longest), 0, system_prompt, seed=seed)
     tokenizer = with_chat_template(tokenizer, chat_template)
     with terminal.progress("conversations") as update:

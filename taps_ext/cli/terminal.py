@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,6 @@ from ..checkpoints.files import first_line, json_text
 from ..checkpoints.load import loading, open_target
 from ..decode.budget import CostTable
 from ..evaluation.results import COSTS
-from ..training.progress import TimedLines
 
 T = TypeVar("T")
 Report = Callable[[str, int, int | None], None]  # of progress: what is done, how many, and of how many
@@ -83,6 +83,7 @@ COLOURS = ("bright_cyan", "bright_magenta", "bright_yellow", "bright_blue", "bri
 SEVERAL = "bright_green"
 STOPPED = 130  # the exit code after Ctrl-C: for scripts, neither success nor failure
 LOADING_AFTER_S = 5.0
+LINE_EVERY_S = 30.0  # where stderr is no terminal
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
 
 
@@ -189,6 +190,28 @@ def progress(what: str = "loading") -> Iterator[Report]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(what, total=None)
         yield lambda what, done, total: bars.update(bar, description=what, completed=done, total=total)
+
+
+class TimedLines:
+    """A line about every 30 s on how far long work is, and the time left at the speed since the line before."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say, self._clock = say, clock
+        self._last_line = self._since = clock()
+        self._done: int | None = None  # at the time `_since`; a run that resumes does not begin with 0
+
+    def __call__(self, what: str, done: int, total: int | None) -> None:
+        """Receive how much of the work is done (total None: of an unknown amount); call it as often as you like."""
+        now = self._clock()
+        if self._done is None or done < self._done:  # the first or next stage of the work
+            self._since, self._done = now, done
+        if now - self._last_line >= LINE_EVERY_S:
+            sentence = f"{what}: {done:,}" if total is None else f"{what}: {done:,} of {total:,}"
+            if total is not None and done > self._done:
+                left = (now - self._since) / (done - self._done) * (total - done)
+                sentence += f", {duration(left)} left"
+            self._say(sentence)
+            self._last_line, self._since, self._done = now, now, done
 
 
 def note(*sentences: str) -> None:
@@ -325,6 +348,14 @@ def number(value: float) -> str:
 def percent(share: float) -> str:
     """Return a share in percent, or a dash for a share of nothing."""
     return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the two largest units that matter: 45 s, 12 min, 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def facts_table(rows: Iterable[tuple[str, str]]) -> Table:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .dataset import Example, TokenBatch, TokenDataset
+from .masks import Example, TokenBatch, TokenDataset
 
 __all__ = ["Example", "TokenBatch", "TokenDataset"]

@@ -5,41 +5,44 @@ softmax(alpha * log q / T + beta * g)(y), and (alpha, beta) minimise the mean of
 1974), convex. One of four texts is left out of the fit and shows what was gained. Nothing is decoded.
 
 Head and noise are computed once per place, of which `CANDIDATES` tokens are kept: the fit takes the same time and
-memory for every vocabulary, 32 KB a place at 6 depths.
+memory for every vocabulary, 32 KB a place at 6 depths. (From the places of a text to the file of a drafter it is one
+computation, and one file.)
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import pairwise, product
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..checkpoints.files import CALIBRATION_FILE, check_writable, read_drafter_files
 from ..checkpoints.formats import CalibrationRecord, read_vocabulary, write_calibration
-from ..checkpoints.load import identify, network_of
+from ..checkpoints.load import TargetIdentity, identify, network_of
 from ..drafters import DraftVocabulary
 from ..drafters.coupling import LEAST_TEMPERATURE, Calibration
 from ..drafters.network import EagleNetwork
-from .dataset import TokenDataset
-from .draft_slots import DraftSlots, collect
-from .features import FeatureSource, FrozenTarget, Head
-from .progress import Progress, TimedLines
-from .provenance import calibration_facts, target_facts
+from ..native import code_version
+from .features import DraftBatch, FeatureSource, FrozenTarget, Head
+from .masks import TokenDataset
+from .objectives import aligned_attention, next_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PathOrId = str | os.PathLike[str]
+Progress = Callable[[str, int, int | None], None]  # what is done, how many, and of how many (None: unknown)
 
 MOST_TEMPERATURE = 100.0
+BATCH_SEQUENCES = 8  # of one forward of the target
+NUM_SEQUENCES = 64  # at least, where there are so many: slots of one text are alike
 HELD_OUT = 4  # one text in so many is left out of the fit
 MIN_PLACES = 32  # of a depth; deeper ones are not fitted, and drafting uses the last that is
 MAX_REPEATS = 4  # draws at one place of the text, where there are few places
@@ -88,7 +91,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Cell:
+class FittedCell:
     """Hold one temperature and depth, measured on the texts that were left out of the fit."""
 
     temperature: float
@@ -107,7 +110,7 @@ class CalibrationReport:
     """Hold a calibration and what it is worth."""
 
     calibration: Calibration
-    cells: tuple[Cell, ...]  # temperature by temperature, each from depth 1
+    cells: tuple[FittedCell, ...]  # temperature by temperature, each from depth 1
     seed: int
     num_fitted: int  # places of the text
     num_held_out: int
@@ -122,7 +125,7 @@ class CalibrationReport:
         return CalibrationRecord(self.calibration, {**facts, **self._facts()})
 
     def _facts(self) -> dict[str, Any]:
-        def table(figure: Callable[[Cell], float]) -> list[list[float]]:
+        def table(figure: Callable[[FittedCell], float]) -> list[list[float]]:
             values, depth = [round(figure(cell), 4) for cell in self.cells], self.calibration.depth
             return [values[i : i + depth] for i in range(0, len(values), depth)]
 
@@ -161,7 +164,7 @@ def calibrate(
         draw(part.cut(depth), heads, settings.temperatures, wanted, f"{settings.seed}/{number}", progress)
         for number, (part, wanted) in enumerate(parts)
     )
-    cells: list[Cell] = []
+    cells: list[FittedCell] = []
     for (t, temperature), d in product(enumerate(settings.temperatures), range(depth)):
         progress("fits", len(cells), len(settings.temperatures) * depth)
         cells.append(_cell(fitted.sample(temperature, t, d), held_out.sample(temperature, t, d), temperature, d + 1))
@@ -183,12 +186,117 @@ def _depth(fitted: DraftSlots, held_out: DraftSlots) -> int:
     return int(enough.long().cumprod(0).sum())
 
 
-def _cell(sample: Sample, held_out: Sample, temperature: float, depth: int) -> Cell:
+def _cell(sample: Sample, held_out: Sample, temperature: float, depth: int) -> FittedCell:
     """Return the coefficients of one temperature and depth, and what they are worth on held-out draws."""
     uncoupled = fit(sample, temperature, with_noise=False)
     coupled = min(uncoupled, fit(sample, temperature))  # noise that does not help is not used
     measures = [measure(held_out, *rule) for rule in (coupled[1:], uncoupled[1:], (temperature, 0.0))]
-    return Cell(temperature, depth, *coupled[1:], uncoupled[1], len(held_out.drawn), *measures)
+    return FittedCell(temperature, depth, *coupled[1:], uncoupled[1], len(held_out.drawn), *measures)
+
+
+# ---- where something could be drafted
+
+
+@dataclass(frozen=True)
+class DraftSlots:
+    """Hold slots of many texts: where a drafter would have drafted, what the target says there, and what drafts say.
+
+    The slot s of a text stands for the draw of token s + 2. A draft of depth d made there comes from a step that began
+    d - 1 slots before: pass d of the drafter over its own features, as in `objectives.estimate`.
+    Shapes: S slots, D depths, H hidden.
+    """
+
+    # [1 + D, S, H], of which the lm_head makes the logits of one draw: the target's, then the drafter's by depth
+    features: Tensor
+    # int64 [S], up to which depth a draft can have been made there: each is in an answer from its root on
+    reach: Tensor
+    sequence: Tensor  # int64 [S], of which text, numbered from 0 in the order they were taken
+
+    def __getitem__(self, index: Tensor) -> DraftSlots:
+        """Return some of the slots, by a mask or indices [S]."""
+        return DraftSlots(self.features[:, index], self.reach[index], self.sequence[index])
+
+    def __len__(self) -> int:
+        return len(self.reach)
+
+    @property
+    def num_places(self) -> Tensor:
+        """Return int64 [D], on the CPU: at how many of them a draft of each depth can be."""
+        depths = torch.arange(1, len(self.features))
+        return (self.reach.cpu() >= depths[:, None]).sum(-1)
+
+    def cut(self, depth: int) -> DraftSlots:
+        """Return the slots without the deeper drafts."""
+        return DraftSlots(self.features[: 1 + depth], self.reach, self.sequence)
+
+
+@torch.no_grad()
+def collect(
+    network: EagleNetwork,
+    source: FeatureSource,
+    dataset: TokenDataset,
+    depth: int,
+    count: int,
+    seed: int,
+    progress: Progress,
+) -> DraftSlots:
+    """Return at most `count` slots of a data set, chosen by the seed from many texts.
+
+    `network` drafts in its own dtype. Raise ValueError for texts without a slot.
+    """
+    chosen, parts = _choose(dataset, depth, count, Random(f"{seed}/slots")), []
+    for start in range(0, len(chosen), BATCH_SEQUENCES):
+        progress("texts", start, len(chosen))
+        part = chosen[start : start + BATCH_SEQUENCES]
+        batch = source.draft_batch(dataset.batch([index for index, _ in part]))
+        rows = torch.tensor([row for row, (_, slots) in enumerate(part) for _ in slots])
+        slots, reach = torch.tensor([entry for _, entries in part for entry in entries]).unbind(1)
+        drafted = (made[rows, slots] for made in _passes(network, batch, depth))
+        features = torch.stack([batch.next_features[rows, slots], *drafted])
+        parts.append(DraftSlots(features, *(ids.to(features.device) for ids in (reach, rows + start))))
+    if not parts:
+        raise ValueError(
+            "the texts have no place where something could be drafted; give conversations with longer answers"
+        )
+    features = torch.cat([part.features for part in parts], dim=1)
+    return DraftSlots(features, *(torch.cat([getattr(part, name) for part in parts]) for name in ("reach", "sequence")))
+
+
+def _passes(network: EagleNetwork, batch: DraftBatch, depth: int) -> Iterator[Tensor]:
+    """Yield the drafter's features [B, T, H] of each depth."""
+    dtype = network.fc.weight.dtype
+    embeddings, streams = batch.next_embeddings.to(dtype), [batch.features.to(dtype)]
+    for _ in range(depth):
+        made = network.finish(*aligned_attention(network, embeddings, streams))
+        yield made
+        streams.append(next_stream(streams[-1], made))
+
+
+def _choose(dataset: TokenDataset, depth: int, count: int, random: Random) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Return sequences with some of their slots, each with its reach: a random part of those of enough sequences."""
+    found: list[tuple[int, int, int]] = []
+    for number, index in enumerate(random.sample(range(len(dataset)), len(dataset))):
+        if number >= NUM_SEQUENCES and len(found) >= count:
+            break
+        found += [(index, slot, reach) for slot, reach in _reaches(dataset[index].loss_mask, depth)]
+    by_sequence: dict[int, list[tuple[int, int]]] = {}
+    for place in sorted(random.sample(range(len(found)), min(count, len(found)))):
+        index, slot, reach = found[place]
+        by_sequence.setdefault(index, []).append((slot, reach))
+    return list(by_sequence.items())
+
+
+def _reaches(loss_mask: Sequence[bool], depth: int) -> Iterator[tuple[int, int]]:
+    """Yield the slots where something can be drafted, with up to which depth.
+
+    A draft of depth d for token t needs a root, token t - d, that a step drew or verified: all from there to t are
+    learned. The first of an answer is drawn by the prefill and never drafted.
+    """
+    run = 0
+    for token, learned in enumerate(loss_mask):
+        run = run + 1 if learned else 0
+        if run > 1 and token > 2:
+            yield token - 2, min(run - 1, depth, token - 2)
 
 
 # ---- the draws
@@ -378,11 +486,34 @@ def calibratable(folder: PathOrId) -> Path:
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise ValueError(
-            f"{folder} is no folder here, and a calibration is written into the drafter's folder; give one, or a copy "
-            f"of a hub repository as `hf download OWNER/NAME --local-dir FOLDER` makes it"
+            f"{folder} is no directory here, and a calibration is written into the drafter's directory; give one, or a "
+            f"copy of a hub repository as `hf download OWNER/NAME --local-dir DIRECTORY` makes it"
         )
     check_writable(place)
     return place
+
+
+def target_facts(path_or_id: str, identity: TargetIdentity) -> dict[str, Any]:
+    """Return which target it was, as JSON values: a hub id or the last part of a path, commit and fingerprint."""
+    path = Path(path_or_id).expanduser()
+    name = path.resolve().name if path.exists() else path_or_id
+    return {"name": name, "commit": identity.revision, "fingerprint": identity.fingerprint}
+
+
+def calibration_facts(
+    target: Mapping[str, Any] | None, dataset: TokenDataset, texts: str | None = None
+) -> dict[str, Any]:
+    """Return what a calibration says of its origin; a function of what it was made of, without times or folders.
+
+    `texts`: what the dataset was to the drafter's training, where that is known.
+    """
+    data = dataset_facts(dataset) | ({} if texts is None else {"texts": texts})
+    return {"target": target, "data": data, "code": code_version()}
+
+
+def dataset_facts(dataset: TokenDataset) -> dict[str, Any]:
+    """Return size and content of a dataset, as JSON values."""
+    return {"num_sequences": len(dataset), "num_tokens": dataset.num_tokens, "sha256": dataset.checksum}
 
 
 # ---- the end of a run
@@ -395,6 +526,14 @@ def calibration_texts(training: TokenDataset, validation: TokenDataset | None) -
     return training, TRAINING_TEXTS
 
 
+class Watching(Protocol):
+    """What follows a calibration; see `trainer.Observer`."""
+
+    def note(self, sentence: str) -> None: ...
+
+    def progress(self, what: str, done: int, total: int | None) -> None: ...
+
+
 def calibrate_run(
     folders: Iterable[Path],
     source: FeatureSource,
@@ -402,11 +541,11 @@ def calibrate_run(
     validation: TokenDataset | None,
     seed: int,
     target: Mapping[str, Any] | None,
-    note: Callable[[str], None],
+    watching: Watching,
 ) -> None:
     """Write calibration.json for the drafters of a run that have none, on the run's own texts.
 
-    A calibration that fails costs no drafter: `note` gets a sentence. Drafters with the same file of weights share one.
+    A calibration that fails costs no drafter: it is noted. Drafters with the same file of weights share one.
     """
     dataset, texts = calibration_texts(training, validation)
     records: dict[str | None, CalibrationRecord] = {}
@@ -416,17 +555,17 @@ def calibrate_run(
                 leftover.unlink()
             files = read_drafter_files(folder)
             if files.digest not in records:
-                note(f"calibrating the drafter {folder.name}")
+                watching.note(f"calibrating the drafter {folder.name}")
                 network = drafting_copy(network_of(files), source)
                 settings, vocabulary = CalibrationSettings(seed=seed), read_vocabulary(files)
-                report = calibrate(network, source, dataset, settings, TimedLines(note), vocabulary)
+                report = calibrate(network, source, dataset, settings, watching.progress, vocabulary)
                 records[files.digest] = report.record(calibration_facts(target, dataset, texts))
             write_calibration(folder, records[files.digest], files.digest)
         except (ValueError, RuntimeError, OSError) as error:  # also memory or a disk that runs out
-            note(not_calibrated(folder.name, error))
+            watching.note(not_calibrated(folder.name, error))
         else:
             if texts == TRAINING_TEXTS:
-                note(
+                watching.note(
                     f"the drafter {folder.name} is calibrated on the texts that it was trained on: fewer than "
                     f"{ENOUGH_TOKENS} tokens to learn were held out"
                 )

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -19,22 +20,19 @@ from ..checkpoints.load import identify
 from ..decode.plain import plain_generate
 from ..sampling import NOISE, SamplingParams, row_seed
 from ..target.end_tokens import end_tokens
-from .conversations import Conversation, Message
+from .data import Conversation, Message
+from .masks import UNFINISHED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..decode.decoder import SpeculativeDecoder
 
-Progress = Callable[[int, int], None]  # conversations done, of how many
-
-POOL_BATCHES = 8  # batches that are sorted by length together, and written to disk together
-
 # Why a conversation ends early.
-NO_END = "an answer without an end"
 NO_TEXT = "an empty answer"
 NO_ROOM = "a prompt longer than the target's context"
 REFUSED = "a conversation that the chat template refuses"
+TOOLS = "results of tools that another model has called"
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class RegenerationReport:
 
     num_written: int
     num_answers: int  # in those written
+    num_unfinished: int  # of these answers: cut off at the limit, so that no end is learned
     cut: dict[str, int]  # by reason: how many conversations end early
     num_dropped: int  # of these: have no answer left, and are not written
     end_tokens: dict[str, int]  # by name: what ends an answer
@@ -59,16 +58,17 @@ def regenerate(
     seed: int = 0,
     batch_size: int = 16,
     decoder: SpeculativeDecoder | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> RegenerationReport:
     """Write the conversations to `output` with every answer written anew, each after the target's own earlier ones.
 
-    A run that was stopped goes on from `<output>.partial`, where finished conversations are collected.
+    Each conversation goes to `<output>.partial` as soon as it is finished; a run that was stopped goes on from there.
 
     Args:
-        max_new_tokens: an answer that has not ended by then is left out, with the rest of its conversation.
+        max_new_tokens: an answer that has not ended by then is kept as unfinished, and ends its conversation.
         seed: conversation i draws with row_seed(seed, i), so that its text does not depend on its neighbours.
         decoder: of this target, to write the same text faster.
+        progress: gets the number of finished conversations, and of all.
     """
     check(output, max_new_tokens, batch_size)
     if not conversations:
@@ -79,19 +79,19 @@ def regenerate(
     output.parent.mkdir(parents=True, exist_ok=True)
     collected = output.with_name(f"{output.name}.partial")
     settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "noise": NOISE}
-    num_done = _resume(collected, settings | _materials(target, tokenizer, conversations))
+    done = _resume(collected, settings | _materials(target, tokenizer, conversations))
+    drafts = [_Draft(i, one, list(one.messages)) for i, one in enumerate(conversations) if i not in done]
+    drafts.sort(key=lambda draft: sum(len(message["content"]) for message in draft.messages))  # little padding
+    num_done, live, waiting = len(done), list[_Draft](), iter(drafts)
     with collected.open("a", encoding="utf-8") as file:
-        while num_done < len(conversations):
+        while live := [*live, *islice(waiting, batch_size - len(live))]:
             if progress:
                 progress(num_done, len(conversations))
-            pool = conversations[num_done : num_done + batch_size * POOL_BATCHES]
-            drafts = [_Draft(num_done + i, list(one.messages)) for i, one in enumerate(pool)]
-            for num_answered in writer.answer_all(drafts, batch_size):
-                if progress:
-                    progress(num_done + num_answered, len(conversations))
-            file.writelines(_line({"messages": draft.messages, "cut": draft.cut}) for draft in drafts)
+            writer.answer(live)
+            finished = [draft for draft in live if not draft.todo]
+            file.writelines(map(_Draft.line, finished))
             _sync(file)
-            num_done += len(drafts)
+            num_done, live = num_done + len(finished), [draft for draft in live if draft.todo]
     return _finish(collected, output, writer.end_tokens)
 
 
@@ -100,6 +100,7 @@ class _Draft:
     """A conversation in the making."""
 
     index: int
+    given: Conversation
     messages: list[Message]
     cut: str | None = None  # why it ends early
     todo: list[int] = field(init=False)  # positions of the messages to answer anew
@@ -109,15 +110,24 @@ class _Draft:
         if self.messages[-1]["role"] == "user":  # which nobody has answered yet
             self.todo.append(len(self.messages))
 
-    def take(self, answer: str, cut: str | None) -> None:
-        """The next answer; or why there is none, and then the conversation ends before its question."""
+    def take(self, answer: str, is_finished: bool) -> None:
+        """Take the next answer; an unfinished one is the last."""
         position = self.todo.pop(0)
-        if not cut:
-            self.messages[position : position + 1] = [{"role": "assistant", "content": answer}]
-            return
-        kept = self.messages[: position - 1]
+        said: Message = {"role": "assistant", "content": answer}
+        self.messages[position : position + 1] = [said if is_finished else {**said, UNFINISHED: True}]
+        if not is_finished:
+            self.messages, self.todo = self.messages[: position + 1], []
+
+    def end(self, reason: str) -> None:
+        """End before the question that gets no answer."""
+        kept = self.messages[: self.todo[0] - 1]
         self.messages = kept if any(message["role"] == "assistant" for message in kept) else []
-        self.todo, self.cut = [], cut
+        self.todo, self.cut = [], reason
+
+    def line(self) -> str:
+        """Return what is collected of it."""
+        record = {"messages": self.messages, **({"tools": self.given.tools} if self.given.tools else {})}
+        return _line({"index": self.index, "cut": self.cut, "record": record})
 
 
 class _Writer:
@@ -145,44 +155,44 @@ class _Writer:
                 "neither the target nor its tokenizer names an end-of-turn token; set eos_token_id in either"
             )
 
-    def answer_all(self, drafts: Sequence[_Draft], batch_size: int) -> Iterator[int]:
-        """Write every answer: the first of all conversations, then the second of those that have one, ...
-
-        Yield after each batch how many conversations are done.
-        """
-        while waiting := [draft for draft in drafts if draft.todo]:
-            prompts = []
-            for draft in waiting:
-                prompt = self._prompt(draft)
-                if prompt is None:
-                    draft.take("", REFUSED)
-                elif self._room(prompt) < 1:
-                    draft.take("", NO_ROOM)
-                else:
-                    prompts.append((prompt, draft))
-            prompts.sort(key=lambda one: len(one[0]))
-            for start in range(0, len(prompts), batch_size):
-                self._answer(prompts[start : start + batch_size])
-                yield sum(not draft.todo for draft in drafts)
+    def answer(self, drafts: Sequence[_Draft]) -> None:
+        """Write the next answer of each conversation, or end it."""
+        prompts = []
+        for draft in drafts:
+            prompt = self._prompt(draft)
+            if any(message["role"] == "tool" for message in draft.messages):
+                draft.end(TOOLS)
+            elif prompt is None:
+                draft.end(REFUSED)
+            elif self._room(prompt) < 1:
+                draft.end(NO_ROOM)
+            else:
+                prompts.append((prompt, draft))
+        if prompts:
+            self._answer(prompts)
 
     def _prompt(self, draft: _Draft) -> list[int] | None:
-        """The conversation in the chat template, up to where its next answer begins; None if the template refuses."""
+        """Return the conversation up to where its next answer begins, as tokens; None if the template refuses."""
         from jinja2 import TemplateError
 
         try:
             encoded: Any = self._tokenizer.apply_chat_template(
-                draft.messages[: draft.todo[0]], add_generation_prompt=True, tokenize=True, return_dict=True
+                draft.messages[: draft.todo[0]],
+                tools=draft.given.tools,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
             )
         except (TemplateError, TypeError, ValueError):  # of the tokenizer: half a surrogate pair, which is no text
             return None
         return list(encoded["input_ids"])
 
     def _room(self, prompt: list[int]) -> int:
-        """How many tokens an answer may have."""
+        """Return how many tokens an answer may have."""
         return min(self._max_new_tokens, self._max_length - len(prompt)) if self._max_length else self._max_new_tokens
 
     def _answer(self, prompts: Sequence[tuple[list[int], _Draft]]) -> None:
-        """One batch, padded on the left."""
+        """Answer one batch, padded on the left."""
         longest = max(len(prompt) for prompt, _ in prompts)
         input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
         attention_mask = torch.zeros_like(input_ids)
@@ -200,11 +210,14 @@ class _Writer:
         )
         for (_, draft), tokens, reason in zip(prompts, result.new_tokens, result.finish_reasons, strict=True):
             answer = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            draft.take(answer, NO_END if reason not in ("eos", "stop_string") else None if answer.strip() else NO_TEXT)
+            if answer.strip():
+                draft.take(answer, is_finished=reason in ("eos", "stop_string"))
+            else:
+                draft.end(NO_TEXT)
 
 
 def check(output: Path, max_new_tokens: int, batch_size: int) -> None:
-    """OSError or ValueError, in a sentence, unless the file can be written and the numbers make sense."""
+    """Raise OSError or ValueError, in a sentence, unless the file can be written and the numbers make sense."""
     if output.exists():
         raise FileExistsError(f"{output} exists already; give another name for the output, or delete it")
     check_writable(output.parent)
@@ -213,15 +226,15 @@ def check(output: Path, max_new_tokens: int, batch_size: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-# ---- what is on disk: a line of settings, then a line for each finished conversation, in order
+# ---- what is on disk: a line of settings, then a line for each finished conversation
 
 
 def _materials(
     target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]
 ) -> dict[str, str]:
-    """What tells the target, its template and the conversations from others."""
+    """Return what tells the target, its template and the conversations from others."""
     return {
-        "conversations": _digest([one.messages for one in conversations]),
+        "conversations": _digest([[one.messages, one.tools] for one in conversations]),
         "chat template": _digest(tokenizer.get_chat_template()),
         "target": str(identify(target).weights),
     }
@@ -231,12 +244,12 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _resume(collected: Path, settings: dict[str, Any]) -> int:
-    """How many conversations are finished; begins the file if there is none, and drops a last line that is torn."""
+def _resume(collected: Path, settings: dict[str, Any]) -> set[int]:
+    """Return which conversations are finished; a torn last line is cut off, and a new file begins with the settings."""
     end = collected.read_bytes().rfind(b"\n") + 1 if collected.exists() else 0
     if not end:
         collected.write_text(_line(settings), encoding="utf-8")
-        return 0
+        return set()
     os.truncate(collected, end)
     with collected.open(encoding="utf-8") as file:
         found = json.loads(next(file))
@@ -245,31 +258,29 @@ def _resume(collected: Path, settings: dict[str, Any]) -> int:
                 f"{collected} was begun with other {', '.join(differing)}; "
                 "give the same again to go on with it, or delete it to begin anew"
             )
-        return sum(1 for _ in file)
+        return {json.loads(line)["index"] for line in file}
 
 
 def _finish(collected: Path, output: Path, ends: dict[str, int]) -> RegenerationReport:
-    """Write the conversations that have answers to `output`, and count."""
-    cut, count = Counter[str](), Counter[str]()
-    new = output.with_name(f".{output.name}.new")
-    with collected.open(encoding="utf-8") as lines, new.open("w", encoding="utf-8") as file:
-        next(lines)
-        for line in map(json.loads, lines):
-            cut.update([line["cut"]] if line["cut"] else [])
-            count["written" if line["messages"] else "dropped"] += 1
-            count["answers"] += sum(message["role"] == "assistant" for message in line["messages"])
-            if line["messages"]:
-                file.write(_line({"messages": line["messages"]}))
-        _sync(file)
-    if not count["written"]:
-        new.unlink()
+    """Write the conversations that have answers to `output`, in the order in which they were given, and count."""
+    with collected.open(encoding="utf-8") as file:
+        next(file)
+        lines = sorted(map(json.loads, file), key=lambda line: int(line["index"]))
+    cut = Counter(line["cut"] for line in lines if line["cut"])
+    written = [line["record"] for line in lines if line["record"]["messages"]]
+    if not written:
         collected.unlink()
         reasons = ", ".join(f"{reason} ({number} times)" for reason, number in cut.most_common())
-        way_out = "allow more new tokens in another run" if cut[NO_END] else "give other conversations"
-        raise ValueError(f"no conversation is left to write: {reasons}; {way_out}")
+        raise ValueError(f"no conversation is left to write: {reasons}; give other conversations")
+    new = output.with_name(f".{output.name}.new")
+    with new.open("w", encoding="utf-8") as file:
+        file.writelines(map(_line, written))
+        _sync(file)
     new.replace(output)
     collected.unlink()
-    return RegenerationReport(count["written"], count["answers"], dict(cut), count["dropped"], ends)
+    answers = [one for record in written for one in record["messages"] if one["role"] == "assistant"]
+    num_unfinished = sum(UNFINISHED in one for one in answers)
+    return RegenerationReport(len(written), len(answers), num_unfinished, dict(cut), len(lines) - len(written), ends)
 
 
 def _line(value: Any) -> str:
