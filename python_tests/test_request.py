@@ -397,6 +397,31 @@ def test_arguments_that_nobody_uses_are_refused_by_name() -> None:
         target.generate(ids, inputs_embeds=target.get_input_embeddings()(ids), **call)
 
 
+def test_ids_that_are_not_int64_are_refused_through_every_way_of_calling() -> None:
+    ids, mask = prompts(2)
+    target = trained_target()
+    decoder = taps.SpeculativeDecoder(target, trained_drafters(), shape=SHAPE)
+    for call in (
+        lambda: decoder.generate(ids.int(), mask, max_new_tokens=4),
+        lambda: taps.plain_generate(target, ids.int(), mask, max_new_tokens=4),
+        lambda: target.generate(ids.int(), attention_mask=mask, custom_generate=decoder, max_new_tokens=4),
+    ):
+        with pytest.raises(ValueError, match=r"input_ids must be int64 \[B, P\] .*, got torch\.int32 \[2, 12\]"):
+            call()
+
+
+def test_the_eos_token_of_a_call_reaches_the_processors_of_every_way_of_calling() -> None:
+    """The config has a processor that favours the end of a text, and no end."""
+    ids, mask = prompts(3)
+    values = {"eos_token_id": None, "pad_token_id": PAD, "exponential_decay_length_penalty": (2, 1.5)}
+    with configured(values) as target:
+        call: dict[str, Any] = {"attention_mask": mask, "eos_token_id": EOS, "max_new_tokens": 14}
+        stock = target.generate(ids, **call)
+        decoder = taps.SpeculativeDecoder(target, trained_drafters(), shape=SHAPE)
+        for found in (decoder.generate(ids, **call), taps.plain_generate(target, ids, **call)):
+            assert torch.equal(found.sequences, stock)
+
+
 def test_unknown_options_are_refused_by_name() -> None:
     decoder = taps.SpeculativeDecoder(trained_target(), trained_drafters(), shape=SHAPE)
     ids, _ = prompts(1)

@@ -55,6 +55,7 @@ def plain_generate(
             attention_mask=mask,
             custom_generate=run.decode,
             max_new_tokens=max(request.rules.max_new_tokens),
+            eos_token_id=list(request.rules.eos_tokens),  # the call's: processors of the generation config need it
             pad_token_id=request.pad_token,
             num_return_sequences=1,  # the request's rows are all there
             stop_strings=None,

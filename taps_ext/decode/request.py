@@ -157,8 +157,9 @@ class Request:
         prepared = _Prepared.collect(model, input_ids, **kwargs)
         _refuse_not_honoured(prepared.generation_config)
         more = inputs_beside_text(model, prepared.model_kwargs)
+        check_ids(input_ids)
         mask = prepared.model_kwargs.get("attention_mask")  # None: all ones, as given or as inferred from pad tokens
-        mask = torch.ones_like(check_ids(input_ids)) if mask is None else check_mask(input_ids, mask)
+        mask = torch.ones_like(input_ids) if mask is None else check_mask(input_ids, mask)
         pads = _token_list(prepared.generation_config.pad_token_id, "pad_token_id")
         moved = moved_left(input_ids, mask, model.config.get_text_config().vocab_size, pads)
         prompts = prepare_prompts(model, input_ids, mask, prepared.model_kwargs, more)
