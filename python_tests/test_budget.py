@@ -115,6 +115,23 @@ def test_free_nodes_are_all_taken_and_dear_ones_never() -> None:
     assert max(nodes(uniform_table(100.0))) == 1
 
 
+@pytest.mark.parametrize("batch_size", [2, 8, 1000])
+def test_rows_of_a_batch_whose_steps_cost_so_many_times_as_much_draft_what_one_row_drafts(batch_size: int) -> None:
+    table = uniform_table(0.05, first=0.02, more=0.01)
+    dearer = CostTable(
+        table.sizes,
+        tuple(batch_size * ms for ms in table.step_ms),
+        {name: (batch_size * first, batch_size * more) for name, (first, more) in table.draft_ms.items()},
+        table.branching,
+    )
+    alone, together = (
+        TreeBudget(costs, TreeShape.auto(), ["math"], size).plan() for costs, size in ((table, 1), (dearer, batch_size))
+    )
+    assert together.drafts == alone.drafts
+    assert together.shape.min_score == pytest.approx(alone.shape.min_score)
+    assert together.shape.min_mass == pytest.approx(alone.shape.min_mass)
+
+
 @pytest.mark.parametrize(("loss_share", "fewest", "most"), [(0.02, 0, 0), (2.0, 1, 6)])
 def test_a_drafter_that_does_not_pay_is_asked_so_rarely_that_it_costs_a_share_of_the_tokens(
     monkeypatch: pytest.MonkeyPatch, loss_share: float, fewest: int, most: int

@@ -146,7 +146,8 @@ def test_look_ups_write_what_a_repetitive_text_repeats() -> None:
     drafters = taps.load_drafters({"lookup": "lookup"}, model)
     text = tokenizer.apply_chat_template(tiny.prompts("chat", 1)[0], tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    result = taps.SpeculativeDecoder(model, drafters).generate(**inputs, max_new_tokens=160, eos_token_id=())
+    decoder = taps.SpeculativeDecoder(model, drafters, shape=taps.TreeShape())
+    result = decoder.generate(**inputs, max_new_tokens=160, eos_token_id=())
     plain = taps.plain_generate(model, **inputs, max_new_tokens=160, eos_token_id=())
     assert result.new_tokens == plain.new_tokens
     assert result.stats.acceptance_length > 1.3

@@ -342,8 +342,8 @@ def small_vocabulary_decoder(
         drafters["lookup"] = taps.LookupDrafter(SMALL_VOCAB, store=small_store() if store else None)
     if "extend" in kwargs:
         kwargs["store"] = small_store()
-    if "shape" in kwargs:  # a step of four nodes costs twice as much as one of a single node
-        kwargs["costs"] = CostTable((1, 2, 4), (1.0, 1.3, 2.0), dict.fromkeys(drafters, (0.1, 0.1)), 2)
+    if "shape" in kwargs:  # nodes cost so little that most steps draft
+        kwargs["costs"] = CostTable((1, 2, 4), (1.0, 1.02, 1.1), dict.fromkeys(drafters, (0.01, 0.01)), 2)
     drafter = "lookup" if kwargs.get("composition") == "single" else None
     return taps.SpeculativeDecoder(target, drafters, drafter=drafter, **{"shape": taps.TreeShape(2, 2, 4), **kwargs})
 
@@ -447,8 +447,10 @@ def redraw_beside_the_candidates(logits: Tensor, tree: taps.DraftTree, sampling:
 
 WRONG_RULES = (count_twice, trust_the_drafter, redraw_beside_the_candidates)
 # What a look-up proposes tells less of the draw: a redraw beside it would show in more draws only.
-NOTICED = [*itertools.product(WRONG_RULES, ["merged", "evidence", "joint budget, filtered"])]
-NOTICED += [(rule, "look-ups") for rule in WRONG_RULES[:2]]
+NOTICED = [
+    *itertools.product(WRONG_RULES, ["merged, draft vocabularies", "evidence, adapting", "joint budget, filtered"])
+]
+NOTICED += [(rule, "look-ups in a store") for rule in WRONG_RULES[:2]]
 
 
 @pytest.mark.parametrize(("rule", "case"), NOTICED)

@@ -140,8 +140,9 @@ class TreeBudget:
             return self._plan
         deeper = [more for (_, more), is_drafting in zip(self.draft_ms, drafts, strict=True) if is_drafting]
         # One more level adds at most the probability of the nodes that it expands.
-        min_mass = self.rate * max(deeper, default=0.0) / self.batch_size
-        min_score = math.log(max(self.rate * self._least_node_ms * LEAST_SHARE, SMALLEST))
+        rate = self.rate / self.batch_size  # costs are of all rows together
+        min_mass = rate * max(deeper, default=0.0)
+        min_score = math.log(max(rate * self._least_node_ms * LEAST_SHARE, SMALLEST))
         if self.shape.min_score is not None:
             min_score = max(min_score, self.shape.min_score)
         self._plan = StepPlan(replace(self.shape, min_mass=min_mass, min_score=min(0.0, min_score)), drafts)
