@@ -15,13 +15,10 @@ using at::Tensor;
 
 // tree_expansion/
 // -> tokens [B, F, K], scores [B, F, K], frontier [B, K], entropies [B, F]
-std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(const Tensor& logits, const Tensor& scores,
-                                                           int64_t branching, const std::optional<Tensor>& seeds,
-                                                           const std::optional<Tensor>& positions,
-                                                           const std::optional<Tensor>& temperature,
-                                                           const std::optional<Tensor>& alpha,
-                                                           const std::optional<Tensor>& beta,
-                                                           const std::optional<Tensor>& token_ids);
+std::tuple<Tensor, Tensor, Tensor, Tensor> expand_frontier(
+    const Tensor& logits, const Tensor& scores, int64_t branching, const std::optional<Tensor>& seeds,
+    const std::optional<Tensor>& positions, const std::optional<Tensor>& temperature,
+    const std::optional<Tensor>& alpha, const std::optional<Tensor>& beta, const std::optional<Tensor>& token_ids);
 // -> tokens, parents, scores [B, C], num_nodes [B], entropies, proposers [B, C], C = min(max_nodes, N)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prune_tree(const Tensor& tokens, const Tensor& parents,
                                                                       const Tensor& scores, const Tensor& num_nodes,

@@ -61,8 +61,12 @@ __device__ __forceinline__ NodeLogits<kType, kIsCoupled> node_logits(const Row<k
   if constexpr (kIsCoupled) {
     const CouplingColumns& columns = params.coupling;
     const float temperature = __ldg(columns.temperature + b);
-    return {row, params.token_ids, coupling_of(temperature, __ldg(columns.alpha + b), __ldg(columns.beta + b)),
-            columns.seeds[b], columns.positions[b], is_coupled(temperature)};
+    return {row,
+            params.token_ids,
+            coupling_of(temperature, __ldg(columns.alpha + b), __ldg(columns.beta + b)),
+            columns.seeds[b],
+            columns.positions[b],
+            is_coupled(temperature)};
   }
   return {row, nullptr, {}, 0, 0, false};
 }

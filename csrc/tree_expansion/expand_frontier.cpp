@@ -88,7 +88,8 @@ Tensor checked_token_ids(const MaybeTensor& token_ids, const Tensor& logits) {
   int64_t previous = -1;
   for (int64_t i = 0; can_read(ids) && i < ids.numel(); previous = values[i++]) {
     TORCH_CHECK_VALUE(previous < values[i] && values[i] <= INT32_MAX, "token_ids must ascend within 0..", INT32_MAX,
-                      ", entry ", i, " is ", values[i], i == 0 ? "" : " after ", i == 0 ? "" : std::to_string(previous));
+                      ", entry ", i, " is ", values[i], i == 0 ? "" : " after ",
+                      i == 0 ? "" : std::to_string(previous));
   }
   return ids;
 }

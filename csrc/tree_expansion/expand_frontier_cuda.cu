@@ -263,8 +263,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<kThreads, kType, kIs
   auto* statistics = reinterpret_cast<TileStatistics*>(workspace + layout.statistics);
   auto* row_ticket = reinterpret_cast<unsigned long long*>(workspace + layout.ticket);
   auto* request_ticket = reinterpret_cast<unsigned long long*>(request_tickets) + b;
-  const auto node = node_logits<kType, kIsCoupled>(
-      row_at<kType>(p, b, index - b * static_cast<unsigned>(p.frontier_length)), p, b);
+  const auto node =
+      node_logits<kType, kIsCoupled>(row_at<kType>(p, b, index - b * static_cast<unsigned>(p.frontier_length)), p, b);
 
   const int own = static_cast<int>(blockIdx.x % static_cast<unsigned>(blocks));
   for (int tile = own; tile < num_tiles; tile += blocks) {
