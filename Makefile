@@ -23,8 +23,8 @@ IN_PARALLEL := -n $(JOBS) --dist loadfile
 # On other releases than those of constraints.txt: the environments $(VENV)-latest and $(VENV)-transformers-4.57.
 RELEASES    := latest transformers-4.57
 ON_RELEASES := $(RELEASES:%=test-with-%)
-RELEASE_TESTS := $(patsubst %,python_tests/test_%.py,decoder target lossless drafters evidence composition \
-    tree_budget coupled_drafting checkpoint averaging export trainer training_data training_resume feature_store \
+RELEASE_TESTS := $(patsubst %,python_tests/test_%.py,decoder request target unsupported_targets pictures lossless \
+    drafters evidence composition tree_budget coupled_drafting checkpoint averaging export trainer training_data training_resume feature_store \
     objectives acceptance_estimate calibration)
 LIBRARY      = $(shell $${CXX:-c++} -print-file-name=$(1))
 IN_CHECKS    = TAPS_SIMT_LIBRARY="$(CURDIR)/build/$(1)/taps_ext/_simt$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')"
