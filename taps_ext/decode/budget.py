@@ -31,7 +31,7 @@ MEAN = 0.1  # weight of a step in the running means of tokens and milliseconds
 LEAST_SHARE = 0.5  # of what the cheapest node costs: less probable ones are not proposed
 SMALLEST = 1e-6  # probability that is proposed, where nodes cost nothing
 HOPE = 0.7  # probability of a drafted token that a drafter gets the benefit of, until it has drafted
-MOST_LOST, MOST_GAINED = 1.0, 2.0  # tokens per row: drafting that lost so much pauses; it has no more to lose than that
+MOST_LOST, MOST_GAINED = 0.4, 2.0  # tokens per row: drafting that lost so much pauses; it has no more to lose than that
 SURPRISE = 0.5  # weight of what was accepted against what was expected, in a drafter's balance
 LOSS_SHARE = 0.02  # of the tokens: pauses are so long that drafting in vain costs no more
 
