@@ -91,6 +91,7 @@ def test_a_journal_of_other_settings_is_refused(monkeypatch: pytest.MonkeyPatch,
         run(monkeypatch, folder, tmp_path / "a.json", "--parts", "A")
 
 
+@pytest.mark.long
 def test_every_other_part_makes_its_tables(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> None:
     monkeypatch.setattr(bench_beyond, "DECAYS", (0.9,))
     monkeypatch.setattr(bench_beyond, "COMPOSED", (1.0,))
